@@ -1,0 +1,35 @@
+"""CARLA street scenes, 23 classes, the network of the CARLA seed (8,640,471 parameters) at 96x128.
+
+    python -m unet_jax.main --config=configs/carla.py --config.data.root=FOLDER_OR_ZIP
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.data.name = "carla"
+    config.data.variant = "carla23"
+    config.data.root = "data/carla"
+    config.data.size = (96, 128)
+
+    config.model.features = (32, 64, 128, 256, 512)
+    config.model.upsample = "transposed_3x3"
+    config.model.dropout = 0.3
+    config.model.dropout_on_skip = True
+    config.model.norm = "none"
+    config.model.extra_conv = True
+
+    config.augment.flip_horizontal = True
+    config.augment.scale = 0.2
+    config.augment.shift = 0.05
+    config.augment.brightness = 0.1
+    config.augment.contrast = 0.2
+    config.augment.gamma = 0.2
+
+    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.clip_norm = 1.0
+    config.train.batch_size = 16
+    config.train.epochs = 40.0
+    config.train.eval_every_epochs = 2.0
+    return config

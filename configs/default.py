@@ -1,0 +1,71 @@
+"""Every field there is, with its default; the other files change a few of them."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of the weights, the order of examples, augmentation and dropout
+
+    config.data = ConfigDict()
+    config.data.name = "shapes"  # shapes | carla | oxford_iiit_pet
+    config.data.variant = "multiclass"  # shapes: multiclass | multilabel; carla: carla23 | lyft13; pets: trimap | binary
+    config.data.root = ""  # folder or archive of the images; see the module of the data set
+    config.data.size = (96, 96)  # height, width of what the network sees; the labels are scored at this size
+    config.data.resize = "bilinear"  # of images: bilinear (antialiased) | nearest; labels are always nearest
+    config.data.validation = 0.2  # share of the images held out, where the data set has no split of its own
+    config.data.cache_gib = 4.0  # resized images are held in memory if they fit in this many GiB
+    config.data.shapes_seed = 0  # shapes only: of the images
+    config.data.shapes_train = 800  # shapes only: number of training images
+    config.data.shapes_validation = 100  # shapes only: number of validation images, and of test images
+
+    config.model = ConfigDict()  # see unet_jax/models/unet.py
+    config.model.features = (16, 32, 64, 128)  # width of each level, top to bottom
+    config.model.padding = "same"  # same | valid
+    config.model.upsample = "transposed_2x2"  # transposed_2x2 | transposed_3x3 | nearest | bilinear
+    config.model.dropout = 0.0  # rate at the end of the two lowest encoder blocks
+    config.model.dropout_on_skip = False  # whether the lowest skip is taken after its dropout
+    config.model.norm = "batch"  # none | batch | group
+    config.model.extra_conv = False  # one more 3x3 convolution before the head
+    config.model.dtype = "float32"  # of the computation: float32 | bfloat16 (GPU, TPU); weights stay float32
+
+    config.augment = ConfigDict()  # all off: 0, False, ()
+    config.augment.flip_horizontal = False
+    config.augment.flip_vertical = False
+    config.augment.rotate = 0.0  # degrees, uniform in +-
+    config.augment.scale = 0.0  # zoom, uniform in 1 +-
+    config.augment.shift = 0.0  # share of each side, uniform in +-
+    config.augment.crop = ()  # (height, width) of a random window; () trains on the whole image
+    config.augment.brightness = 0.0  # added, uniform in +- of the full range
+    config.augment.contrast = 0.0  # factor about the mean, uniform in 1 +-
+    config.augment.gamma = 0.0  # exponent, uniform in 1 +-
+
+    config.loss = ConfigDict()
+    config.loss.cross_entropy = 1.0  # weight of the softmax or sigmoid cross-entropy
+    config.loss.dice = 0.0  # weight of the soft Dice loss
+    config.loss.class_weights = ()  # one per class, in the cross-entropy; () is 1 for all
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adam"  # adam | adamw | sgd
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"  # constant | step | cosine
+    config.optimizer.warmup_epochs = 0.0  # linear, from 0
+    config.optimizer.decay_epochs = ()  # schedule=step: times 0.1 at each
+    config.optimizer.momentum = 0.9  # sgd
+    config.optimizer.weight_decay = 0.0  # adamw
+    config.optimizer.clip_norm = 0.0  # of the whole gradient; 0 is off
+    config.optimizer.ema = 0.0  # decay of averaged weights, which are then the ones evaluated; 0 is off
+
+    config.train = ConfigDict()
+    config.train.batch_size = 16  # over all devices
+    config.train.epochs = 10.0
+    config.train.eval_every_epochs = 1.0  # evaluates, draws panels and saves; also at the end
+    config.train.checkpoint_every_epochs = 1.0  # saves in between; what a crash can cost
+    config.train.log_every_steps = 20
+    config.train.panels = 4  # validation images drawn at each evaluation
+
+    config.mesh = ConfigDict()
+    config.mesh.data = 0  # devices that share the batch; 0 is all that space leaves
+    config.mesh.space = 1  # devices that share the height of each image
+
+    return config.lock()

@@ -1,0 +1,1 @@
+"""U-Nets for semantic segmentation in JAX and Flax."""

@@ -1,0 +1,27 @@
+"""Data sets, one module each, with `load(config.data, split) -> Source`.
+
+To add one: a file in this folder, its name in `NAMES`, and a file in `configs/`.
+"""
+
+import importlib
+
+from unet_jax.data.source import Classes, Source
+from unet_jax.errors import check_choice
+
+NAMES = ("shapes", "carla", "oxford_iiit_pet")
+
+__all__ = ["NAMES", "Classes", "Source", "load"]
+
+
+def load(config, split: str) -> Source:
+    """The source of one split.
+
+    Args:
+      config: `config.data`.
+      split: `train`, `validation`, `test` or `all`, as far as the data set has them.
+
+    Raises:
+      UserError: unknown data set or split; data missing or broken.
+    """
+    check_choice("config.data.name", config.name, NAMES)
+    return importlib.import_module(f"unet_jax.data.{config.name}").load(config, split)

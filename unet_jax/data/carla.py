@@ -1,0 +1,261 @@
+"""CARLA street scenes: `CameraRGB/X.png` with `CameraMask/X.png` or `CameraSeg/X.png`, the class id in the red channel.
+
+The folders stand at the root of `config.data.root` or up to two levels below (`dataA` .. `dataE`, `Train`), in a folder
+or in the zip as published. A `sequences.csv` (columns frame, sequence) at the root names the drive of each frame.
+
+Prepared once by TFDS into its data folder ($TFDS_DATA_DIR, else ~/tensorflow_datasets), under a fingerprint of the
+files, so that changed files are prepared anew.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import re
+import zipfile
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from unet_jax.data import images
+from unet_jax.data.source import Classes, Source, check_label
+from unet_jax.errors import UserError, check_choice
+
+# fmt: off
+NAMES = ("unlabeled", "building", "fence", "other", "pedestrian", "pole", "road line", "road", "sidewalk",
+         "vegetation", "vehicle", "wall", "traffic sign", "sky", "ground", "bridge", "rail track", "guard rail",
+         "traffic light", "static", "dynamic", "water", "terrain")
+PALETTE = ((0, 0, 0), (70, 70, 70), (100, 40, 40), (55, 90, 80), (220, 20, 60), (153, 153, 153), (157, 234, 50),
+           (128, 64, 128), (244, 35, 232), (107, 142, 35), (0, 0, 142), (102, 102, 156), (220, 220, 0),
+           (70, 130, 180), (81, 0, 81), (150, 100, 100), (230, 150, 140), (180, 165, 180), (250, 170, 30),
+           (110, 190, 160), (170, 120, 50), (45, 60, 150), (145, 170, 100))
+# fmt: on
+NUM_CLASSES = {"carla23": 23, "lyft13": 13}  # the Lyft challenge used the first 13
+SPLITS = ("train", "validation", "all")
+HELP = (
+    "Put the CARLA frames there as CameraRGB/X.png and CameraMask/X.png (or CameraSeg/X.png), or give their zip: "
+    "--config.data.root=PATH. configs/shapes.py needs no data."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The files of one frame."""
+
+    id: str  # unique: folder and stem
+    image: object  # any path with `open`
+    mask: object
+
+
+def load(config, split: str) -> Source:
+    """The source of `split`: `train`, `validation` or `all`.
+
+    Raises:
+      UserError: nothing found under `config.root`; an image without mask or a mask without image; an unreadable file;
+        sizes that differ; a label that is no class.
+    """
+    variant = check_choice("config.data.variant", config.variant, NUM_CLASSES)
+    check_choice("--split", split, SPLITS)
+    count = NUM_CLASSES[variant]
+    splits = split_pairs(find_pairs(config.root), read_sequences(config.root), config.validation)
+    data = _prepare(splits, count).as_data_source(split="train+validation" if split == "all" else split)
+    pairs = splits["train"] + splits["validation"] if split == "all" else splits[split]
+    assert len(data) == len(pairs), f"{len(data)} prepared, {len(pairs)} found"
+
+    def read(index):
+        example = data[index]
+        return example["image"], example["label"][..., 0]
+
+    return Source(Classes("multiclass", NAMES[:count], PALETTE[:count]), [pair.id for pair in pairs], read)
+
+
+def _open_root(root: str):
+    """The folder, or the inside of the zip archive, as a path object."""
+    path = epath.Path(root)
+    if not root or not path.exists():
+        raise UserError(f"config.data.root = {root!r} does not exist. {HELP}")
+    if path.is_dir():
+        return path
+    try:
+        return zipfile.Path(io.BytesIO(path.read_bytes()) if "://" in root else root)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"config.data.root = {root!r} is neither a folder nor a zip archive ({error})") from error
+
+
+def find_pairs(root: str) -> list[Pair]:
+    """All frames below `root`, in the order of folder and frame number.
+
+    Raises:
+      UserError: no frames; or frames without a partner, which it names.
+    """
+    pairs, lonely = [], []
+    for folder in _camera_folders(_open_root(root), depth=2):
+        masks = next((d for d in (folder / "CameraMask", folder / "CameraSeg") if d.is_dir()), None)
+        image_files = _png_files(folder / "CameraRGB")
+        mask_files = _png_files(masks) if masks else {}
+        lonely += [f"image without mask: {image_files[s]}" for s in image_files.keys() - mask_files.keys()]
+        lonely += [f"mask without image: {mask_files[s]}" for s in mask_files.keys() - image_files.keys()]
+        both = sorted(image_files.keys() & mask_files.keys(), key=_frame_number)
+        prefix = str(folder)[len(str(_open_root(root))) :].strip("/")
+        pairs += [Pair(f"{prefix}/{stem}".lstrip("/"), image_files[stem], mask_files[stem]) for stem in both]
+    if lonely:
+        shown = "\n  ".join(sorted(lonely)[:10])
+        more = f"\n  and {len(lonely) - 10} more" if len(lonely) > 10 else ""
+        raise UserError(f"config.data.root = {root!r}: every image needs a mask of the same name.\n  {shown}{more}")
+    if not pairs:
+        raise UserError(f"config.data.root = {root!r} holds no CameraRGB folder with .png files. {HELP}")
+    return pairs
+
+
+def _camera_folders(path, depth: int) -> Iterator:
+    """Folders that hold `CameraRGB`, down to `depth` levels below `path`, in order."""
+    if (path / "CameraRGB").is_dir():
+        yield path
+    elif depth:
+        for child in sorted(path.iterdir(), key=lambda p: p.name):
+            if child.is_dir() and not child.name.startswith((".", "__MACOSX")):
+                yield from _camera_folders(child, depth - 1)
+
+
+def _png_files(folder) -> dict:
+    """Stem -> file, without the dot-files that macOS leaves behind."""
+    files = [f for f in folder.iterdir() if f.name.lower().endswith(".png") and not f.name.startswith(".")]
+    return {f.name[: -len(".png")]: f for f in files}
+
+
+def _frame_number(stem: str) -> tuple[str, int]:
+    """Sorts `scene_9` before `scene_10`."""
+    prefix, digits = re.fullmatch(r"(.*?)(\d*)", stem).groups()
+    return prefix, int(digits or 0)
+
+
+def read_sequences(root: str) -> dict[str, str] | None:
+    """Frame id -> drive, from `sequences.csv`, or None where there is none.
+
+    Raises:
+      UserError: the file lacks its columns.
+    """
+    path = _open_root(root) / "sequences.csv"
+    if not path.is_file():
+        return None
+    rows = list(csv.DictReader(io.StringIO(path.read_text())))
+    if not rows or not {"frame", "sequence"} <= rows[0].keys():
+        raise UserError(f"{path}: needs the columns frame and sequence")
+    return {row["frame"].removesuffix(".png"): row["sequence"] for row in rows}
+
+
+def split_pairs(pairs: list[Pair], drives: dict[str, str] | None, fraction: float) -> dict[str, list[Pair]]:
+    """Splits frames into `train` and `validation` so that no drive is in both.
+
+    With drives, whole drives go to validation, in the order of a hash of their names, as long as they fit in
+    `fraction` of the frames; without, the last frames of the list do, as one contiguous block.
+
+    Raises:
+      UserError: a frame is in no drive, or a split comes out empty.
+    """
+    budget = round(fraction * len(pairs))
+    if drives is None:
+        chosen = {pair.id for pair in pairs[len(pairs) - budget :]}
+    else:
+        missing = [pair.id for pair in pairs if pair.id not in drives]
+        if missing:
+            raise UserError(f"sequences.csv names no drive for {len(missing)} frames, the first is {missing[0]!r}")
+        chosen = set()
+        by_drive = {}
+        for pair in pairs:
+            by_drive.setdefault(drives[pair.id], set()).add(pair.id)
+        for drive in sorted(by_drive, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
+            if len(chosen) + len(by_drive[drive]) <= budget:
+                chosen |= by_drive[drive]
+    splits = {
+        "train": [pair for pair in pairs if pair.id not in chosen],
+        "validation": [pair for pair in pairs if pair.id in chosen],
+    }
+    for name, members in splits.items():
+        if not members:
+            raise UserError(
+                f"config.data.validation = {fraction} of {len(pairs)} frames leaves none for {name}: add frames or "
+                "change the fraction"
+            )
+    return splits
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class CarlaConfig(tfds.core.BuilderConfig):
+    """The frames of each split."""
+
+    splits: dict[str, list[Pair]] = dataclasses.field(default_factory=dict)
+    num_classes: int = 23
+
+
+class Carla(tfds.core.GeneratorBasedBuilder):
+    """RGB images with the ids of their pixels."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.Image(shape=(None, None, 1)),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager):
+        splits = self.builder_config.splits
+        return {name: self._generate_examples(pairs) for name, pairs in splits.items()}
+
+    def _generate_examples(self, pairs):
+        for index, pair in enumerate(pairs):
+            image, label = read_pair(pair, self.builder_config.num_classes)
+            yield index, {"image": image, "label": label[..., None]}
+
+
+def _prepare(splits: dict[str, list[Pair]], num_classes: int) -> Carla:
+    """Writes the frames as a TFDS data set, or finds them written."""
+    # A fingerprint of names, sizes and times is enough, and quick: contents are read only when it is new.
+    digest = hashlib.sha256(f"{num_classes}".encode())
+    for name, pairs in splits.items():
+        for pair in pairs:
+            digest.update(f"{name} {pair.id} {_stamp(pair.image)} {_stamp(pair.mask)}\n".encode())
+    config = CarlaConfig(
+        name=digest.hexdigest()[:16], version=Carla.VERSION, splits=splits, num_classes=num_classes
+    )
+    builder = Carla(config=config, file_format="array_record")
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # TFDS wraps what a generator raises
+        cause = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
+    return builder
+
+
+def _stamp(path) -> str:
+    """What changes when a file does: path, size and modification time."""
+    if isinstance(path, zipfile.Path):
+        return f"{path} {path.root.getinfo(path.at).CRC}"
+    stat = path.stat()
+    return f"{path} {stat.length} {stat.mtime}"
+
+
+def read_pair(pair: Pair, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The image uint8 `[h, w, 3]` and the label uint8 `[h, w]` of one frame.
+
+    Raises:
+      UserError: unreadable, of different sizes, or with a label that is no class; names the file.
+    """
+    image, label = images.read(pair.image, "RGB"), images.read(pair.mask, "red")
+    if image.shape[:2] != label.shape:
+        raise UserError(
+            f"{pair.image} is {image.shape[1]}x{image.shape[0]} pixels but its mask {pair.mask} is "
+            f"{label.shape[1]}x{label.shape[0]} (width x height)"
+        )
+    check_label(label, num_classes, str(pair.mask))
+    return image, label

@@ -1,0 +1,131 @@
+"""Oxford-IIIT Pet: cats and dogs with trimaps, by the builder of TFDS.
+
+Variants: `trimap` (pet, background, border) and `binary` (pet or background, the border ignored). `config.data.root` may
+name the two archives' folder, or the unpacked folder (`images/`, `annotations/`); without it TFDS downloads them.
+
+Splits: `test` is the official one; `validation` is the end of the official trainval, `train` the rest of it.
+"""
+
+import dataclasses
+import hashlib
+import socket
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.datasets.oxford_iiit_pet import oxford_iiit_pet_dataset_builder as stock
+
+from unet_jax.data.source import Classes, Source, check_label
+from unet_jax.errors import UserError, check_choice
+
+SERVER = "thor.robots.ox.ac.uk"
+ARCHIVES = ("images.tar.gz", "annotations.tar.gz")
+SPLITS = ("train", "validation", "test", "all")
+
+
+def load(config, split: str) -> Source:
+    """The source of `split`: `train`, `validation`, `test` or `all`.
+
+    Raises:
+      UserError: neither data nor network; says where to put the archives.
+    """
+    variant = check_choice("config.data.variant", config.variant, ("trimap", "binary"))
+    check_choice("--split", split, SPLITS)
+    builder = _prepare(config.root)
+    cut = round(100 * (1 - config.validation))
+    parts = {"train": f"train[:{cut}%]", "validation": f"train[{cut}%:]", "test": "test", "all": "all"}
+    if split == "test" and "test" not in builder.info.splits:
+        raise UserError(f"config.data.root = {config.root!r} has no annotations/test.txt, so no test split")
+    data = builder.as_data_source(split=parts[split])
+    if not len(data):
+        raise UserError(f"config.data.validation = {config.validation} leaves no images for {split}")
+
+    def read(index):
+        example = data[index]
+        trimap = example["segmentation_mask"][..., 0].astype(np.int16)
+        check_label(trimap - 1, 3, f"trimap of {example['file_name'].decode()}, less 1")
+        if variant == "trimap":
+            return example["image"], (trimap - 1).astype(np.uint8)
+        return example["image"], np.array([0, 1, 0, 255], np.uint8)[trimap]
+
+    if variant == "trimap":
+        classes = Classes("multiclass", ("pet", "background", "border"), ((230, 90, 40), (40, 60, 110), (250, 220, 60)))
+    else:
+        classes = Classes("binary", ("background", "pet"), ((40, 60, 110), (230, 90, 40)))
+    return Source(classes, [f"{split}_{i:05d}" for i in range(len(data))], read)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class FolderConfig(tfds.core.BuilderConfig):
+    """An unpacked folder, and the list of examples of each split."""
+
+    folder: str = ""
+    lists: dict[str, epath.Path] = dataclasses.field(default_factory=dict)
+
+
+class PetFolder(stock.Builder):
+    """The examples of the stock builder, from an unpacked folder."""
+
+    name = "oxford_iiit_pet_folder"
+    pkg_dir_path = stock.Builder.pkg_dir_path
+
+    def _split_generators(self, dl_manager):
+        config = self.builder_config
+        images, annotations = f"{config.folder}/images", f"{config.folder}/annotations"
+        return {name: self._generate_examples(images, annotations, path) for name, path in config.lists.items()}
+
+
+def _prepare(root: str):
+    """The TFDS builder, its data written."""
+    folder = epath.Path(root) if root else None
+    if folder and not folder.is_dir():
+        raise UserError(f"config.data.root = {root!r} is not a folder")
+    if folder and (folder / "images").is_dir():
+        return _prepare_folder(folder)
+    builder = tfds.builder("oxford_iiit_pet", file_format="array_record")
+    if not builder.data_path.exists():
+        places = [folder] if folder else []
+        manual = epath.Path(tfds.core.constants.DATA_DIR) / "downloads" / "manual"
+        found = next((p for p in [*places, manual] if all((p / name).exists() for name in ARCHIVES)), None)
+        if found is None and not _reachable():
+            raise UserError(
+                f"Oxford-IIIT Pet is neither prepared nor at hand, and {SERVER} cannot be reached. Put "
+                f"{' and '.join(ARCHIVES)} (from https://www.robots.ox.ac.uk/~vgg/data/pets/) into {manual}, or name "
+                "their folder: --config.data.root=DIR. configs/shapes.py needs no data."
+            )
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=found) if found else None
+        )
+    return builder
+
+
+def _reachable() -> bool:
+    try:
+        socket.create_connection((SERVER, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _prepare_folder(folder: epath.Path):
+    """The stock builder's examples, from the unpacked archives, with the lists that are there."""
+    lists = {"train": folder / "annotations/trainval.txt", "test": folder / "annotations/test.txt"}
+    lists = {name: path for name, path in lists.items() if path.exists()}
+    if "train" not in lists:
+        raise UserError(f"{folder}: annotations/trainval.txt is missing")
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for path in lists.values():
+        digest.update(path.read_bytes())
+        for line in path.read_text().splitlines():
+            stem = line.split()[0]
+            for file in (folder / f"images/{stem}.jpg", folder / f"annotations/trimaps/{stem}.png"):
+                if not file.exists():
+                    raise UserError(f"{path} names {stem!r}, but there is no {file}")
+                digest.update(f"{file.stat().length} {file.stat().mtime}".encode())
+
+    config = FolderConfig(
+        name=digest.hexdigest()[:16], version=stock.Builder.VERSION, folder=str(folder), lists=lists
+    )
+    builder = PetFolder(config=config, file_format="array_record")
+    builder.download_and_prepare()
+    return builder

@@ -1,0 +1,95 @@
+"""Losses as sums and weights per example, so that means over a batch or a whole split divide once and exactly.
+
+Pixels outside the mask count nowhere.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unet_jax.errors import UserError
+
+# One loss term: the weighted sum and the weight of each example, float32 [B]; its value is sum(sums) / sum(weights).
+Term = tuple[jax.Array, jax.Array]
+
+
+def check(weights: Mapping[str, float], class_weights: Sequence[float], num_classes: int) -> None:
+    """Checks `config.loss`.
+
+    Raises:
+      UserError: no term has weight, a weight is negative, or the number of class weights is wrong.
+    """
+    if min(weights.values()) < 0 or not any(weights.values()):
+        raise UserError(f"config.loss needs weights >= 0, one of them > 0: {dict(weights)}")
+    if class_weights and (len(class_weights) != num_classes or min(class_weights) < 0 or not any(class_weights)):
+        raise UserError(
+            f"config.loss.class_weights = {tuple(class_weights)} must be empty or hold {num_classes} weights >= 0, "
+            "one per class"
+        )
+
+
+def terms(
+    logits: jax.Array, label: jax.Array, mask: jax.Array, task: str, class_weights: Sequence[float] = ()
+) -> dict[str, Term]:
+    """All loss terms of a batch.
+
+    Args:
+      logits: float32 `[B, H, W, K]`; K = 1 for a binary task.
+      label: integer `[B, H, W]`, or `[B, H, W, K]` for a multilabel task.
+      mask: bool, the shape of `label`: which pixels count.
+      task: `multiclass`, `binary` or `multilabel`.
+      class_weights: one per class, or none: the weight of a pixel in the cross-entropy is that of its class (for a
+        multilabel task, that of its mask).
+
+    Returns:
+      `cross_entropy` and `dice`.
+    """
+    label = jnp.where(mask, label, 0).astype(jnp.int32)  # any legal class: masked pixels weigh nothing
+    weights = jnp.asarray(class_weights or (1.0,) * max(2, logits.shape[-1]), jnp.float32)
+    if task == "multiclass":
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        weight = mask * weights[label]
+    else:
+        if task == "binary":
+            label, mask = label[..., None], mask[..., None]
+        loss = optax.sigmoid_binary_cross_entropy(logits, label)
+        weight = mask * (weights[label] if task == "binary" else weights)
+    pixels = tuple(range(1, loss.ndim))
+    return {
+        "cross_entropy": ((loss * weight).sum(pixels), weight.sum(pixels)),
+        "dice": _dice(logits, label, mask, task),
+    }
+
+
+def _dice(logits: jax.Array, label: jax.Array, mask: jax.Array, task: str, smooth: float = 1.0) -> Term:
+    """Soft Dice loss, 1 - (2 sum p t + s) / (sum p + sum t + s), s = 1, over the pixels of each image and class.
+
+    The mean over images and classes, as the test of the PyTorch U-Net takes it (Milletari et al. 2016,
+    arXiv:1606.04797, eq. for D, without squares in the denominator). Images without any counted pixel weigh nothing.
+    """
+    if task == "multiclass":
+        probability = jax.nn.softmax(logits)
+        # Gathered, not multiplied by a one-hot label, for the overlap; the sums of the truth are counts.
+        classes = jnp.arange(logits.shape[-1])
+        truth = (label[..., None] == classes) & mask[..., None]
+        probability = probability * mask[..., None]
+    else:
+        probability = jax.nn.sigmoid(logits) * mask
+        truth = (label > 0) & mask
+    overlap = jnp.where(truth, probability, 0).sum((1, 2))
+    total = probability.sum((1, 2)) + truth.sum((1, 2))
+    loss = 1 - (2 * overlap + smooth) / (total + smooth)  # [B, K]
+    counted = mask.any(tuple(range(1, mask.ndim))).astype(jnp.float32)
+    return loss.mean(-1) * counted, counted
+
+
+def combine(values: Mapping[str, Term], weights: Mapping[str, float]):
+    """The weighted sum of the means of the terms; works on JAX and NumPy arrays alike."""
+    total = 0.0
+    for name, weight in weights.items():
+        if weight:
+            sums, counts = values[name]
+            total = total + weight * sums.sum() / counts.sum().clip(1e-12)
+    return total

@@ -1,0 +1,5 @@
+"""Networks, one file each."""
+
+from unet_jax.models.unet import UNet
+
+__all__ = ["UNet"]

@@ -1,0 +1,217 @@
+"""The U-Net of Ronneberger, Fischer and Brox, 2015 (arXiv:1505.04597), and its common variants as settings.
+
+    image ─ down 0 ──────────────── skip ───────────────► merge 0 ─ (extra) ─ head ─► logits
+              └ pool ─ down 1 ───── skip ──► merge 1 ─ up ─┘
+                         └ pool ─ down 2 ─ up ─┘
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from math import gcd
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from unet_jax.errors import UserError, check_choice
+from unet_jax.models import ops
+
+UPSAMPLE = ("transposed_2x2", "transposed_3x3", "nearest", "bilinear")
+
+
+class UNet(nn.Module):
+    """Maps images to logits.
+
+    Attributes:
+      num_outputs: channels of the logits: the number of classes, or 1 for a binary task.
+      features: width of each level, top to bottom; one level fewer is pooled and up-sampled again.
+      padding: of the 3x3 convolutions, `same` or `valid`; `valid` crops the skips and shrinks the output.
+      upsample: `transposed_2x2` or `transposed_3x3` (a transposed convolution without activation); `nearest` or
+        `bilinear` (a resize, then a 3x3 convolution with activation).
+      dropout: rate at the end of the two lowest encoder blocks; 0 is none.
+      dropout_on_skip: whether the lowest skip is taken after its dropout (CARLA) or before (Keras ISBI).
+      norm: `none`, `batch` or `group`, before each activation.
+      extra_conv: whether one more 3x3 convolution stands before the head.
+      dtype: of the computation; parameters, normalisation statistics and logits stay float32.
+    """
+
+    num_outputs: int
+    features: Sequence[int] = (64, 128, 256, 512, 1024)
+    padding: str = "same"
+    upsample: str = "transposed_2x2"
+    dropout: float = 0.0
+    dropout_on_skip: bool = False
+    norm: str = "none"
+    extra_conv: bool = False
+    dtype: str = "float32"
+
+    def setup(self):
+        conv = partial(
+            nn.Conv, padding=self.padding.upper(), kernel_init=nn.initializers.he_normal(), dtype=self.dtype
+        )
+        block = partial(ConvBlock, conv=conv, norm=self.norm, dtype=self.dtype)
+        upper = self.features[:-1]
+        self.down = [block(width, 2) for width in self.features]
+        self.merge = [block(width, 2) for width in upper]
+        if self.upsample.startswith("transposed"):
+            kernel_size = int(self.upsample[-1])
+            self.up = [TransposedConv(width, kernel_size, dtype=self.dtype) for width in upper]
+        else:
+            # Padded in a valid network too, as the paper's up-convolution keeps twice the size.
+            self.up = [block(width, 1, conv=partial(conv, padding="SAME")) for width in upper]
+        self.extra = block(self.features[0], 1, norm="none") if self.extra_conv else None
+        self.head = nn.Conv(
+            self.num_outputs, (1, 1), kernel_init=nn.initializers.glorot_uniform(), dtype=self.dtype
+        )
+
+    def __call__(self, image: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Computes logits; in training mode when `keys` are given.
+
+        Args:
+          image: `[B, H, W, C]` float, H and W as `output_size` accepts them.
+          keys: `[B]` random keys for dropout, one per example; `None` at evaluation: no dropout, and the running
+            averages of batch normalisation.
+
+        Returns:
+          `[B, H', W', num_outputs]` float32 logits, (H', W') = `output_size((H, W))`.
+        """
+        x, skips = self.encode(image.astype(self.dtype), keys)
+        logits = self.decode(x, skips, train=keys is not None)
+        expected = self.output_size(image.shape[1:3])
+        assert logits.shape[1:3] == expected, f"{logits.shape} is not {expected}"
+        return logits
+
+    def encode(self, x: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, list[jax.Array]]:
+        """The contracting path: the lowest features, and the skips from top to bottom."""
+        lowest = len(self.down) - 1
+        skips = []
+        for level, block in enumerate(self.down):
+            x = skip = block(x, train=keys is not None)
+            if keys is not None and self.dropout > 0 and level >= lowest - 1:
+                level_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, level)
+                x = ops.dropout(x, level_keys, self.dropout)
+            if level < lowest:
+                skips.append(x if self.dropout_on_skip else skip)
+                x = ops.max_pool_2x2(x)
+        return x, skips
+
+    def decode(self, x: jax.Array, skips: Sequence[jax.Array], train: bool) -> jax.Array:
+        """The expanding path: consumes every skip, from the last to the first."""
+        skips = list(skips)
+        for up, merge in zip(reversed(self.up), reversed(self.merge), strict=True):
+            if self.upsample == "nearest":
+                x = ops.repeat_2x(x)
+            elif self.upsample == "bilinear":
+                b, h, w, c = x.shape
+                x = jax.image.resize(x, (b, 2 * h, 2 * w, c), "bilinear")
+            x = up(x, train=train)
+            skip = center_crop(skips.pop(), x.shape[1:3])
+            x = merge(jnp.concatenate([x, skip], axis=-1), train=train)
+        assert not skips, f"{len(skips)} skips were not consumed"
+        if self.extra is not None:
+            x = self.extra(x, train=train)
+        return self.head(x).astype(jnp.float32)
+
+    def output_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """Height and width of the logits for images of (height, width) `size`.
+
+        Raises:
+          UserError: the network cannot take that size; names the nearest that it can.
+        """
+        output = tuple(self._output_length(length) for length in size)
+        if None not in output:
+            return output
+        legal = [self._nearest_lengths(length) for length in size]
+        raise UserError(
+            f"This network (padding {self.padding!r}, {len(self.features) - 1} poolings) cannot take images of "
+            f"{size[0]}x{size[1]} pixels (height x width). Nearest heights: {_either(legal[0])}; nearest widths: "
+            f"{_either(legal[1])}. Set config.data.size=({legal[0][-1]}, {legal[1][-1]}), for example."
+        )
+
+    def _output_length(self, length: int) -> int | None:
+        """One side of the output, or None where the geometry does not come out even."""
+        border = 4 if self.padding == "valid" else 0  # two 3x3 convolutions
+        poolings = len(self.features) - 1
+        for _ in range(poolings):
+            length -= border
+            if length % 2:
+                return None
+            length //= 2
+        length -= border
+        if length < 1:
+            return None
+        for _ in range(poolings):
+            length = 2 * length - border
+        length -= 2 if self.extra_conv and border else 0
+        return length if length >= 1 else None
+
+    def _nearest_lengths(self, length: int) -> list[int]:
+        below = next((n for n in range(length, 0, -1) if self._output_length(n)), None)
+        above = next(n for n in range(max(length, 1), length + 4096) if self._output_length(n))
+        return sorted({n for n in (below, above) if n is not None})
+
+
+class ConvBlock(nn.Module):
+    """`depth` times: 3x3 convolution, normalisation, ReLU."""
+
+    features: int
+    depth: int
+    conv: partial
+    norm: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for _ in range(self.depth):
+            x = self.conv(self.features, (3, 3), use_bias=self.norm == "none")(x)  # a norm brings its own bias
+            if self.norm == "batch":
+                x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype)(x)
+            elif self.norm == "group":
+                x = nn.GroupNorm(num_groups=gcd(8, self.features), dtype=self.dtype)(x)
+            x = nn.relu(x)
+        return x
+
+
+class TransposedConv(nn.Module):
+    """Up-sampling by two, with a bias and no activation; the parameters of `flax.linen.ConvTranspose`."""
+
+    features: int
+    kernel_size: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        del train  # as the resizing blocks take it
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return ops.conv_transpose_2x(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+def create(num_outputs: int, **settings) -> UNet:
+    """The network of `config.model`.
+
+    Raises:
+      UserError: a setting has no meaning; names it and what it can be.
+    """
+    check_choice("config.model.padding", settings["padding"], ("same", "valid"))
+    check_choice("config.model.upsample", settings["upsample"], UPSAMPLE)
+    check_choice("config.model.norm", settings["norm"], ("none", "batch", "group"))
+    check_choice("config.model.dtype", settings["dtype"], ("float32", "bfloat16"))
+    if len(settings["features"]) < 2 or min(settings["features"]) < 1:
+        raise UserError(
+            f"config.model.features = {settings['features']} needs two or more positive widths, top to bottom"
+        )
+    if not 0 <= settings["dropout"] < 1:
+        raise UserError(f"config.model.dropout = {settings['dropout']} is not in [0, 1)")
+    return UNet(num_outputs, **settings)
+
+
+def center_crop(x: jax.Array, size: Sequence[int]) -> jax.Array:
+    """The central `size` (height, width) of `x` `[B, H, W, ...]`."""
+    top, left = (x.shape[1] - size[0]) // 2, (x.shape[2] - size[1]) // 2
+    return x[:, top : top + size[0], left : left + size[1]]
+
+
+def _either(values: Sequence[int]) -> str:
+    return " or ".join(map(str, values))

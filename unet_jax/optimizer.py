@@ -1,0 +1,59 @@
+"""Optimizers and schedules of optax, by `config.optimizer`."""
+
+from collections.abc import Mapping
+
+import optax
+
+from unet_jax.errors import UserError, check_choice
+
+
+def make_schedule(settings: Mapping, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
+    """The learning rate by step: a linear warm-up, then `constant`, `step` (times 0.1 at each epoch of
+    `decay_epochs`) or `cosine` (to zero at `total_steps`).
+
+    Raises:
+      UserError: unknown name, or a value without meaning.
+    """
+    name = check_choice("config.optimizer.schedule", settings["schedule"], ("constant", "step", "cosine"))
+    peak, warmup = settings["learning_rate"], round(settings["warmup_epochs"] * steps_per_epoch)
+    if peak <= 0:
+        raise UserError(f"config.optimizer.learning_rate = {peak} must be positive")
+    if warmup < 0 or warmup >= total_steps:
+        raise UserError(
+            f"config.optimizer.warmup_epochs = {settings['warmup_epochs']} is not within the training "
+            f"({total_steps / steps_per_epoch:g} epochs)"
+        )
+    if name == "cosine":
+        main = optax.cosine_decay_schedule(peak, total_steps - warmup)
+    elif name == "step":
+        boundaries = {round(epoch * steps_per_epoch) - warmup: 0.1 for epoch in settings["decay_epochs"]}
+        main = optax.piecewise_constant_schedule(peak, boundaries)
+    else:
+        main = optax.constant_schedule(peak)
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+
+def make_optimizer(settings: Mapping, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The gradient transformation: clipping by the global norm, then `adam`, `adamw` or `sgd`.
+
+    Raises:
+      UserError: unknown name.
+    """
+    name = check_choice("config.optimizer.name", settings["name"], ("adam", "adamw", "sgd"))
+    if settings["weight_decay"] and name != "adamw":
+        raise UserError(f"config.optimizer.weight_decay is for 'adamw', not for {name!r}: set it to 0")
+    if name == "adam":
+        rule = optax.adam(schedule)
+    elif name == "adamw":
+        rule = optax.adamw(schedule, weight_decay=settings["weight_decay"])
+    else:
+        rule = optax.sgd(schedule, momentum=settings["momentum"])
+    clip = settings["clip_norm"]
+    return optax.chain(optax.clip_by_global_norm(clip), rule) if clip else rule
+
+
+def identity() -> optax.GradientTransformation:
+    """No optimizer, for states that are only evaluated."""
+    return optax.identity()

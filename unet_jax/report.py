@@ -1,0 +1,158 @@
+"""Pictures of a work directory: panels of validation images, and curves."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont
+
+from unet_jax.data.pipeline import Pipeline, read_resized
+from unet_jax.data.source import Classes
+
+WRONG = (255, 40, 40)
+IGNORED = (128, 128, 128)
+TILE_HEIGHT = 256  # pixels, at least; small images are enlarged by a whole factor
+MARGIN = 8
+
+
+class Panels:
+    """Draws the same few images at every evaluation."""
+
+    def __init__(self, images: Pipeline, count: int, folder: epath.Path, multiple: int):
+        """Chooses `count` images, spread over the split; batches of them are filled up to a `multiple`."""
+        self._classes, self._folder = images.source.classes, folder
+        total = len(images.source)
+        chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)) if count else []
+        self._ids = [images.source.ids[i] for i in chosen]
+        self._examples = [read_resized(images.source, int(i), images.size, images.resize) for i in chosen]
+        self._padding = -len(self._examples) % multiple
+
+    def draw(self, step: int, predict: Callable[[np.ndarray], Any]) -> None:
+        """Writes one PNG per image into `<folder>/<step>/`.
+
+        Args:
+          step: the number of steps taken.
+          predict: uint8 images `[B, H, W, C]` -> predicted labels.
+        """
+        if not self._examples:
+            return
+        images = np.stack([image for image, _ in self._examples])
+        padding = np.repeat(images[:1], self._padding, axis=0)
+        predictions = np.asarray(predict(np.concatenate([images, padding])))
+        folder = self._folder / str(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, (image, label), prediction in zip(self._ids, self._examples, predictions):
+            picture = draw_panel(image, label, prediction, self._classes)
+            with (folder / f"{name.replace('/', '_')}.png").open("wb") as file:
+                picture.save(file, "PNG")
+
+
+def draw_panel(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, classes: Classes) -> Image.Image:
+    """Image, truth, prediction and error side by side, with a legend of the classes that occur.
+
+    Args:
+      image: uint8 `[H, W, C]`.
+      label: uint8 `[H, W]` or `[H, W, K]`.
+      prediction: as `label`; smaller where the network is valid, and then everything is cropped to its centre.
+      classes: names and colours.
+    """
+    size = prediction.shape[:2]
+    image, label = (_center(x, size) for x in (image, label))
+    rgb = np.broadcast_to(image, (*size, 3))
+    counted = label != classes.ignore_label
+    wrong = (label != prediction) & counted
+    if classes.task == "multilabel":
+        wrong = wrong.any(-1)
+    grey = rgb.mean(-1, keepdims=True).repeat(3, -1) * 0.6
+    error = np.where(wrong[..., None], WRONG, grey).astype(np.uint8)
+    tiles = {
+        "image": rgb,
+        "truth": colorize(label, classes),
+        "prediction": colorize(prediction, classes),
+        f"error ({wrong.mean():.1%} of pixels)": error,
+    }
+    return _lay_out(tiles, _occurring(label, prediction, classes), classes)
+
+
+def colorize(label: np.ndarray, classes: Classes) -> np.ndarray:
+    """Labels uint8 `[H, W]` or `[H, W, K]` in the colours of the palette, uint8 `[H, W, 3]`; overlaps blend."""
+    palette = np.array(classes.palette, np.float32)
+    if classes.task == "multilabel":
+        active = (label == 1).astype(np.float32)
+        colors = active @ palette / np.maximum(active.sum(-1, keepdims=True), 1)
+        ignored = (label == classes.ignore_label).any(-1)
+    else:
+        ignored = label == classes.ignore_label
+        colors = palette[np.where(ignored, 0, label)]
+    return np.where(ignored[..., None], IGNORED, colors).astype(np.uint8)
+
+
+def _occurring(label, prediction, classes: Classes) -> list[int]:
+    """The classes in the truth or the prediction."""
+    if classes.task == "multilabel":
+        return np.flatnonzero(((label == 1) | (prediction == 1)).any((0, 1))).tolist()
+    values = np.union1d(label, prediction)
+    return values[values != classes.ignore_label].tolist()
+
+
+def _lay_out(tiles: dict[str, np.ndarray], shown: Sequence[int], classes: Classes) -> Image.Image:
+    """Captioned tiles in a row, the legend below, wrapped."""
+    height, width = next(iter(tiles.values())).shape[:2]
+    factor = max(1, -(-TILE_HEIGHT // height))
+    height, width = height * factor, width * factor
+    font = ImageFont.load_default(15)
+    entries = [(classes.names[k], classes.palette[k]) for k in shown]
+    total = MARGIN + len(tiles) * (width + MARGIN)
+    places, x, y = [], MARGIN, 0
+    for name, _ in entries:
+        needed = 22 + int(font.getlength(name)) + 2 * MARGIN
+        if x + needed > total and x > MARGIN:
+            x, y = MARGIN, y + 22
+        places.append((x, y))
+        x += needed
+    top = 24 + height + MARGIN
+    canvas = Image.new("RGB", (total, top + y + 22 + MARGIN), (255, 255, 255))
+    pen = ImageDraw.Draw(canvas)
+    for column, (caption, tile) in enumerate(tiles.items()):
+        left = MARGIN + column * (width + MARGIN)
+        pen.text((left, 4), caption, (20, 20, 20), font)
+        picture = Image.fromarray(np.ascontiguousarray(tile)).resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(picture, (left, 24))
+    for (name, color), (x, y) in zip(entries, places, strict=True):
+        pen.rectangle((x, top + y + 2, x + 15, top + y + 17), tuple(color), (90, 90, 90))
+        pen.text((x + 22, top + y), name, (20, 20, 20), font)
+    return canvas
+
+
+def _center(x: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    top, left = (x.shape[0] - size[0]) // 2, (x.shape[1] - size[1]) // 2
+    return x[top : top + size[0], left : left + size[1]]
+
+
+def draw_history(rows: Sequence[dict[str, Any]], path: epath.Path) -> None:
+    """Curves of loss and scores over epochs, from the lines of `metrics.jsonl`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    curves = {
+        left: {"train/loss": "training loss", "val/loss": "validation loss"},
+        right: {"val/accuracy": "pixel accuracy", "val/miou": "mean IoU", "val/mdice": "mean Dice"},
+    }
+    for axes, names in curves.items():
+        for name, title in names.items():
+            points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points), label=f"{title}: {points[-1][1]:.4f} at the end", marker=".", markersize=4)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    left.set_title("loss")
+    right.set_title("validation scores")
+    right.set_ylim(0, 1)
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)

@@ -1,0 +1,69 @@
+"""The training state and its creation on a mesh."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32 scalar, the number of steps taken.
+      params: float32.
+      batch_stats: running averages of batch normalisation; empty without.
+      opt_state: of the optimizer.
+      ema: exponential moving average of `params`; None when it is off.
+    """
+
+    step: jax.Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+    ema: PyTree
+
+    @property
+    def eval_variables(self) -> dict[str, PyTree]:
+        """What the network is evaluated with: the averaged weights when they are on."""
+        params = self.params if self.ema is None else self.ema
+        return {"params": params, "batch_stats": self.batch_stats}
+
+
+def create(
+    seed: int,
+    model: nn.Module,
+    image_shape: tuple[int, ...],
+    optimizer: optax.GradientTransformation,
+    ema: bool,
+    sharding: jax.sharding.Sharding,
+) -> TrainState:
+    """A new state, drawn where it will live: no device ever holds more than its part.
+
+    Args:
+      seed: of the weights.
+      model: the network.
+      image_shape: `[B, H, W, C]` of any image batch that the network takes.
+      optimizer: makes `opt_state`.
+      ema: whether to keep averaged weights.
+      sharding: of every array of the state.
+    """
+
+    def init():
+        variables = model.init(jax.random.key(seed), jnp.zeros(image_shape))
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=optimizer.init(params),
+            ema=jax.tree.map(jnp.copy, params) if ema else None,
+        )
+
+    return jax.jit(init, out_shardings=sharding)()

@@ -1,0 +1,304 @@
+"""Training: `train` reads from top to bottom; `make_train_step` is the step."""
+
+import math
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from clu import parameter_overview
+from etils import epath
+from flax import linen as nn
+
+from unet_jax import augment, checkpoint, data, evaluate, losses, mesh, optimizer, report, state, workdir
+from unet_jax.data import pipeline
+from unet_jax.errors import UserError
+from unet_jax.models import unet
+
+
+def train(config: ml_collections.ConfigDict, path: epath.PathLike) -> None:
+    """Trains a network, or goes on with the training that `path` holds.
+
+    Args:
+      config: as `configs/default.py` describes it.
+      path: the work directory.
+
+    Raises:
+      UserError: anything that the user can put right, before any training; or loss or gradients that are not finite.
+    """
+    path = epath.Path(path)
+    workdir.check(path, config)
+
+    # Data.
+    sources = {split: data.load(config.data, split) for split in ("train", "validation")}
+    classes = sources["train"].classes
+    images = {
+        split: pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib)
+        for split, source in sources.items()
+    }
+    count, batch_size = len(sources["train"]), config.train.batch_size
+    loss_weights = {name: config.loss[name] for name in ("cross_entropy", "dice")}
+    losses.check(loss_weights, config.loss.class_weights, len(classes.names))
+
+    # Devices and steps.
+    devices = mesh.create(config.mesh.data, config.mesh.space)
+    mesh.check_batch_size(devices, batch_size)
+    rows = mesh.process_rows(batch_size)
+    steps_per_epoch = count / batch_size
+    total_steps = _steps("epochs", config.train.epochs, steps_per_epoch)
+    eval_every = _steps("eval_every_epochs", config.train.eval_every_epochs, steps_per_epoch)
+    save_every = _steps("checkpoint_every_epochs", config.train.checkpoint_every_epochs, steps_per_epoch)
+
+    # Network, optimizer, state.
+    model = unet.create(classes.num_outputs, **config.model)
+    train_size = augment.check(config.augment, config.data.size)
+    for size in (config.data.size, train_size):
+        model.output_size(size)
+        mesh.check_height(devices, size[0])
+    schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)
+    tx = optimizer.make_optimizer(config.optimizer, schedule)
+    train_state = state.create(
+        seed=config.seed,
+        model=model,
+        image_shape=(1, *train_size, classes.channels),
+        optimizer=tx,
+        ema=config.optimizer.ema > 0,
+        sharding=mesh.replicated(devices),
+    )
+
+    # What was already done.
+    workdir.claim(path, config, classes.to_json())
+    checkpoints = checkpoint.Checkpoints(path)
+    first_step, window = checkpoints.latest_step() or 0, []
+    if first_step >= total_steps:
+        checkpoints.close()
+        _say(f"{path} is finished: {first_step} steps. Look at {path / 'history.png'}, or score it with --mode=eval.")
+        return
+    if first_step:
+        train_state, meta = checkpoints.restore(first_step, train_state)
+        window = meta["window"]
+        _say(f"Going on from step {first_step} of {path}")
+    workdir.rewind_metrics(path, first_step)
+
+    # Compilation, and what it tells.
+    batches = images["train"].train_batches(batch_size, config.seed, first_step, rows)
+    batch = mesh.put_batch(devices, next(batches))
+    _say(parameter_overview.get_parameter_overview(train_state.params, include_stats=False))
+    _say(
+        f"data     {count} training and {len(sources['validation'])} validation images of "
+        f"{config.data.size[0]}x{config.data.size[1]}, {len(classes.names)} classes ({classes.task}), "
+        f"{'held in memory' if images['train'].cached else 'read anew each epoch'}\n"
+        f"devices  {jax.device_count()} x {jax.devices()[0].device_kind}, mesh data={devices.shape['data']} "
+        f"space={devices.shape['space']}; {jax.process_count()} process(es)\n"
+        f"steps    {total_steps} of {batch_size} images, {steps_per_epoch:.1f} an epoch"
+    )
+    started = time.monotonic()
+    train_step = make_train_step(model, tx, config, classes, devices).lower(train_state, batch).compile()
+    _say(f"memory   {_memory(train_step)}; compiled in {time.monotonic() - started:.1f} s")
+    eval_step = evaluate.make_eval_step(model, classes, tuple(config.loss.class_weights), devices)
+    panels = report.Panels(images["validation"], config.train.panels, path / "panels", devices.shape["data"])
+    predict_step = evaluate.make_predict_step(model, classes)
+
+    # The loop. Metrics are fetched one step late, so that the device never waits for the host.
+    log = _Log(config, path, schedule, steps_per_epoch, total_steps, first_step, window)
+    pending = None
+    for step in range(first_step + 1, total_steps + 1):
+        train_state, metrics = train_step(train_state, batch)
+        if pending is not None:
+            _check_finite(*pending, checkpoints)
+            log.add(*pending)
+        pending = step, metrics
+        if step < total_steps:
+            waiting = time.monotonic()
+            rows_of_batch = next(batches)
+            log.waited += time.monotonic() - waiting
+            batch = mesh.put_batch(devices, rows_of_batch)
+
+        last = step == total_steps
+        evaluates, saves = last or step % eval_every == 0, last or step % save_every == 0
+        if evaluates or saves:
+            _check_finite(*pending, checkpoints)
+            log.add(*pending)
+            pending, score = None, None
+            if evaluates:
+                result = evaluate.evaluate(
+                    eval_step,
+                    train_state.eval_variables,
+                    images["validation"].eval_batches(batch_size, rows),
+                    devices,
+                    loss_weights,
+                    classes.names,
+                )
+                score = result.scores["miou"]
+                log.add_evaluation(step, result)
+                panels.draw(step, lambda image: predict_step(train_state.eval_variables, image))  # noqa: B023
+            checkpoints.save(step, train_state, {"window": log.window}, score)
+            log.restart_clock()
+
+    best = checkpoints.best_step()
+    checkpoints.close()
+    log.close()
+    if mesh.is_main_process():
+        report.draw_history(workdir.read_metrics(path), path / "history.png")
+        print(evaluate.format_table(result))
+    _say(
+        f"Finished: {total_steps} steps; best checkpoint: step {best}.\n"
+        f"Look at {path / 'panels' / str(total_steps)} and {path / 'history.png'}; score it again with\n"
+        f"  python -m unet_jax.main --mode=eval --workdir={path}"
+    )
+
+
+def make_train_step(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+    classes: data.Classes,
+    devices: jax.sharding.Mesh,
+) -> Callable:
+    """A jitted function (state, batch) -> (state, metrics); the state is donated.
+
+    Every random draw is a function of (seed, step, position in the global batch).
+    """
+    loss_weights = {name: config.loss[name] for name in ("cross_entropy", "dice")}
+    class_weights = tuple(config.loss.class_weights)
+    settings, ema_decay, seed = config.augment.to_dict(), config.optimizer.ema, config.seed
+
+    def train_step(train_state, batch):
+        step_key = jax.random.fold_in(jax.random.key(seed), train_state.step)
+        positions = jnp.arange(batch["image"].shape[0])
+        augment_keys, dropout_keys = (
+            jax.vmap(lambda i, use=use: jax.random.fold_in(jax.random.fold_in(step_key, use), i))(positions)
+            for use in (0, 1)
+        )
+        image, label = augment.augment(
+            augment_keys, evaluate.as_float(batch["image"]), batch["label"], settings, classes.ignore_label
+        )
+        image = jax.lax.with_sharding_constraint(image, mesh.by_example_and_height(devices))
+
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": train_state.batch_stats}
+            logits, updates = model.apply(variables, image, dropout_keys, mutable=["batch_stats"])
+            target = unet.center_crop(label, logits.shape[1:3])
+            mask = target != classes.ignore_label
+            terms = losses.terms(logits, target, mask, classes.task, class_weights)
+            return losses.combine(terms, loss_weights), updates.get("batch_stats", {})
+
+        (loss, batch_stats), gradients = jax.value_and_grad(loss_fn, has_aux=True)(train_state.params)
+        updates, opt_state = tx.update(gradients, train_state.opt_state, train_state.params)
+        params = optax.apply_updates(train_state.params, updates)
+        ema = train_state.ema
+        if ema is not None:  # the decay rises from 0.1, so that the first weights are soon forgotten
+            decay = jnp.minimum(ema_decay, (1 + train_state.step) / (10 + train_state.step))
+            ema = optax.incremental_update(params, ema, 1 - decay)
+        train_state = state.TrainState(train_state.step + 1, params, batch_stats, opt_state, ema)
+        return train_state, {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=mesh.replicated(devices))
+
+
+class _Log:
+    """Collects the metrics of steps; prints, and writes them to `metrics.jsonl` and TensorBoard."""
+
+    def __init__(self, config, path, schedule, steps_per_epoch, total_steps, first_step, window):
+        self.window = list(window)  # losses since the last line; kept in checkpoints, so that lines stay exact
+        self.waited = 0.0  # seconds waiting for data since the clock was started
+        self._every, self._batch_size = config.train.log_every_steps, config.train.batch_size
+        self._path, self._schedule = path, schedule
+        self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
+        self._began, self._first_step = time.monotonic(), first_step
+        self._writer = None
+        if mesh.is_main_process():
+            from clu import metric_writers  # imports TensorFlow
+
+            self._writer = metric_writers.SummaryWriter(str(path))
+        self.restart_clock()
+
+    def restart_clock(self):
+        """Leaves out of images/s what is not training."""
+        self.waited, self._clock, self._timed_steps = 0.0, time.monotonic(), 0
+
+    def add(self, step, metrics):
+        """Takes one step's metrics, already on the host or not."""
+        self.window.append(float(metrics["loss"]))
+        self._timed_steps += 1
+        if step % self._every and step != self._total_steps:
+            return
+        seconds = max(time.monotonic() - self._clock, 1e-9)
+        values = {
+            "train/loss": math.fsum(self.window) / len(self.window),
+            "train/grad_norm": float(metrics["grad_norm"]),
+            "train/learning_rate": float(self._schedule(step - 1)),
+            "train/images_per_sec": self._timed_steps * self._batch_size / seconds,
+            "train/data_wait": self.waited / seconds,
+        }
+        self.window = []
+        self.restart_clock()
+        left = (time.monotonic() - self._began) / (step - self._first_step) * (self._total_steps - step)
+        self._write(step, values)
+        _say(
+            f"step {step}/{self._total_steps}  epoch {step / self._steps_per_epoch:.1f}  "
+            f"loss {values['train/loss']:.4f}  {values['train/images_per_sec']:.1f} images/s  "
+            f"waiting for data {values['train/data_wait']:.1%}  left {int(left // 60)}:{int(left % 60):02d}"
+        )
+
+    def add_evaluation(self, step, result):
+        """Takes the scores of the validation split."""
+        values = {"val/loss": result.loss, "val/accuracy": result.scores["accuracy"]}
+        values |= {"val/miou": result.scores["miou"], "val/mdice": result.scores["mdice"]}
+        values |= {f"val/iou/{name}": iou for name, iou in result.scores["iou"].items()}
+        values |= {f"val/dice/{name}": dice for name, dice in result.scores["dice"].items()}
+        self._write(step, values)
+        shown = {"loss": "val/loss", "accuracy": "val/accuracy", "mean IoU": "val/miou"}
+        _say("  validation  " + "  ".join(f"{k} {values[v]:.4f}" for k, v in shown.items() if values[v] is not None))
+
+    def _write(self, step, values):
+        if self._writer is None:
+            return
+        workdir.append_metrics(self._path, {"step": step, "epoch": step / self._steps_per_epoch, **values})
+        self._writer.write_scalars(step, {name: value for name, value in values.items() if value is not None})
+
+    def close(self):
+        """Writes what is left."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _steps(field: str, epochs: float, steps_per_epoch: float) -> int:
+    """Epochs as a whole number of steps, at least one."""
+    if epochs <= 0:
+        raise UserError(f"config.train.{field} = {epochs} must be positive")
+    return max(1, round(epochs * steps_per_epoch))
+
+
+def _check_finite(step: int, metrics: dict[str, jax.Array], checkpoints: checkpoint.Checkpoints) -> None:
+    """Stops a training that has blown up, before its state can replace a good one."""
+    values = {name: float(value) for name, value in metrics.items()}
+    if all(map(math.isfinite, values.values())):
+        return
+    good = checkpoints.latest_step()
+    checkpoints.close()
+    kept = f"The last good checkpoint is {checkpoints.path / str(good)}" if good else "No checkpoint was saved yet"
+    raise UserError(
+        f"step {step}: not finite: {', '.join(f'{name} = {value}' for name, value in values.items())}. {kept}. Try a "
+        "lower config.optimizer.learning_rate, config.optimizer.clip_norm=1.0 or config.optimizer.warmup_epochs=1."
+    )
+
+
+def _memory(compiled) -> str:
+    """What a compiled step needs on each device, as far as the compiler tells."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return "unknown on this device"
+    held, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    return (
+        f"{(held + temporary) / 2**20:.0f} MiB a step on each device: {held / 2**20:.0f} state and batch, "
+        f"{temporary / 2**20:.0f} activations and gradients"
+    )
+
+
+def _say(text: str) -> None:
+    if mesh.is_main_process():
+        print(text, flush=True)

@@ -1,0 +1,122 @@
+"""The work directory, a contract between training and everything after it.
+
+config.json             the configuration it was trained with
+classes.json            task, class names, palette
+metrics.jsonl           one JSON object a line: step, epoch, train/..., val/...
+checkpoints/<step>/     see checkpoint.py
+panels/<step>/*.png     image, truth, prediction and error of a few validation images
+history.png             curves
+eval.json               the last `--mode=eval`
+events.out.tfevents.*   TensorBoard
+"""
+
+import json
+from typing import Any
+
+import ml_collections
+from etils import epath
+
+from unet_jax.errors import UserError
+
+# Fields that change how a run is carried out but not what comes out; they may differ when a run goes on.
+FREE_FIELDS = ("mesh.data", "mesh.space", "data.cache_gib", "train.log_every_steps")
+
+
+def write_json(path: epath.Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    partial = path.parent / f"{path.name}.partial"
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(path)
+
+
+def check(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+    """Checks, before any work, that a run of `config` may write here.
+
+    Raises:
+      UserError: it cannot be written, holds something else, or belongs to another configuration.
+    """
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _check_same(workdir, json.loads(path.read_text()), json.loads(config.to_json()))
+        else:
+            others = sorted(p.name for p in workdir.iterdir() if not p.name.endswith(".partial"))
+            if others:
+                raise UserError(
+                    f"--workdir={workdir} holds {others[0]!r} but no config.json, so it is no work directory: choose "
+                    "another"
+                )
+        probe = workdir / "write.partial"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
+
+
+def claim(workdir: epath.Path, config: ml_collections.ConfigDict, classes: dict[str, Any]) -> None:
+    """Writes what the run is, once everything has been found in order."""
+    write_json(workdir / "classes.json", classes)
+    write_json(workdir / "config.json", json.loads(config.to_json()))
+
+
+def _check_same(workdir: epath.Path, old: dict, new: dict) -> None:
+    """Compares two configurations field by field."""
+    old, new = _flat(old), _flat(new)
+    fields = sorted((old.keys() | new.keys()) - set(FREE_FIELDS))
+    differing = [
+        f"  config.{field}: {old.get(field, 'absent')!r} there, {new.get(field, 'absent')!r} now"
+        for field in fields
+        if field not in old or field not in new or old[field] != new[field]
+    ]
+    if differing:
+        raise UserError(
+            f"--workdir={workdir} belongs to another configuration. Choose another --workdir, or the same values:\n"
+            + "\n".join(differing)
+        )
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
+    """The configuration of a work directory; never runs code.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(f"--workdir={workdir} has no config.json: it is not the work directory of a training")
+    return ml_collections.ConfigDict(ml_collections.FrozenConfigDict(json.loads(path.read_text())))
+
+
+def read_classes(workdir: epath.Path) -> dict[str, Any]:
+    """What `claim` was given as `classes`."""
+    return json.loads((workdir / "classes.json").read_text())
+
+
+def append_metrics(workdir: epath.Path, row: dict[str, Any]) -> None:
+    """Adds a line to `metrics.jsonl`."""
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last line torn by a crash is left out."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rewind_metrics(workdir: epath.Path, step: int) -> None:
+    """Drops the lines after `step`, which the run that goes on from there writes again."""
+    rows = [row for row in read_metrics(workdir) if row["step"] <= step]
+    path = workdir / "metrics.jsonl"
+    partial = workdir / "metrics.jsonl.partial"
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)
