@@ -1,6 +1,6 @@
 """CARLA street scenes, 23 classes, the network of the CARLA seed (8,640,471 parameters) at 96x128.
 
-    python -m unet_jax.main --config=configs/carla.py --config.data.root=FOLDER_OR_ZIP
+python -m unet_jax.main --config=configs/carla.py --config.data.root=FOLDER_OR_ZIP
 """
 
 from configs import default
@@ -21,15 +21,17 @@ def get_config():
     config.model.extra_conv = True
 
     config.augment.flip_horizontal = True
-    config.augment.scale = 0.2
-    config.augment.shift = 0.05
+    config.augment.rotate = 5.0
+    config.augment.scale = 0.3
+    config.augment.shift = 0.1
     config.augment.brightness = 0.1
     config.augment.contrast = 0.2
     config.augment.gamma = 0.2
 
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.clip_norm = 1.0
+    config.optimizer.ema = 0.99
     config.train.batch_size = 16
-    config.train.epochs = 40.0
-    config.train.eval_every_epochs = 2.0
+    config.train.epochs = 30.0
+    config.train.eval_every_epochs = 3.0
     return config

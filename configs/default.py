@@ -9,7 +9,9 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.name = "shapes"  # shapes | carla | oxford_iiit_pet
-    config.data.variant = "multiclass"  # shapes: multiclass | multilabel; carla: carla23 | lyft13; pets: trimap | binary
+    config.data.variant = (
+        "multiclass"  # shapes: multiclass | multilabel; carla: carla23 | lyft13; pets: trimap | binary
+    )
     config.data.root = ""  # folder or archive of the images; see the module of the data set
     config.data.size = (96, 96)  # height, width of what the network sees; the labels are scored at this size
     config.data.resize = "bilinear"  # of images: bilinear (antialiased) | nearest; labels are always nearest

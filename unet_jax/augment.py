@@ -25,9 +25,7 @@ def check(settings: Mapping, size: Sequence[int]) -> tuple[int, int]:
             raise UserError(f"config.augment.{name} = {settings[name]} is not in 0..{most}")
     crop = tuple(settings["crop"]) or tuple(size)
     if len(crop) != 2 or not all(0 < c <= s for c, s in zip(crop, size, strict=True)):
-        raise UserError(
-            f"config.augment.crop = {crop} must be (height, width) within config.data.size = {tuple(size)}"
-        )
+        raise UserError(f"config.augment.crop = {crop} must be (height, width) within config.data.size = {tuple(size)}")
     return crop
 
 
@@ -123,9 +121,7 @@ def _crop(key, image, label, size):
     """A window of (height, width) `size`, uniform over all places."""
     limit = jnp.array([image.shape[0] - size[0] + 1, image.shape[1] - size[1] + 1])
     start = jax.random.randint(key, (2,), 0, limit)
-    return tuple(
-        jax.lax.dynamic_slice(x, (*start, *[0] * (x.ndim - 2)), (*size, *x.shape[2:])) for x in (image, label)
-    )
+    return tuple(jax.lax.dynamic_slice(x, (*start, *[0] * (x.ndim - 2)), (*size, *x.shape[2:])) for x in (image, label))
 
 
 def _color(key, image, brightness, contrast, gamma):

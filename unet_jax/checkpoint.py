@@ -1,9 +1,9 @@
 """Checkpoints by Orbax: asynchronous, the latest and the best, each with the whole state.
 
-    checkpoints/<step>/variables   weights, averaged weights, batch statistics: all that evaluation needs
-                       training    optimizer state
-                       meta        JSON: what else the loop needs to go on
-                       metrics     JSON: the score by which the best is chosen
+checkpoints/<step>/variables   weights, averaged weights, batch statistics: all that evaluation needs
+                   training    optimizer state
+                   meta        JSON: what else the loop needs to go on
+                   metrics     JSON: the score by which the best is chosen
 """
 
 import math
@@ -89,9 +89,7 @@ class Checkpoints:
         if step not in self.steps():
             raise UserError(f"{self.path} has no step {step}; it has {', '.join(map(str, self.steps())) or 'none'}")
         variables, _ = jax.tree.map(_abstract, _items(state))
-        saved = self._manager.restore(
-            step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(variables))
-        )
+        saved = self._manager.restore(step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(variables)))
         return state.replace(**saved.variables)
 
     def close(self) -> None:

@@ -152,7 +152,8 @@ def evaluate_workdir(path: epath.PathLike, step: int | None, data_dir: str | Non
         classes.names,
     )
     if mesh.is_main_process():
-        print(f"{path}, step {trained.step}, {split} split of {config.data.root or config.data.name}: {len(source)} images")
+        images_of = config.data.root or config.data.name
+        print(f"{path}, step {trained.step}, {split} split of {images_of}: {len(source)} images")
         print(format_table(result))
         written = {
             "step": trained.step,

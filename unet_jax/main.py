@@ -1,13 +1,17 @@
-"""Command line: flags and dispatch, nothing else.
+"""Trains U-Nets for semantic segmentation, and scores them.
 
-    python -m unet_jax.main --config=configs/shapes.py                  # train, or go on
-    python -m unet_jax.main --config=configs/carla.py --config.train.batch_size=8
-    python -m unet_jax.main --mode=eval --workdir=runs/shapes           # score what was trained
+python -m unet_jax.main --config=configs/shapes.py                  # train, or go on
+python -m unet_jax.main --config=configs/carla.py --config.train.batch_size=8
+python -m unet_jax.main --mode=eval --workdir=runs/shapes           # score what was trained
 """
 
+import difflib
 import logging
 import os
+import pathlib
+import runpy
 import sys
+from collections.abc import Iterable
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -39,14 +43,15 @@ def main(argv: list[str]) -> None:
 def _run() -> None:
     # Imports stay here, so that --help answers at once.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    for name, level in (("absl", logging.ERROR), ("jax", logging.WARNING)):
+        logging.getLogger(name).setLevel(level)
     if _MODE.value == "train":
-        if _CONFIG.value is None:
+        if not _CONFIG.present:
             raise UserError("say what to train: --config=configs/shapes.py (generated images, needs no data)")
         from unet_jax import train
 
-        name = os.path.splitext(os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"])))[0]
-        train.train(_CONFIG.value, _WORKDIR.value or os.path.join("runs", name))
+        name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+        train.train(_CONFIG.value, _WORKDIR.value or f"runs/{name}")
     else:
         if _WORKDIR.value is None:
             raise UserError("say what to score: --workdir=runs/shapes, for example")
@@ -55,5 +60,39 @@ def _run() -> None:
         evaluate.evaluate_workdir(_WORKDIR.value, _STEP.value, _DATA_DIR.value, _SPLIT.value)
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags; mistyped config files and fields get a message instead of a traceback of ml_collections."""
+    given = dict(arg.lstrip("-").partition("=")[::2] for arg in argv[1:] if arg.startswith("-"))
+    file = given.get("config")
+    if file == "":  # as two words
+        file = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else None
+    if file and not os.path.isfile(file):
+        near = _nearest(file, map(str, pathlib.Path(file).parent.glob("*.py")))
+        sys.exit(f"error: --config={file}: no such file.{near}")
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        fields = _fields(runpy.run_path(file)["get_config"]()) if file else []
+        for name in given:
+            field = name.removeprefix("config.")
+            if file and field != name and field not in fields:
+                near = _nearest(field, fields)
+                sys.exit(f"error: --{name}: there is no such field, see configs/default.py.{near}")
+        raise
+
+
+def _nearest(value: str, choices: Iterable[str]) -> str:
+    near = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.7)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _fields(config) -> list[str]:
+    """The names of all fields, as in `train.batch_size`."""
+    names = []
+    for name, value in config.items():
+        names += [f"{name}.{inner}" for inner in _fields(value)] if hasattr(value, "items") else [name]
+    return names
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

@@ -1,5 +1,7 @@
 """Devices and processes: the mesh, and how batches and states lie on it. No other module knows of them."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -8,23 +10,26 @@ from jax.sharding import PartitionSpec as P
 from unet_jax.errors import UserError
 
 
-def create(data: int, space: int) -> Mesh:
-    """A mesh of all devices with the axes `data` (examples) and `space` (image height).
+def create(data: int, space: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `data` (examples) and `space` (image height).
 
     Args:
       data: devices along the batch; 0 = all that `space` leaves.
       space: devices along the height of each image.
+      devices: which to use; None is all.
 
     Raises:
       UserError: the product is not the number of devices.
     """
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     if space < 1 or count % space or (data or count // space) * space != count:
         raise UserError(
             f"config.mesh.data={data}, config.mesh.space={space} do not divide {count} devices: their product must be "
             f"{count}, and data=0 takes all that space leaves"
         )
-    return jax.make_mesh((count // space, space), ("data", "space"), axis_types=(AxisType.Auto,) * 2)
+    shape, axis_types = (count // space, space), (AxisType.Auto,) * 2
+    return jax.make_mesh(shape, ("data", "space"), axis_types=axis_types, devices=devices)
 
 
 def check_batch_size(mesh: Mesh, batch_size: int) -> None:

@@ -65,9 +65,8 @@ def scores(counts: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
     else:
         hit, truth, guess = counts.diagonal(), counts.sum(1), counts.sum(0)
         correct = hit.sum()
-    present = truth > 0
-    iou = {n: _ratio(h, t + g - h) if p else None for n, h, t, g, p in zip(names, hit, truth, guess, present)}
-    dice = {n: _ratio(2 * h, t + g) if p else None for n, h, t, g, p in zip(names, hit, truth, guess, present)}
+    iou = {n: _ratio(h, t + g - h) if t else None for n, h, t, g in zip(names, hit, truth, guess, strict=True)}
+    dice = {n: _ratio(2 * h, t + g) if t else None for n, h, t, g in zip(names, hit, truth, guess, strict=True)}
     return {
         "accuracy": _ratio(correct, counts.sum()),
         "miou": _mean(iou.values()),

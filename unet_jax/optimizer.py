@@ -8,8 +8,9 @@ from unet_jax.errors import UserError, check_choice
 
 
 def make_schedule(settings: Mapping, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
-    """The learning rate by step: a linear warm-up, then `constant`, `step` (times 0.1 at each epoch of
-    `decay_epochs`) or `cosine` (to zero at `total_steps`).
+    """The learning rate by step: a linear warm-up, then one of three curves.
+
+    `constant`; `step`, times 0.1 at each epoch of `decay_epochs`; `cosine`, to zero at `total_steps`.
 
     Raises:
       UserError: unknown name, or a value without meaning.
@@ -42,6 +43,9 @@ def make_optimizer(settings: Mapping, schedule: optax.Schedule) -> optax.Gradien
       UserError: unknown name.
     """
     name = check_choice("config.optimizer.name", settings["name"], ("adam", "adamw", "sgd"))
+    for field, low, high in (("clip_norm", 0, float("inf")), ("momentum", 0, 1), ("ema", 0, 1)):
+        if not low <= settings[field] < high:
+            raise UserError(f"config.optimizer.{field} = {settings[field]} is not in [{low}, {high})")
     if settings["weight_decay"] and name != "adamw":
         raise UserError(f"config.optimizer.weight_decay is for 'adamw', not for {name!r}: set it to 0")
     if name == "adam":

@@ -42,7 +42,9 @@ class Panels:
         predictions = np.asarray(predict(np.concatenate([images, padding])))
         folder = self._folder / str(step)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, (image, label), prediction in zip(self._ids, self._examples, predictions):
+        for name, (image, label), prediction in zip(
+            self._ids, self._examples, predictions[: len(self._ids)], strict=True
+        ):
             picture = draw_panel(image, label, prediction, self._classes)
             with (folder / f"{name.replace('/', '_')}.png").open("wb") as file:
                 picture.save(file, "PNG")
@@ -146,7 +148,8 @@ def draw_history(rows: Sequence[dict[str, Any]], path: epath.Path) -> None:
         for name, title in names.items():
             points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
             if points:
-                axes.plot(*zip(*points), label=f"{title}: {points[-1][1]:.4f} at the end", marker=".", markersize=4)
+                epochs, values = zip(*points, strict=True)
+                axes.plot(epochs, values, label=f"{title}: {values[-1]:.4f} at the end", marker=".", markersize=4)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -3,13 +3,11 @@
 import math
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import ml_collections
-import numpy as np
 import optax
-from clu import parameter_overview
 from etils import epath
 from flax import linen as nn
 
@@ -18,8 +16,11 @@ from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 from unet_jax.models import unet
 
+if TYPE_CHECKING:  # the step runs where it is not installed
+    from ml_collections import ConfigDict
 
-def train(config: ml_collections.ConfigDict, path: epath.PathLike) -> None:
+
+def train(config: "ConfigDict", path: epath.PathLike) -> None:
     """Trains a network, or goes on with the training that `path` holds.
 
     Args:
@@ -29,6 +30,8 @@ def train(config: ml_collections.ConfigDict, path: epath.PathLike) -> None:
     Raises:
       UserError: anything that the user can put right, before any training; or loss or gradients that are not finite.
     """
+    from clu import parameter_overview
+
     path = epath.Path(path)
     workdir.check(path, config)
 
@@ -50,6 +53,8 @@ def train(config: ml_collections.ConfigDict, path: epath.PathLike) -> None:
     steps_per_epoch = count / batch_size
     total_steps = _steps("epochs", config.train.epochs, steps_per_epoch)
     eval_every = _steps("eval_every_epochs", config.train.eval_every_epochs, steps_per_epoch)
+    if config.train.log_every_steps < 1 or config.train.panels < 0:
+        raise UserError("config.train.log_every_steps must be 1 or more, config.train.panels 0 or more")
     save_every = _steps("checkpoint_every_epochs", config.train.checkpoint_every_epochs, steps_per_epoch)
 
     # Network, optimizer, state.
@@ -154,7 +159,7 @@ def train(config: ml_collections.ConfigDict, path: epath.PathLike) -> None:
 def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
-    config: ml_collections.ConfigDict,
+    config: "ConfigDict",
     classes: data.Classes,
     devices: jax.sharding.Mesh,
 ) -> Callable:
@@ -164,7 +169,7 @@ def make_train_step(
     """
     loss_weights = {name: config.loss[name] for name in ("cross_entropy", "dice")}
     class_weights = tuple(config.loss.class_weights)
-    settings, ema_decay, seed = config.augment.to_dict(), config.optimizer.ema, config.seed
+    settings, ema_decay, seed = dict(config.augment), config.optimizer.ema, config.seed
 
     def train_step(train_state, batch):
         step_key = jax.random.fold_in(jax.random.key(seed), train_state.step)
@@ -194,7 +199,7 @@ def make_train_step(
             decay = jnp.minimum(ema_decay, (1 + train_state.step) / (10 + train_state.step))
             ema = optax.incremental_update(params, ema, 1 - decay)
         train_state = state.TrainState(train_state.step + 1, params, batch_stats, opt_state, ema)
-        return train_state, {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+        return train_state, {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=mesh.replicated(devices))
 

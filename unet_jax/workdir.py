@@ -11,12 +11,14 @@ events.out.tfevents.*   TensorBoard
 """
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ml_collections
 from etils import epath
 
 from unet_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 # Fields that change how a run is carried out but not what comes out; they may differ when a run goes on.
 FREE_FIELDS = ("mesh.data", "mesh.space", "data.cache_gib", "train.log_every_steps")
@@ -29,7 +31,7 @@ def write_json(path: epath.Path, values: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def check(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+def check(workdir: epath.Path, config: "ConfigDict") -> None:
     """Checks, before any work, that a run of `config` may write here.
 
     Raises:
@@ -54,7 +56,7 @@ def check(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
         raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
 
 
-def claim(workdir: epath.Path, config: ml_collections.ConfigDict, classes: dict[str, Any]) -> None:
+def claim(workdir: epath.Path, config: "ConfigDict", classes: dict[str, Any]) -> None:
     """Writes what the run is, once everything has been found in order."""
     write_json(workdir / "classes.json", classes)
     write_json(workdir / "config.json", json.loads(config.to_json()))
@@ -83,16 +85,18 @@ def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_config(workdir: epath.Path) -> ml_collections.ConfigDict:
+def read_config(workdir: epath.Path) -> "ConfigDict":
     """The configuration of a work directory; never runs code.
 
     Raises:
       UserError: there is none.
     """
+    from ml_collections import ConfigDict, FrozenConfigDict
+
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"--workdir={workdir} has no config.json: it is not the work directory of a training")
-    return ml_collections.ConfigDict(ml_collections.FrozenConfigDict(json.loads(path.read_text())))
+    return ConfigDict(FrozenConfigDict(json.loads(path.read_text())))  # frozen: lists become tuples again
 
 
 def read_classes(workdir: epath.Path) -> dict[str, Any]:

@@ -149,26 +149,23 @@ def read_sequences(root: str) -> dict[str, str] | None:
 def split_pairs(pairs: list[Pair], drives: dict[str, str] | None, fraction: float) -> dict[str, list[Pair]]:
     """Splits frames into `train` and `validation` so that no drive is in both.
 
-    With drives, whole drives go to validation, in the order of a hash of their names, as long as they fit in
-    `fraction` of the frames; without, the last frames of the list do, as one contiguous block.
+    With drives, every (1 / fraction)-th drive in the order of recording is held out, so that the held-out drives are
+    spread over all places; without, the last frames of the list are, as one contiguous block.
 
     Raises:
       UserError: a frame is in no drive, or a split comes out empty.
     """
-    budget = round(fraction * len(pairs))
     if drives is None:
-        chosen = {pair.id for pair in pairs[len(pairs) - budget :]}
+        count = round(fraction * len(pairs))
+        chosen = {pair.id for pair in pairs[len(pairs) - count :]}
     else:
         missing = [pair.id for pair in pairs if pair.id not in drives]
         if missing:
             raise UserError(f"sequences.csv names no drive for {len(missing)} frames, the first is {missing[0]!r}")
-        chosen = set()
-        by_drive = {}
-        for pair in pairs:
-            by_drive.setdefault(drives[pair.id], set()).add(pair.id)
-        for drive in sorted(by_drive, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
-            if len(chosen) + len(by_drive[drive]) <= budget:
-                chosen |= by_drive[drive]
+        recorded = list(dict.fromkeys(drives[pair.id] for pair in pairs))
+        # The small number keeps 0.2 * 5 from falling short of 1.
+        held_out = {d for i, d in enumerate(recorded) if int((i + 1) * fraction + 1e-9) > int(i * fraction + 1e-9)}
+        chosen = {pair.id for pair in pairs if drives[pair.id] in held_out}
     splits = {
         "train": [pair for pair in pairs if pair.id not in chosen],
         "validation": [pair for pair in pairs if pair.id in chosen],
@@ -221,9 +218,7 @@ def _prepare(splits: dict[str, list[Pair]], num_classes: int) -> Carla:
     for name, pairs in splits.items():
         for pair in pairs:
             digest.update(f"{name} {pair.id} {_stamp(pair.image)} {_stamp(pair.mask)}\n".encode())
-    config = CarlaConfig(
-        name=digest.hexdigest()[:16], version=Carla.VERSION, splits=splits, num_classes=num_classes
-    )
+    config = CarlaConfig(name=digest.hexdigest()[:16], version=Carla.VERSION, splits=splits, num_classes=num_classes)
     builder = Carla(config=config, file_format="array_record")
     try:
         builder.download_and_prepare()

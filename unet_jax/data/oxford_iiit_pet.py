@@ -1,7 +1,7 @@
 """Oxford-IIIT Pet: cats and dogs with trimaps, by the builder of TFDS.
 
-Variants: `trimap` (pet, background, border) and `binary` (pet or background, the border ignored). `config.data.root` may
-name the two archives' folder, or the unpacked folder (`images/`, `annotations/`); without it TFDS downloads them.
+Variants: `trimap` (pet, background, border) and `binary` (pet or background, the border ignored). `config.data.root`
+may name the folder of the two archives, or the unpacked folder (`images/`, `annotations/`); without it TFDS downloads.
 
 Splits: `test` is the official one; `validation` is the end of the official trainval, `train` the rest of it.
 """
@@ -13,6 +13,7 @@ import socket
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.datasets.oxford_iiit_pet import oxford_iiit_pet_dataset_builder as stock
 
 from unet_jax.data.source import Classes, Source, check_label
@@ -93,9 +94,11 @@ def _prepare(root: str):
                 f"{' and '.join(ARCHIVES)} (from https://www.robots.ox.ac.uk/~vgg/data/pets/) into {manual}, or name "
                 "their folder: --config.data.root=DIR. configs/shapes.py needs no data."
             )
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(manual_dir=found) if found else None
-        )
+        config = tfds.download.DownloadConfig(manual_dir=found) if found else None
+        try:
+            builder.download_and_prepare(download_config=config)
+        except NonMatchingChecksumError as error:
+            raise UserError(f"{found or SERVER}: not the published archive. {error}") from error
     return builder
 
 
@@ -123,9 +126,7 @@ def _prepare_folder(folder: epath.Path):
                     raise UserError(f"{path} names {stem!r}, but there is no {file}")
                 digest.update(f"{file.stat().length} {file.stat().mtime}".encode())
 
-    config = FolderConfig(
-        name=digest.hexdigest()[:16], version=stock.Builder.VERSION, folder=str(folder), lists=lists
-    )
+    config = FolderConfig(name=digest.hexdigest()[:16], version=stock.Builder.VERSION, folder=str(folder), lists=lists)
     builder = PetFolder(config=config, file_format="array_record")
     builder.download_and_prepare()
     return builder

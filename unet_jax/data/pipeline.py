@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import tqdm
 
 from unet_jax.data import images
 from unet_jax.data.source import Source
@@ -55,6 +54,8 @@ class Pipeline:
         self.cached = (image.nbytes + label.nbytes) * len(source) <= cache_gib * 2**30
         if not self.cached:
             return
+        import tqdm
+
         self._images = np.empty((len(source), *image.shape), np.uint8)
         self._labels = np.empty((len(source), *label.shape), np.uint8)
 

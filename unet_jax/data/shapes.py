@@ -24,6 +24,9 @@ def load(config, split: str) -> Source:
     check_choice("--split", split, SPLITS)
     if min(config.size) < 48:
         raise UserError(f"config.data.size = {config.size}: shapes need at least 48x48 pixels")
+    for name in ("shapes_train", "shapes_validation", "shapes_seed"):
+        if config[name] < (name != "shapes_seed"):
+            raise UserError(f"config.data.{name} = {config[name]} is too small")
     count = config.shapes_train if split == "train" else config.shapes_validation
 
     def read(index):
@@ -63,7 +66,7 @@ def generate(size: tuple[int, int], seed: list[int]) -> tuple[np.ndarray, np.nda
     y, x, s = place(1.0)
     mesh = (np.maximum(abs(y), abs(x)) <= s // 2) & (rows % 2 == 1) & (columns % 2 == 1)
     y, x, s = place(1.2)
-    bar = lambda along, across: (abs(along) <= s // 2) & (across >= -1) & (across < 1)  # noqa: E731
+    bar = lambda along, across: (abs(along) <= s // 2) & (across >= -1) & (across < 1)
     plus = bar(y, x) | bar(x, y)
 
     masks = np.stack([square, circle, triangle, ring, mesh, plus], axis=-1)

@@ -83,5 +83,6 @@ def check_label(label: np.ndarray, num_classes: int, file: str) -> None:
         )
     found = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
     raise UserError(
-        f"{file}: label {wrong[0]} is not in 0..{num_classes - 1} ({num_classes} classes). Values found: {found}. {hint}"
+        f"{file}: label {wrong[0]} is not in 0..{num_classes - 1} ({num_classes} classes). Values found: {found}. "
+        f"{hint}"
     )

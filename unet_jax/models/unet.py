@@ -1,8 +1,8 @@
 """The U-Net of Ronneberger, Fischer and Brox, 2015 (arXiv:1505.04597), and its common variants as settings.
 
-    image ─ down 0 ──────────────── skip ───────────────► merge 0 ─ (extra) ─ head ─► logits
-              └ pool ─ down 1 ───── skip ──► merge 1 ─ up ─┘
-                         └ pool ─ down 2 ─ up ─┘
+image ─ down 0 ──────────────── skip ───────────────► merge 0 ─ (extra) ─ head ─► logits
+          └ pool ─ down 1 ───── skip ──► merge 1 ─ up ─┘
+                     └ pool ─ down 2 ─ up ─┘
 """
 
 from collections.abc import Sequence
@@ -46,9 +46,7 @@ class UNet(nn.Module):
     dtype: str = "float32"
 
     def setup(self):
-        conv = partial(
-            nn.Conv, padding=self.padding.upper(), kernel_init=nn.initializers.he_normal(), dtype=self.dtype
-        )
+        conv = partial(nn.Conv, padding=self.padding.upper(), kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
         block = partial(ConvBlock, conv=conv, norm=self.norm, dtype=self.dtype)
         upper = self.features[:-1]
         self.down = [block(width, 2) for width in self.features]
@@ -60,9 +58,7 @@ class UNet(nn.Module):
             # Padded in a valid network too, as the paper's up-convolution keeps twice the size.
             self.up = [block(width, 1, conv=partial(conv, padding="SAME")) for width in upper]
         self.extra = block(self.features[0], 1, norm="none") if self.extra_conv else None
-        self.head = nn.Conv(
-            self.num_outputs, (1, 1), kernel_init=nn.initializers.glorot_uniform(), dtype=self.dtype
-        )
+        self.head = nn.Conv(self.num_outputs, (1, 1), kernel_init=nn.initializers.glorot_uniform(), dtype=self.dtype)
 
     def __call__(self, image: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Computes logits; in training mode when `keys` are given.
@@ -198,7 +194,7 @@ def create(num_outputs: int, **settings) -> UNet:
     check_choice("config.model.upsample", settings["upsample"], UPSAMPLE)
     check_choice("config.model.norm", settings["norm"], ("none", "batch", "group"))
     check_choice("config.model.dtype", settings["dtype"], ("float32", "bfloat16"))
-    if len(settings["features"]) < 2 or min(settings["features"]) < 1:
+    if len(settings["features"]) < 2 or not all(isinstance(n, int) and n > 0 for n in settings["features"]):
         raise UserError(
             f"config.model.features = {settings['features']} needs two or more positive widths, top to bottom"
         )

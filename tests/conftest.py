@@ -1,0 +1,55 @@
+"""Eight virtual CPU devices, a tiny configuration, and the real images where they are."""
+
+import os
+import pathlib
+import sys
+import tempfile
+
+_TFDS = tempfile.TemporaryDirectory()  # prepared data sets stay out of the user's home
+os.environ["TFDS_DATA_DIR"] = _TFDS.name
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+_CACHE = tempfile.TemporaryDirectory()  # many tests train the same network: compile it once
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # for configs/
+
+
+@pytest.fixture
+def real_data():
+    """The folder of real images."""
+    folder = os.environ.get("UNET_JAX_TEST_DATA")
+    if not folder:
+        pytest.skip("UNET_JAX_TEST_DATA does not name the folder of real images")
+    return pathlib.Path(folder)
+
+
+@pytest.fixture
+def config():
+    """A network and a data set so small that a training takes seconds, with everything random switched on."""
+    from configs import default
+
+    config = default.get_config()
+    config.data.size = (48, 48)
+    config.data.shapes_train = 20
+    config.data.shapes_validation = 10
+    config.model.features = (4, 8, 8)
+    config.model.dropout = 0.2
+    config.augment.flip_horizontal = True
+    config.augment.rotate = 20.0
+    config.augment.brightness = 0.1
+    config.optimizer.ema = 0.9
+    config.train.batch_size = 8
+    config.train.epochs = 4.0  # 10 steps: an epoch is 2.5
+    config.train.eval_every_epochs = 2.0
+    config.train.checkpoint_every_epochs = 1.0
+    config.train.log_every_steps = 3
+    config.train.panels = 1
+    return config

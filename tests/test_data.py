@@ -1,0 +1,306 @@
+"""The data sets: generated ones, files in their published layouts, and the real samples."""
+
+import pathlib
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unet_jax import data
+from unet_jax.data import carla, images, shapes
+from unet_jax.data.source import Classes, check_label
+from unet_jax.errors import UserError
+
+
+def _frames(folder, numbers, masks="CameraMask", size=(12, 8), alpha=False):
+    """CARLA frames whose red channel holds class 1 above class 7."""
+    for name in ("CameraRGB", masks):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        Image.new("RGB", size, (number % 256, 50, 100)).save(folder / "CameraRGB" / f"{number:06d}.png")
+        mask = np.zeros((size[1], size[0], 4 if alpha else 3), np.uint8)
+        mask[..., 0] = 7
+        mask[: size[1] // 2, :, 0] = 1
+        if alpha:
+            mask[..., 3] = 255
+        Image.fromarray(mask).save(folder / masks / f"{number:06d}.png")
+
+
+def _config(config, root, variant="carla23", name="carla"):
+    config.data.name, config.data.root, config.data.variant = name, str(root), variant
+    return config.data
+
+
+def test_shapes_are_a_function_of_seed_split_and_index(config):
+    config.data.variant = "multilabel"
+    config.data.size = (192, 192)
+    first, again = (data.load(config.data, "train").read(3) for _ in range(2))
+    assert (first[0] == again[0]).all() and (first[1] == again[1]).all()
+    assert (first[0] != data.load(config.data, "train").read(4)[0]).any()
+    assert (first[0] != data.load(config.data, "validation").read(3)[0]).any()
+    config.data.shapes_seed = 1
+    assert (first[0] != data.load(config.data, "train").read(3)[0]).any()
+
+
+def test_shapes_are_those_of_the_source():
+    areas = []
+    for index in range(50):
+        image, masks = shapes.generate((192, 192), [0, 0, index])
+        assert image.shape == (192, 192, 1) and set(np.unique(image)) == {0, 255}
+        assert masks.shape == (192, 192, 6) and masks.any((0, 1)).all()
+        assert (masks.any(-1) == (image[..., 0] == 255)).all()
+        areas.append(masks.sum((0, 1)))
+        centres = np.argwhere(masks[..., 0]).mean(0)
+        assert (0.1 * 192 - 1 <= centres).all() and (centres <= 0.9 * 192).all()
+    square, circle, *_ = np.array(areas).T
+    sides = np.sqrt(square)  # 2 (s // 2) + 1 with s from int(0.06 * 192 * 0.8) to int(0.12 * 192 * 0.8)
+    assert 9 <= sides.min() and sides.max() <= 19 and sides.min() < 12 and sides.max() > 15
+    assert np.pi * 4**2 < circle.min() and circle.max() < np.pi * 12**2
+
+
+def test_multiclass_shapes_paint_later_shapes_over_earlier_ones(config):
+    _, label = data.load(config.data, "train").read(0)
+    _, masks = shapes.generate((48, 48), [0, 0, 0])
+    for k in range(6):
+        visible = masks[..., k] & ~masks[..., k + 1 :].any(-1)
+        assert (label[visible == 1] == k + 1).all()
+    assert (label[~masks.any(-1)] == 0).all()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize("layout", ["root", "parts", "Train", "seg"])
+def test_carla_layouts(config, tmp_path, layout, packed):
+    root = tmp_path / "carla"
+    if layout == "parts":
+        _frames(root / "dataA" / "dataA", [1, 2, 3])
+        _frames(root / "dataB" / "dataB", [1, 2], alpha=True)
+    else:
+        _frames(
+            root / ("Train" if layout == "Train" else ""), range(5), "CameraSeg" if layout == "seg" else "CameraMask"
+        )
+    for folder in root.rglob("CameraRGB"):
+        (folder / ".DS_Store").write_bytes(b"x")
+        (folder / "._000001.png").write_bytes(b"x")
+    (root / "__MACOSX" / "CameraRGB").mkdir(parents=True)
+    (root / "__MACOSX" / "CameraRGB" / "._000001.png").write_bytes(b"x")
+    if packed:
+        with zipfile.ZipFile(tmp_path / "carla.zip", "w") as archive:
+            for file in root.rglob("*"):
+                archive.write(file, file.relative_to(root))
+        root = tmp_path / "carla.zip"
+    train, validation, everything = (data.load(_config(config, root), s) for s in ("train", "validation", "all"))
+    assert len(train) == 4 and len(validation) == 1 and len(everything) == 5
+    assert sorted([*train.ids, *validation.ids]) == sorted(everything.ids)
+    if layout == "parts":
+        assert everything.ids[0] == "dataA/dataA/000001"
+    for index, name in enumerate(everything.ids):
+        image, label = everything.read(index)
+        assert image.shape == (8, 12, 3) and image[0, 0].tolist() == [int(name[-6:]), 50, 100]
+        assert label.shape == (8, 12) and (label[:4] == 1).all() and (label[4:] == 7).all()
+
+
+def test_carla_is_prepared_anew_when_a_file_changes(config, tmp_path):
+    _frames(tmp_path, range(5))
+    before = data.load(_config(config, tmp_path), "all").read(0)[0]
+    _frames(tmp_path, range(5), size=(16, 8))
+    after = data.load(_config(config, tmp_path), "all").read(0)[0]
+    assert before.shape == (8, 12, 3) and after.shape == (8, 16, 3)
+
+
+def test_carla_splits_by_drive_and_leaks_nothing(tmp_path):
+    _frames(tmp_path, range(40))
+    drives = {f"{n:06d}": str(n // 4) for n in range(40)}
+    rows = "".join(f"{frame}.png,{drive}\n" for frame, drive in drives.items())
+    (tmp_path / "sequences.csv").write_text("frame,sequence\n" + rows)
+    assert carla.read_sequences(str(tmp_path)) == drives
+    splits = carla.split_pairs(carla.find_pairs(str(tmp_path)), drives, 0.2)
+    sides = [{drives[pair.id] for pair in splits[name]} for name in ("train", "validation")]
+    assert len(splits["validation"]) == 8 and len(splits["train"]) == 32
+    assert not sides[0] & sides[1]
+
+
+def test_carla_without_drives_holds_out_one_block_of_frame_numbers(tmp_path):
+    _frames(tmp_path, [3, 20, 100, 1, 7])
+    for old, new in (("000003", "9"), ("000020", "20"), ("000100", "100")):  # without leading zeros
+        for folder in ("CameraRGB", "CameraMask"):
+            (tmp_path / folder / f"{old}.png").rename(tmp_path / folder / f"{new}.png")
+    pairs = carla.find_pairs(str(tmp_path))
+    assert [pair.id for pair in pairs] == ["000001", "000007", "9", "20", "100"]
+    splits = carla.split_pairs(pairs, None, 0.4)
+    assert [pair.id for pair in splits["validation"]] == ["20", "100"]
+
+
+def _break(root: pathlib.Path, fault: str) -> str:
+    """Breaks one thing; returns what the error must say."""
+    image, mask = root / "CameraRGB/000002.png", root / "CameraMask/000002.png"
+    if fault == "no mask":
+        mask.unlink()
+        return f"image without mask: {image}"
+    if fault == "no image":
+        image.unlink()
+        return f"mask without image: {mask}"
+    if fault == "unreadable":
+        image.write_bytes(image.read_bytes()[:40])
+        return f"{image}: not a readable image"
+    if fault == "size":
+        Image.new("RGB", (10, 8)).save(mask)
+        return f"{image} is 12x8 pixels but its mask {mask} is 10x8"
+    if fault == "alpha":
+        Image.new("LA", (12, 8), (255, 255)).save(mask)
+        return f"{mask}: label 255 is not in 0..22 (23 classes). Values found: 255. A 0/255 mask"
+    if fault == "range":
+        Image.new("RGB", (12, 8), (23, 0, 0)).save(mask)
+        return f"{mask}: label 23 is not in 0..22 (23 classes). Values found: 23. Off by one?"
+    if fault == "16 bit":
+        Image.fromarray(np.zeros((8, 12), np.uint16)).save(image)
+        return f"{image}: a I;16 image"
+    if fault == "sequences":
+        (root / "sequences.csv").write_text("name,drive\na,b\n")
+        return "needs the columns frame and sequence"
+    raise AssertionError(fault)
+
+
+@pytest.mark.parametrize(
+    "fault", ["no mask", "no image", "unreadable", "size", "alpha", "range", "16 bit", "sequences"]
+)
+def test_broken_carla_files_are_named(config, tmp_path, fault):
+    _frames(tmp_path, range(5))
+    expected = _break(tmp_path, fault)
+    with pytest.raises(UserError) as error:
+        data.load(_config(config, tmp_path), "train")
+    assert expected in str(error.value)
+
+
+def test_missing_and_empty_folders_say_what_to_put_there(config, tmp_path):
+    for root in (tmp_path / "nowhere", tmp_path, ""):
+        with pytest.raises(UserError, match=r"CameraRGB(.|\n)*configs/shapes.py needs no data"):
+            data.load(_config(config, root), "train")
+    (tmp_path / "file.zip").write_text("not a zip")
+    with pytest.raises(UserError, match="neither a folder nor a zip"):
+        data.load(_config(config, tmp_path / "file.zip"), "train")
+
+
+def test_names_and_splits_that_do_not_exist(config):
+    with pytest.raises(UserError, match="Did you mean 'shapes'"):
+        config.data.name = "shape"
+        data.load(config.data, "train")
+    config.data.name = "shapes"
+    with pytest.raises(UserError, match="--split = 'all'"):
+        data.load(config.data, "all")
+    config.data.size = (48,)
+    with pytest.raises(UserError, match="config.data.size"):
+        data.load(config.data, "train")
+
+
+def _pets(root, names):
+    """An unpacked Oxford folder: trimaps of 2 around 1, a border of 3 between."""
+    (root / "images").mkdir(parents=True)
+    (root / "annotations" / "trimaps").mkdir(parents=True)
+    trimap = np.full((20, 16), 2, np.uint8)
+    trimap[4:16, 4:12] = 3
+    trimap[6:14, 6:10] = 1
+    for name in names:
+        Image.new("RGB", (16, 20), (200, 100, 50)).save(root / "images" / f"{name}.jpg")
+        Image.fromarray(trimap).save(root / "annotations" / "trimaps" / f"{name}.png")
+    (root / "annotations" / "trainval.txt").write_text("".join(f"{name} 6 1 2\n" for name in names[:-2]))
+    (root / "annotations" / "test.txt").write_text("".join(f"{name} 6 1 2\n" for name in names[-2:]))
+
+
+def test_pets_from_an_unpacked_folder(config, tmp_path):
+    _pets(tmp_path, [f"Bengal_{i}" for i in range(12)])
+    settings = _config(config, tmp_path, "trimap", "oxford_iiit_pet")
+    lengths = {split: len(data.load(settings, split)) for split in ("train", "validation", "test", "all")}
+    assert lengths == {"train": 8, "validation": 2, "test": 2, "all": 12}
+    source = data.load(settings, "validation")
+    assert source.classes.names == ("pet", "background", "border")
+    image, label = source.read(0)
+    assert image.shape == (20, 16, 3) and label.shape == (20, 16)
+    assert (label[0, 0], label[4, 4], label[8, 8]) == (1, 2, 0)
+    settings.variant = "binary"
+    source = data.load(settings, "validation")
+    assert source.classes.task == "binary" and source.classes.num_outputs == 1
+    label = source.read(0)[1]
+    assert (label[0, 0], label[4, 4], label[8, 8]) == (0, 255, 1)
+
+
+def test_pets_that_are_nowhere_say_where_to_put_them(config, tmp_path, monkeypatch):
+    from unet_jax.data import oxford_iiit_pet
+
+    monkeypatch.setattr(oxford_iiit_pet, "_reachable", lambda: False)
+    settings = _config(config, "", "trimap", "oxford_iiit_pet")
+    with pytest.raises(UserError, match=r"images\.tar\.gz and annotations\.tar\.gz .* into .*downloads/manual"):
+        data.load(settings, "train")
+    for name in oxford_iiit_pet.ARCHIVES:  # not the published ones
+        with tarfile.open(tmp_path / name, "w"):
+            pass
+    settings.root = str(tmp_path)
+    with pytest.raises(UserError, match="not the published archive"):
+        data.load(settings, "train")
+    settings.root = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is not a folder"):
+        data.load(settings, "train")
+
+
+def test_a_pet_without_its_trimap_is_named(config, tmp_path):
+    _pets(tmp_path, [f"Bengal_{i}" for i in range(12)])
+    missing = tmp_path / "annotations" / "trimaps" / "Bengal_3.png"
+    missing.unlink()
+    with pytest.raises(UserError, match=f"there is no {missing}"):
+        data.load(_config(config, tmp_path, "trimap", "oxford_iiit_pet"), "train")
+
+
+def test_wrong_labels_get_a_hint():
+    for values, hint in (([0, 255], "divide it by 255"), ([1, 2, 3], "subtract 1"), ([0, 7, 90], "coloured mask")):
+        with pytest.raises(UserError, match=hint):
+            check_label(np.array(values, np.uint8), 3, "mask.png")
+    check_label(np.array([0, 1, 2]), 3, "mask.png")
+
+
+def test_classes_survive_json():
+    import json
+
+    classes = Classes("multilabel", ("a", "b"), ((1, 2, 3), (4, 5, 6)), channels=1)
+    assert Classes.from_json(json.loads(json.dumps(classes.to_json()))) == classes
+
+
+def test_resizing(tmp_path):
+    label = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    assert images.resize_label(label, (4, 4)).tolist() == label[1::2, 1::2].tolist()
+    assert images.resize_label(label[..., None], (16, 8)).shape == (16, 8, 1)
+    checker = np.indices((8, 8)).sum(0)[..., None].astype(np.uint8) % 2 * 200
+    smooth = images.resize_image(checker, (4, 4), "bilinear")
+    assert smooth.shape == (4, 4, 1) and (abs(smooth.astype(int) - 100) <= 30).all()  # antialiased
+    assert set(np.unique(images.resize_image(checker, (4, 4), "nearest"))) <= {0, 200}
+    with pytest.raises(UserError, match="config.data.resize"):
+        images.resize_image(checker, (4, 4), "bicubic")
+
+
+@pytest.mark.parametrize(
+    "folder, variant, size, train, validation",
+    [
+        ("carla", "carla23", (480, 640), 24, 6),
+        ("carla_320x240", "carla23", (240, 320), 527, 149),
+        ("lyft", "lyft13", (600, 800), 4, 1),
+    ],
+)
+def test_real_carla_frames(config, real_data, folder, variant, size, train, validation):
+    settings = _config(config, real_data / folder, variant)
+    sources = {split: data.load(settings, split) for split in ("train", "validation")}
+    assert [len(sources[s]) for s in ("train", "validation")] == [train, validation]
+    for source in sources.values():
+        image, label = source.read(0)
+        assert image.shape == (*size, 3) and label.shape == size
+        assert image.std() > 20 and len(np.unique(label)) > 4
+
+
+def test_real_pets(config, real_data):
+    settings = _config(config, real_data / "pets", "trimap", "oxford_iiit_pet")
+    source = data.load(settings, "all")
+    assert len(source) == 25
+    for index in range(25):
+        image, label = source.read(index)
+        assert image.shape[:2] == label.shape and set(np.unique(label)) == {0, 1, 2}
+    with pytest.raises(UserError, match="no test split"):
+        data.load(settings, "test")

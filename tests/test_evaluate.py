@@ -1,0 +1,108 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from unet_jax import checkpoint, data, evaluate, mesh, train, workdir
+from unet_jax.data import pipeline
+from unet_jax.errors import UserError
+from unet_jax.models import unet
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    config = __import__("conftest").config.__wrapped__()
+    config.train.epochs = 2.0
+    path = tmp_path_factory.mktemp("trained") / "run"
+    train.train(config, path)
+    return path
+
+
+def _evaluate(config, variables, batch_size, variant, devices=None):
+    config.data.variant = variant
+    source = data.load(config.data, "validation")
+    images = pipeline.Pipeline(source, config.data.size, config.data.resize, 1.0)
+    model = unet.create(source.classes.num_outputs, **config.model)
+    devices = devices or mesh.create(0, 1)
+    if variables is None:
+        variables = model.init(jax.random.key(3), np.zeros((1, *config.data.size, 1), np.float32))
+    step = evaluate.make_eval_step(model, source.classes, (), devices)
+    batches = images.eval_batches(batch_size, slice(0, batch_size))
+    weights = {"cross_entropy": 1.0, "dice": 1.0}
+    result = evaluate.evaluate(step, variables, batches, devices, weights, source.classes.names)
+    return result, source, model, variables
+
+
+@pytest.mark.parametrize("variant", ["multiclass", "multilabel"])
+def test_evaluation_is_exact_and_does_not_depend_on_batch_size_or_devices(config, variant):
+    result, source, model, variables = _evaluate(config, None, 8, variant)
+    expected = np.zeros_like(result.confusion)
+    for index in range(len(source)):
+        image, label = source.read(index)
+        logits = np.asarray(model.apply(variables, image[None] / np.float32(255)))[0]
+        if variant == "multiclass":
+            np.add.at(expected, (label, logits.argmax(-1)), 1)
+        else:
+            for k in range(6):
+                np.add.at(expected[k], (label[..., k], (logits[..., k] > 0).astype(int)), 1)
+    assert (result.confusion == expected).all()
+    assert result.confusion.sum() == 10 * 48 * 48 * (6 if variant == "multilabel" else 1)
+    for batch_size, devices in ((16, None), (24, None), (10, mesh.create(1, 1, jax.devices()[:1]))):
+        other, *_ = _evaluate(config, variables, batch_size, variant, devices)
+        assert (other.confusion == result.confusion).all()
+        assert other.loss == pytest.approx(result.loss, rel=1e-6)  # convolutions of other batch sizes may round
+
+
+def test_eval_mode_needs_the_work_directory_alone(trained, capsys, tmp_path):
+    moved = trained.rename(tmp_path / "moved")
+    try:
+        result = evaluate.evaluate_workdir(moved, None, None, "validation")
+        out = capsys.readouterr().out
+        assert "background" in out and "mean IoU" in out and "10 images" in out
+        written = json.loads((moved / "eval.json").read_text())
+        assert written["miou"] == result.scores["miou"] and written["split"] == "validation"
+        assert np.array(written["confusion"]).sum() == 10 * 48 * 48
+        rows = {row["step"]: row for row in workdir.read_metrics(moved) if "val/miou" in row}
+        best = max(rows.values(), key=lambda row: row["val/miou"])
+        assert written["step"] == best["step"] and written["miou"] == best["val/miou"]
+        assert written["loss"] == pytest.approx(best["val/loss"], rel=1e-6)
+        evaluate.evaluate_workdir(moved, None, None, "train")
+        assert "train split of shapes: 20 images" in capsys.readouterr().out
+    finally:
+        moved.rename(trained)
+
+
+def test_eval_mode_names_what_is_missing(trained, tmp_path):
+    with pytest.raises(UserError, match="has no config.json"):
+        evaluate.evaluate_workdir(tmp_path, None, None, "validation")
+    with pytest.raises(UserError, match=r"has no step 4; it has 5"):
+        evaluate.evaluate_workdir(trained, 4, None, "validation")
+    for name in ("config.json", "classes.json"):
+        (tmp_path / name).write_text((trained / name).read_text())
+    with pytest.raises(UserError, match="stopped before the first"):
+        evaluate.evaluate_workdir(tmp_path, None, None, "validation")
+
+
+def test_absent_classes_are_shown_as_absent():
+    from unet_jax import metrics
+
+    counts = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    table = evaluate.format_table(evaluate.Evaluation(0.5, metrics.scores(counts, ("a", "b", "dog")), counts))
+    assert "dog   absent   absent" in " ".join(table.split("  ")).replace("    ", "   ") or "absent" in table
+    assert "over 2 classes present" in table
+
+
+def test_the_best_survives_nan_and_never_displaces_the_latest(config, tmp_path):
+    source = data.load(config.data, "train")
+    model = unet.create(source.classes.num_outputs, **config.model)
+    from unet_jax import optimizer, state
+
+    tiny = state.create(0, model, (1, 48, 48, 1), optimizer.identity(), False, mesh.replicated(mesh.create(0, 1)))
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    for step, score in ((1, 0.5), (2, float("nan")), (3, 0.9), (4, None), (5, 0.1), (6, 0.2), (7, None)):
+        checkpoints.save(step, tiny, {}, score)
+    checkpoints.close()
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    assert (checkpoints.best_step(), checkpoints.latest_step(), checkpoints.steps()) == (3, 7, [3, 6, 7])
+    checkpoints.close()

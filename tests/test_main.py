@@ -1,0 +1,83 @@
+"""The command line, in real processes."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+
+def _run(*flags, cwd=ROOT, timeout=120):
+    command = [sys.executable, "-m", "unet_jax.main", *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+def test_help_imports_neither_jax_nor_tensorflow():
+    program = (
+        "import sys, absl.app\n"
+        "from unet_jax import main\n"
+        "assert not {'jax', 'tensorflow', 'flax', 'clu', 'numpy'} & sys.modules.keys(), sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+    shown = _run("--help")
+    assert "--workdir" in shown.stdout and "runs/<config name>" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config=configs/shapes.py", "--config.train.bach_size=8"], "Did you mean train.batch_size?"),
+        (["--config", "configs/shapes.py", "--config.batch_size=8"], "Did you mean train.batch_size?"),
+        (["--config=configs/shpes.py"], "Did you mean configs/shapes.py?"),
+        (["--config=configs/shapes.py", "--config.train.batch_size=many"], "batch_size=many: invalid literal"),
+        (["--config=configs/shapes.py", "--config.data.size=64"], "must be (height, width)"),
+        (["--config=configs/shapes.py", "--config.model.norm=bach"], "Did you mean 'batch'?"),
+        (["--config=configs/carla.py", "--config.data.root=/nowhere"], "CameraRGB"),
+        (["--config=configs/shapes.py", "--workdir=/proc/nowhere"], "cannot be written"),
+        ([], "--config=configs/shapes.py"),
+        (["--mode=eval"], "say what to score"),
+        (["--mode=eval", "--workdir=/nowhere"], "has no config.json"),
+        (["--config=configs/shapes.py", "train"], "what is 'train'?"),
+        (["--mode=evaluate"], "evaluate"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_ends_with_a_message_and_no_traceback(flags, message, tmp_path):
+    if not any(flag.startswith("--workdir") for flag in flags) and "--mode=eval" not in flags:
+        flags = [*flags, f"--workdir={tmp_path / 'run'}"]
+    result = _run(*flags)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+@pytest.mark.slow
+def test_a_training_and_its_evaluation_from_the_command_line(tmp_path):
+    settings = ["--config.data.size=(48,48)", "--config.data.shapes_train=16", "--config.data.shapes_validation=4"]
+    settings += ["--config.model.features=(4,8)", "--config.train.batch_size=4", "--config.train.epochs=1"]
+    # The default work directory is runs/<config name>; configs/ are found from the folder of the command.
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    result = _run("--config=configs/shapes.py", *settings, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for expected in ("step 4/4", "images/s", "waiting for data", "left 0:00", "memory", "Total:", "Finished: 4 steps"):
+        assert expected in result.stdout
+    assert (tmp_path / "runs" / "shapes" / "config.json").exists()
+    again = _run("--config=configs/shapes.py", *settings, cwd=tmp_path)
+    assert again.returncode == 0 and "is finished" in again.stdout
+    scored = _run("--mode=eval", "--workdir=runs/shapes", "--split=test", cwd=tmp_path)
+    assert scored.returncode == 0 and "mean IoU" in scored.stdout
+    assert (tmp_path / "runs" / "shapes" / "eval.json").exists()
+
+
+def test_installing_again_does_nothing(tmp_path):
+    """`scripts/install.sh` compares setup.cfg with the one it has installed."""
+    for name in ("setup.cfg", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "installed-test.cfg").write_bytes((ROOT / "setup.cfg").read_bytes())
+    started = time.monotonic()
+    script = tmp_path / "scripts" / "install.sh"
+    subprocess.run(["bash", str(script), "test"], check=True, env={**os.environ, "PYTHON": "/bin/false"})
+    assert time.monotonic() - started < 2

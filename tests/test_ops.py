@@ -1,0 +1,53 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from unet_jax.models import ops
+
+
+def _normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def test_max_pool_and_its_gradient_equal_the_plain_one_with_ties():
+    x = jnp.round(2 * _normal(2, 8, 6, 5))  # few values, so many ties
+    weights = _normal(2, 4, 3, 5, seed=1)
+    plain = lambda x: nn.max_pool(x, (2, 2), strides=(2, 2))
+    assert (ops.max_pool_2x2(x) == plain(x)).all()
+    ties = (x.reshape(2, 4, 2, 3, 2, 5) == plain(x)[:, :, None, :, None]).sum((2, 4)) > 1
+    assert ties.sum() > 10
+    gradients = [jax.grad(lambda x: (pool(x) * weights).sum())(x) for pool in (ops.max_pool_2x2, plain)]
+    assert (gradients[0] == gradients[1]).all()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_transposed_convolution_and_its_gradients_equal_the_plain_one(size):
+    x, kernel = _normal(2, 5, 4, 3), _normal(size, size, 3, 6, seed=1)
+    layer = nn.ConvTranspose(6, (size, size), strides=(2, 2), padding="SAME", use_bias=False)
+    plain = lambda x, kernel: layer.apply({"params": {"kernel": kernel}}, x)
+    weights = _normal(2, 10, 8, 6, seed=2)
+    # Sums of at most 4 * 3 products of size one: float32 rounding stays below 1e-5.
+    np.testing.assert_allclose(ops.conv_transpose_2x(x, kernel), plain(x, kernel), atol=1e-5)
+    gradients = [
+        jax.grad(lambda x, k: (conv(x, k) * weights).sum(), (0, 1))(x, kernel)
+        for conv in (ops.conv_transpose_2x, plain)
+    ]
+    chex.assert_trees_all_close(*gradients, atol=1e-4)
+
+
+def test_repeat_equals_nearest_resize():
+    x = _normal(2, 3, 4, 5)
+    assert (ops.repeat_2x(x) == jax.image.resize(x, (2, 6, 8, 5), "nearest")).all()
+
+
+def test_dropout_keeps_the_mean_and_depends_on_the_key_of_the_example_alone():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jnp.ones((4, 50, 50, 2))
+    y = ops.dropout(x, keys, 0.3)
+    assert abs(float((y == 0).mean()) - 0.3) < 0.01
+    np.testing.assert_allclose(y[y > 0], 1 / 0.7, rtol=1e-6)
+    assert (ops.dropout(x[2:3], keys[2:3], 0.3) == y[2:3]).all()
+    assert (y[0] != y[1]).any()

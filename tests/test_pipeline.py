@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+
+from unet_jax.data import pipeline
+from unet_jax.data.source import Classes, Source
+from unet_jax.errors import UserError
+
+CLASSES = Classes("multiclass", ("a", "b"), ((0, 0, 0), (1, 1, 1)), channels=1)
+
+
+def _source(count=10, broken=()):
+    """Images whose every pixel tells their index."""
+
+    def read(index):
+        if index in broken:
+            raise UserError(f"image {index} is broken")
+        return np.full((6, 8, 1), index, np.uint8), np.full((6, 8), index % 2, np.uint8)
+
+    return Source(CLASSES, [str(i) for i in range(count)], read)
+
+
+def _pipeline(count=10, cached=True, **kwargs):
+    return pipeline.Pipeline(_source(count, **kwargs), (6, 8), "nearest", cache_gib=1.0 if cached else 0.0)
+
+
+def _train(images, steps, start=0, rows=slice(0, 4), seed=7):
+    batches = images.train_batches(4, seed, start, rows)
+    return [next(batches)["image"][:, 0, 0, 0].tolist() for _ in range(steps)]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_every_epoch_is_another_permutation(cached):
+    images = _pipeline(cached=cached)
+    assert images.cached == cached
+    order = np.concatenate(_train(images, 10)).reshape(4, 10)
+    assert (np.sort(order) == np.arange(10)).all()
+    assert len(set(map(tuple, order.tolist()))) == 4
+    assert _train(images, 10, seed=8) != _train(images, 10)
+
+
+def test_the_order_of_the_first_two_is_uniform():
+    counts = np.zeros((3, 3))
+    batches = _pipeline(3).train_batches(3, 0, 0, slice(0, 3))
+    for _ in range(600):
+        first, second, _ = next(batches)["image"][:, 0, 0, 0]
+        counts[first, second] += 1
+    pairs = counts[~np.eye(3, dtype=bool)]
+    # Chi-square with 5 degrees of freedom: 20.5 is exceeded once in 1,000 seeds.
+    assert ((pairs - 100) ** 2 / 100).sum() < 20.5
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_resuming_at_any_step_gives_the_same_batches(cached):
+    images = _pipeline(cached=cached)
+    whole = _train(images, 12)
+    for start in (0, 1, 5, 10, 11):  # an epoch is 2.5 steps
+        assert _train(images, 12 - start, start) == whole[start:]
+
+
+def test_cached_and_streamed_batches_are_equal():
+    assert _train(_pipeline(cached=True), 6) == _train(_pipeline(cached=False), 6)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_two_processes_feed_the_batches_of_one(cached):
+    images = _pipeline(cached=cached)
+    halves = [_train(images, 6, rows=rows) for rows in (slice(0, 2), slice(2, 4))]
+    assert [a + b for a, b in zip(*halves, strict=True)] == _train(images, 6)
+    parts = [list(images.eval_batches(4, rows)) for rows in (slice(0, 2), slice(2, 4))]
+    for whole, *shares in zip(images.eval_batches(4, slice(0, 4)), *parts, strict=True):
+        for name, rows in whole.items():
+            assert (np.concatenate([share[name] for share in shares]) == rows).all()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 16])
+def test_evaluation_gives_every_example_once(cached, batch_size):
+    batches = list(_pipeline(cached=cached).eval_batches(batch_size, slice(0, batch_size)))
+    assert all(batch["image"].shape == (batch_size, 6, 8, 1) for batch in batches)
+    seen = [
+        i for batch in batches for i, counts in zip(batch["image"][:, 0, 0, 0], batch["mask"], strict=True) if counts
+    ]
+    assert seen == list(range(10))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_broken_image_is_named(cached):
+    with pytest.raises(UserError, match="image 3 is broken"):
+        list(_pipeline(cached=cached, broken=(3,)).eval_batches(4, slice(0, 4)))
+
+
+def test_batches_are_bytes_of_the_right_shape():
+    batch = next(_pipeline().train_batches(4, 0, 0, slice(0, 4)))
+    assert batch["image"].dtype == batch["label"].dtype == np.uint8
+    assert batch["label"].shape == (4, 6, 8)
+    assert batch["mask"].dtype == bool and batch["mask"].all()
+    assert (batch["label"][:, 0, 0] == batch["image"][:, 0, 0, 0] % 2).all()

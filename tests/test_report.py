@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from unet_jax import report
+from unet_jax.data.source import Classes
+
+CLASSES = Classes("multiclass", ("sky", "road"), ((10, 20, 250), (90, 200, 90)))
+
+
+def test_a_panel_shows_image_truth_prediction_and_error():
+    image = np.full((64, 64, 3), 200, np.uint8)
+    label = np.zeros((64, 64), np.uint8)
+    label[32:] = 1
+    label[:, :8] = 255
+    prediction = np.zeros((64, 64), np.uint8)
+    prediction[48:] = 1
+    panel = np.asarray(report.draw_panel(image, label, prediction, CLASSES))
+    tile = lambda column: panel[24 : 24 + 256, 8 + column * 264 : 8 + column * 264 + 256][2::4, 2::4]
+    assert (tile(0) == 200).all()
+    assert tile(1)[0, 20].tolist() == [10, 20, 250] and tile(1)[63, 20].tolist() == [90, 200, 90]
+    assert (tile(1)[:, :8] == report.IGNORED).all()
+    assert tile(2)[40, 20].tolist() == [10, 20, 250]
+    wrong = (tile(3) == report.WRONG).all(-1)
+    assert wrong[32:48, 8:].all() and wrong.sum() == 16 * 56  # ignored pixels are never wrong
+
+
+def test_overlapping_masks_blend_and_smaller_predictions_crop():
+    classes = Classes("multilabel", ("a", "b"), ((200, 0, 0), (0, 100, 0)), channels=1)
+    label = np.zeros((32, 32, 2), np.uint8)
+    label[10:20, 10:20] = 1
+    assert report.colorize(label, classes)[15, 15].tolist() == [100, 50, 0]
+    panel = report.draw_panel(np.zeros((32, 32, 1), np.uint8), label, label[4:28, 4:28], classes)
+    wrong = (np.asarray(panel) == report.WRONG).all(-1)
+    assert not wrong.any()
+
+
+@pytest.mark.parametrize("rows", [[], [{"step": 1, "epoch": 0.5, "train/loss": 1.0}]])
+def test_history_is_drawn_from_whatever_is_there(rows, tmp_path):
+    rows = [*rows, {"step": 2, "epoch": 1.0, "val/loss": 0.5, "val/accuracy": 0.9, "val/miou": None}]
+    report.draw_history(rows, tmp_path / "history.png")
+    with Image.open(tmp_path / "history.png") as picture:
+        assert picture.size[0] > 1000
