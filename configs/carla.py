@@ -24,14 +24,14 @@ def get_config():
     config.augment.rotate = 5.0
     config.augment.scale = 0.3
     config.augment.shift = 0.1
-    config.augment.brightness = 0.1
-    config.augment.contrast = 0.2
-    config.augment.gamma = 0.2
+    config.augment.brightness = 0.15
+    config.augment.contrast = 0.3
+    config.augment.gamma = 0.3
 
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.clip_norm = 1.0
-    config.optimizer.ema = 0.99
-    config.train.batch_size = 16
-    config.train.epochs = 30.0
+    config.optimizer.ema = 0.995
+    config.train.batch_size = 8
+    config.train.epochs = 36.0
     config.train.eval_every_epochs = 3.0
     return config

@@ -18,6 +18,7 @@ ALLOWED = {
     **{leaf: {"errors"} for leaf in ("augment", "losses", "metrics", "optimizer", "mesh", "checkpoint", "workdir")},
     "state": set(),
     "report": {"data"},
+    "log": {"mesh", "workdir", "evaluate"},
     "main": {"errors", "train", "evaluate"},
 }
 

@@ -63,14 +63,15 @@ def test_golden_step(config):
 GOLDEN = [2.078961, 1.308313, 2.061543, 736.96637]
 
 
-@pytest.mark.parametrize("variant, norm", [("multiclass", "batch"), ("multilabel", "group")])
+@pytest.mark.parametrize(
+    "variant, norm, name, rate", [("multiclass", "batch", "sgd", 0.05), ("multilabel", "none", "adam", 1e-3)]
+)
 @pytest.mark.parametrize("space", [1, 2])
-def test_one_device_equals_eight(config, variant, norm, space):
+def test_one_device_equals_eight(config, variant, norm, name, rate, space):
+    # Not Adam with a normalisation: Adam divides each gradient by its own size, and weights before a normalisation
+    # have some that are nearly zero, whose rounding it enlarges (to 4e-5 in the weights; the losses agree still).
     config.data.variant, config.model.norm, config.loss.dice = variant, norm, 0.5
-    if norm == "batch":
-        # Adam divides each gradient by its own size. Weights before a batch normalisation have gradients that are
-        # nearly zero, so that there it would enlarge mere rounding to full steps.
-        config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.05
+    config.optimizer.name, config.optimizer.learning_rate = name, rate
     one, one_history = _run_steps(config, _one_device())
     eight, eight_history = _run_steps(config, mesh.create(0, space))
     # Gradients are summed in another order: float32 rounding over five steps stays within 1e-5.
@@ -125,8 +126,8 @@ def test_the_work_directory_keeps_its_contract(finished):
     assert json.loads((path / "config.json").read_text())["train"]["batch_size"] == 8
     classes = json.loads((path / "classes.json").read_text())
     assert classes["names"][0] == "background" and len(classes["palette"]) == 7
-    assert {"5", "10"} <= {p.name for p in (path / "checkpoints").iterdir()}
-    assert [p.name for p in (path / "panels").iterdir()]
+    assert "10" in {p.name for p in (path / "checkpoints").iterdir()}
+    assert {p.name for p in (path / "panels").iterdir()} == {"5", "10"}
     assert (path / "panels" / "10" / "validation_00000.png").stat().st_size > 1000
     assert (path / "history.png").stat().st_size > 5000
     assert list(path.glob("events.out.tfevents.*"))
@@ -144,7 +145,7 @@ def test_a_finished_training_says_so_and_does_nothing(finished, capsys):
     train.train(config, path)
     assert f"{path} is finished: 10 steps" in capsys.readouterr().out
     changed = {file for file, mtime in before.items() if file.stat().st_mtime_ns != mtime}
-    assert {file.name for file in changed} <= {"config.json", "classes.json"}
+    assert {file.name for file in changed} <= {"config.json", "classes.json", "history.png"}
 
 
 class _Crash(Exception):

@@ -19,14 +19,13 @@ MARGIN = 8
 class Panels:
     """Draws the same few images at every evaluation."""
 
-    def __init__(self, images: Pipeline, count: int, folder: epath.Path, multiple: int):
-        """Chooses `count` images, spread over the split; batches of them are filled up to a `multiple`."""
+    def __init__(self, images: Pipeline, count: int, folder: epath.Path):
+        """Chooses `count` images, spread over the split."""
         self._classes, self._folder = images.source.classes, folder
         total = len(images.source)
         chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)) if count else []
         self._ids = [images.source.ids[i] for i in chosen]
         self._examples = [read_resized(images.source, int(i), images.size, images.resize) for i in chosen]
-        self._padding = -len(self._examples) % multiple
 
     def draw(self, step: int, predict: Callable[[np.ndarray], Any]) -> None:
         """Writes one PNG per image into `<folder>/<step>/`.
@@ -37,14 +36,10 @@ class Panels:
         """
         if not self._examples:
             return
-        images = np.stack([image for image, _ in self._examples])
-        padding = np.repeat(images[:1], self._padding, axis=0)
-        predictions = np.asarray(predict(np.concatenate([images, padding])))
+        predictions = np.asarray(predict(np.stack([image for image, _ in self._examples])))
         folder = self._folder / str(step)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, (image, label), prediction in zip(
-            self._ids, self._examples, predictions[: len(self._ids)], strict=True
-        ):
+        for name, (image, label), prediction in zip(self._ids, self._examples, predictions, strict=True):
             picture = draw_panel(image, label, prediction, self._classes)
             with (folder / f"{name.replace('/', '_')}.png").open("wb") as file:
                 picture.save(file, "PNG")

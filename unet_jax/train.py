@@ -11,7 +11,7 @@ import optax
 from etils import epath
 from flax import linen as nn
 
-from unet_jax import augment, checkpoint, data, evaluate, losses, mesh, optimizer, report, state, workdir
+from unet_jax import augment, checkpoint, data, evaluate, log, losses, mesh, optimizer, report, state, workdir
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 from unet_jax.models import unet
@@ -80,19 +80,22 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     first_step, window = checkpoints.latest_step() or 0, []
     if first_step >= total_steps:
         checkpoints.close()
-        _say(f"{path} is finished: {first_step} steps. Look at {path / 'history.png'}, or score it with --mode=eval.")
+        _draw_history(path)  # it may have been killed just before
+        log.say(
+            f"{path} is finished: {first_step} steps. Look at {path / 'history.png'}, or score it with --mode=eval."
+        )
         return
     if first_step:
         train_state, meta = checkpoints.restore(first_step, train_state)
         window = meta["window"]
-        _say(f"Going on from step {first_step} of {path}")
+        log.say(f"Going on from step {first_step} of {path}")
     workdir.rewind_metrics(path, first_step)
 
     # Compilation, and what it tells.
     batches = images["train"].train_batches(batch_size, config.seed, first_step, rows)
     batch = mesh.put_batch(devices, next(batches))
-    _say(parameter_overview.get_parameter_overview(train_state.params, include_stats=False))
-    _say(
+    log.say(parameter_overview.get_parameter_overview(train_state.params, include_stats=False))
+    log.say(
         f"data     {count} training and {len(sources['validation'])} validation images of "
         f"{config.data.size[0]}x{config.data.size[1]}, {len(classes.names)} classes ({classes.task}), "
         f"{'held in memory' if images['train'].cached else 'read anew each epoch'}\n"
@@ -102,31 +105,31 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     )
     started = time.monotonic()
     train_step = make_train_step(model, tx, config, classes, devices).lower(train_state, batch).compile()
-    _say(f"memory   {_memory(train_step)}; compiled in {time.monotonic() - started:.1f} s")
+    log.say(f"memory   {_memory(train_step)}; compiled in {time.monotonic() - started:.1f} s")
     eval_step = evaluate.make_eval_step(model, classes, tuple(config.loss.class_weights), devices)
-    panels = report.Panels(images["validation"], config.train.panels, path / "panels", devices.shape["data"])
+    panels = report.Panels(images["validation"], config.train.panels, path / "panels")
     predict_step = evaluate.make_predict_step(model, classes)
 
     # The loop. Metrics are fetched one step late, so that the device never waits for the host.
-    log = _Log(config, path, schedule, steps_per_epoch, total_steps, first_step, window)
+    history = log.Log(config, path, schedule, steps_per_epoch, total_steps, first_step, window)
     pending = None
     for step in range(first_step + 1, total_steps + 1):
         train_state, metrics = train_step(train_state, batch)
         if pending is not None:
             _check_finite(*pending, checkpoints)
-            log.add(*pending)
+            history.add(*pending)
         pending = step, metrics
         if step < total_steps:
             waiting = time.monotonic()
             rows_of_batch = next(batches)
-            log.waited += time.monotonic() - waiting
+            history.waited += time.monotonic() - waiting
             batch = mesh.put_batch(devices, rows_of_batch)
 
         last = step == total_steps
         evaluates, saves = last or step % eval_every == 0, last or step % save_every == 0
         if evaluates or saves:
             _check_finite(*pending, checkpoints)
-            log.add(*pending)
+            history.add(*pending)
             pending, score = None, None
             if evaluates:
                 result = evaluate.evaluate(
@@ -138,18 +141,17 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
                     classes.names,
                 )
                 score = result.scores["miou"]
-                log.add_evaluation(step, result)
+                history.add_evaluation(step, result)
                 panels.draw(step, lambda image: predict_step(train_state.eval_variables, image))  # noqa: B023
-            checkpoints.save(step, train_state, {"window": log.window}, score)
-            log.restart_clock()
+            checkpoints.save(step, train_state, {"window": history.window}, score)
+            history.restart_clock()
 
     best = checkpoints.best_step()
     checkpoints.close()
-    log.close()
-    if mesh.is_main_process():
-        report.draw_history(workdir.read_metrics(path), path / "history.png")
-        print(evaluate.format_table(result))
-    _say(
+    history.close()
+    _draw_history(path)
+    log.say(evaluate.format_table(result))
+    log.say(
         f"Finished: {total_steps} steps; best checkpoint: step {best}.\n"
         f"Look at {path / 'panels' / str(total_steps)} and {path / 'history.png'}; score it again with\n"
         f"  python -m unet_jax.main --mode=eval --workdir={path}"
@@ -204,71 +206,9 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=mesh.replicated(devices))
 
 
-class _Log:
-    """Collects the metrics of steps; prints, and writes them to `metrics.jsonl` and TensorBoard."""
-
-    def __init__(self, config, path, schedule, steps_per_epoch, total_steps, first_step, window):
-        self.window = list(window)  # losses since the last line; kept in checkpoints, so that lines stay exact
-        self.waited = 0.0  # seconds waiting for data since the clock was started
-        self._every, self._batch_size = config.train.log_every_steps, config.train.batch_size
-        self._path, self._schedule = path, schedule
-        self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
-        self._began, self._first_step = time.monotonic(), first_step
-        self._writer = None
-        if mesh.is_main_process():
-            from clu import metric_writers  # imports TensorFlow
-
-            self._writer = metric_writers.SummaryWriter(str(path))
-        self.restart_clock()
-
-    def restart_clock(self):
-        """Leaves out of images/s what is not training."""
-        self.waited, self._clock, self._timed_steps = 0.0, time.monotonic(), 0
-
-    def add(self, step, metrics):
-        """Takes one step's metrics, already on the host or not."""
-        self.window.append(float(metrics["loss"]))
-        self._timed_steps += 1
-        if step % self._every and step != self._total_steps:
-            return
-        seconds = max(time.monotonic() - self._clock, 1e-9)
-        values = {
-            "train/loss": math.fsum(self.window) / len(self.window),
-            "train/grad_norm": float(metrics["grad_norm"]),
-            "train/learning_rate": float(self._schedule(step - 1)),
-            "train/images_per_sec": self._timed_steps * self._batch_size / seconds,
-            "train/data_wait": self.waited / seconds,
-        }
-        self.window = []
-        self.restart_clock()
-        left = (time.monotonic() - self._began) / (step - self._first_step) * (self._total_steps - step)
-        self._write(step, values)
-        _say(
-            f"step {step}/{self._total_steps}  epoch {step / self._steps_per_epoch:.1f}  "
-            f"loss {values['train/loss']:.4f}  {values['train/images_per_sec']:.1f} images/s  "
-            f"waiting for data {values['train/data_wait']:.1%}  left {int(left // 60)}:{int(left % 60):02d}"
-        )
-
-    def add_evaluation(self, step, result):
-        """Takes the scores of the validation split."""
-        values = {"val/loss": result.loss, "val/accuracy": result.scores["accuracy"]}
-        values |= {"val/miou": result.scores["miou"], "val/mdice": result.scores["mdice"]}
-        values |= {f"val/iou/{name}": iou for name, iou in result.scores["iou"].items()}
-        values |= {f"val/dice/{name}": dice for name, dice in result.scores["dice"].items()}
-        self._write(step, values)
-        shown = {"loss": "val/loss", "accuracy": "val/accuracy", "mean IoU": "val/miou"}
-        _say("  validation  " + "  ".join(f"{k} {values[v]:.4f}" for k, v in shown.items() if values[v] is not None))
-
-    def _write(self, step, values):
-        if self._writer is None:
-            return
-        workdir.append_metrics(self._path, {"step": step, "epoch": step / self._steps_per_epoch, **values})
-        self._writer.write_scalars(step, {name: value for name, value in values.items() if value is not None})
-
-    def close(self):
-        """Writes what is left."""
-        if self._writer is not None:
-            self._writer.close()
+def _draw_history(path: epath.Path) -> None:
+    if mesh.is_main_process():
+        report.draw_history(workdir.read_metrics(path), path / "history.png")
 
 
 def _steps(field: str, epochs: float, steps_per_epoch: float) -> int:
@@ -302,8 +242,3 @@ def _memory(compiled) -> str:
         f"{(held + temporary) / 2**20:.0f} MiB a step on each device: {held / 2**20:.0f} state and batch, "
         f"{temporary / 2**20:.0f} activations and gradients"
     )
-
-
-def _say(text: str) -> None:
-    if mesh.is_main_process():
-        print(text, flush=True)

@@ -102,9 +102,6 @@ class Pipeline:
     def _fetch(self, indices) -> Iterator[Batch]:
         """Examples for a dataset of index batches `[b]`; index -1 gives the first example, masked."""
         tf = _tensorflow()
-        options = tf.data.Options()
-        options.deterministic = True
-        options.autotune.ram_budget = 2**30
         if self.cached:
             images, labels = tf.constant(self._images), tf.constant(self._labels)
 
@@ -113,15 +110,15 @@ class Pipeline:
                 return {"image": tf.gather(images, row), "label": tf.gather(labels, row), "mask": index >= 0}
 
             batches = indices.map(gather, num_parallel_calls=1)
-            yield from batches.prefetch(2).with_options(options).as_numpy_iterator()
+            yield from batches.prefetch(2).as_numpy_iterator()
             return
 
         failures: list[Exception] = []
         read = self._tf_read(tf, failures)
-        width = int(indices.element_spec.shape[0] or next(indices.as_numpy_iterator()).shape[0])
-        batches = indices.unbatch().map(read, num_parallel_calls=tf.data.AUTOTUNE).batch(width)
+        batches = indices.unbatch().map(read, num_parallel_calls=tf.data.AUTOTUNE)
+        batches = batches.batch(indices.element_spec.shape[0])
         try:
-            yield from batches.prefetch(2).with_options(options).as_numpy_iterator()
+            yield from batches.prefetch(2).as_numpy_iterator()
         except tf.errors.OpError:
             if failures:
                 raise failures[0] from None
