@@ -14,7 +14,7 @@ from unet_jax.data.source import Classes, check_label
 from unet_jax.errors import UserError
 
 
-def _frames(folder, numbers, masks="CameraMask", size=(12, 8), alpha=False):
+def make_frames(folder, numbers, masks="CameraMask", size=(12, 8), alpha=False):
     """CARLA frames whose red channel holds class 1 above class 7."""
     for name in ("CameraRGB", masks):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -74,10 +74,10 @@ def test_multiclass_shapes_paint_later_shapes_over_earlier_ones(config):
 def test_carla_layouts(config, tmp_path, layout, packed):
     root = tmp_path / "carla"
     if layout == "parts":
-        _frames(root / "dataA" / "dataA", [1, 2, 3])
-        _frames(root / "dataB" / "dataB", [1, 2], alpha=True)
+        make_frames(root / "dataA" / "dataA", [1, 2, 3])
+        make_frames(root / "dataB" / "dataB", [1, 2], alpha=True)
     else:
-        _frames(
+        make_frames(
             root / ("Train" if layout == "Train" else ""), range(5), "CameraSeg" if layout == "seg" else "CameraMask"
         )
     for folder in root.rglob("CameraRGB"):
@@ -102,15 +102,15 @@ def test_carla_layouts(config, tmp_path, layout, packed):
 
 
 def test_carla_is_prepared_anew_when_a_file_changes(config, tmp_path):
-    _frames(tmp_path, range(5))
+    make_frames(tmp_path, range(5))
     before = data.load(_config(config, tmp_path), "all").read(0)[0]
-    _frames(tmp_path, range(5), size=(16, 8))
+    make_frames(tmp_path, range(5), size=(16, 8))
     after = data.load(_config(config, tmp_path), "all").read(0)[0]
     assert before.shape == (8, 12, 3) and after.shape == (8, 16, 3)
 
 
 def test_carla_splits_by_drive_and_leaks_nothing(tmp_path):
-    _frames(tmp_path, range(40))
+    make_frames(tmp_path, range(40))
     drives = {f"{n:06d}": str(n // 4) for n in range(40)}
     rows = "".join(f"{frame}.png,{drive}\n" for frame, drive in drives.items())
     (tmp_path / "sequences.csv").write_text("frame,sequence\n" + rows)
@@ -122,7 +122,7 @@ def test_carla_splits_by_drive_and_leaks_nothing(tmp_path):
 
 
 def test_carla_without_drives_holds_out_one_block_of_frame_numbers(tmp_path):
-    _frames(tmp_path, [3, 20, 100, 1, 7])
+    make_frames(tmp_path, [3, 20, 100, 1, 7])
     for old, new in (("000003", "9"), ("000020", "20"), ("000100", "100")):  # without leading zeros
         for folder in ("CameraRGB", "CameraMask"):
             (tmp_path / folder / f"{old}.png").rename(tmp_path / folder / f"{new}.png")
@@ -162,11 +162,40 @@ def _break(root: pathlib.Path, fault: str) -> str:
     raise AssertionError(fault)
 
 
+def test_all_frames_of_one_drive_can_be_scored(config, tmp_path):
+    make_frames(tmp_path, range(6))
+    (tmp_path / "sequences.csv").write_text("frame,sequence\n" + "".join(f"{n:06d}.png,1\n" for n in range(6)))
+    assert len(data.load(_config(config, tmp_path), "all")) == 6
+    with pytest.raises(UserError, match="leaves none for validation"):
+        data.load(_config(config, tmp_path), "validation")
+
+
+def test_masks_with_a_palette_hold_indices(config, tmp_path):
+    make_frames(tmp_path, range(5))
+    for file in (tmp_path / "CameraMask").iterdir():
+        mask = Image.new("P", (12, 8), 7)
+        mask.putpalette([10, 20, 30] * 256)
+        mask.save(file)
+    assert (data.load(_config(config, tmp_path), "all").read(0)[1] == 7).all()
+
+
+def test_a_damaged_zip_is_named(config, tmp_path):
+    make_frames(tmp_path / "carla", range(5))
+    with zipfile.ZipFile(tmp_path / "carla.zip", "w") as archive:
+        for file in sorted((tmp_path / "carla").rglob("*.png")):
+            archive.write(file, file.relative_to(tmp_path / "carla"))
+    content = bytearray((tmp_path / "carla.zip").read_bytes())
+    content[60:70] = b"damagedxxx"  # of the first file
+    (tmp_path / "carla.zip").write_bytes(content)
+    with pytest.raises(UserError, match=r"carla.zip/Camera.*not a readable image"):
+        data.load(_config(config, tmp_path / "carla.zip"), "all")
+
+
 @pytest.mark.parametrize(
     "fault", ["no mask", "no image", "unreadable", "size", "alpha", "range", "16 bit", "sequences"]
 )
 def test_broken_carla_files_are_named(config, tmp_path, fault):
-    _frames(tmp_path, range(5))
+    make_frames(tmp_path, range(5))
     expected = _break(tmp_path, fault)
     with pytest.raises(UserError) as error:
         data.load(_config(config, tmp_path), "train")
@@ -187,14 +216,15 @@ def test_names_and_splits_that_do_not_exist(config):
         config.data.name = "shape"
         data.load(config.data, "train")
     config.data.name = "shapes"
-    with pytest.raises(UserError, match="--split = 'all'"):
-        data.load(config.data, "all")
+    with pytest.raises(UserError, match="--split = 'al'.*Did you mean 'all'"):
+        data.load(config.data, "al")
+    assert len(data.load(config.data, "all")) == 20 + 10 + 10
     config.data.size = (48,)
     with pytest.raises(UserError, match="config.data.size"):
         data.load(config.data, "train")
 
 
-def _pets(root, names):
+def make_pets(root, names):
     """An unpacked Oxford folder: trimaps of 2 around 1, a border of 3 between."""
     (root / "images").mkdir(parents=True)
     (root / "annotations" / "trimaps").mkdir(parents=True)
@@ -209,7 +239,7 @@ def _pets(root, names):
 
 
 def test_pets_from_an_unpacked_folder(config, tmp_path):
-    _pets(tmp_path, [f"Bengal_{i}" for i in range(12)])
+    make_pets(tmp_path, [f"Bengal_{i}" for i in range(12)])
     settings = _config(config, tmp_path, "trimap", "oxford_iiit_pet")
     lengths = {split: len(data.load(settings, split)) for split in ("train", "validation", "test", "all")}
     assert lengths == {"train": 8, "validation": 2, "test": 2, "all": 12}
@@ -238,17 +268,37 @@ def test_pets_that_are_nowhere_say_where_to_put_them(config, tmp_path, monkeypat
     settings.root = str(tmp_path)
     with pytest.raises(UserError, match="not the published archive"):
         data.load(settings, "train")
+    (tmp_path / "empty").mkdir()
+    settings.root = str(tmp_path / "empty")
+    with pytest.raises(UserError, match="holds neither images.tar.gz"):
+        data.load(settings, "train")
     settings.root = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is not a folder"):
         data.load(settings, "train")
 
 
-def test_a_pet_without_its_trimap_is_named(config, tmp_path):
-    _pets(tmp_path, [f"Bengal_{i}" for i in range(12)])
-    missing = tmp_path / "annotations" / "trimaps" / "Bengal_3.png"
-    missing.unlink()
-    with pytest.raises(UserError, match=f"there is no {missing}"):
+@pytest.mark.parametrize("fault", ["no trimap", "size", "unreadable", "label", "list"])
+def test_broken_pets_are_named(config, tmp_path, fault):
+    make_pets(tmp_path, [f"Bengal_{i}" for i in range(12)])
+    image, trimap = tmp_path / "images/Bengal_3.jpg", tmp_path / "annotations/trimaps/Bengal_3.png"
+    if fault == "no trimap":
+        trimap.unlink()
+        expected = f"there is no {trimap}"
+    elif fault == "size":
+        Image.new("L", (5, 5), 1).save(trimap)
+        expected = f"{image} is 16x20 pixels but {trimap} is 5x5"
+    elif fault == "unreadable":
+        image.write_bytes(image.read_bytes()[:100])
+        expected = f"{image}: not a readable image"
+    elif fault == "label":
+        Image.new("L", (16, 20), 4).save(trimap)
+        expected = f"{trimap}, less 1: label 3 is not in 0..2"
+    else:
+        (tmp_path / "annotations/trainval.txt").write_text("Bengal_1 6 1 2\nBengal_2\n")
+        expected = "trainval.txt, line 2: 'Bengal_2' is not NAME CLASS SPECIES BREED"
+    with pytest.raises(UserError) as error:
         data.load(_config(config, tmp_path, "trimap", "oxford_iiit_pet"), "train")
+    assert expected in str(error.value)
 
 
 def test_wrong_labels_get_a_hint():
@@ -285,7 +335,7 @@ def test_resizing(tmp_path):
         ("lyft", "lyft13", (600, 800), 4, 1),
     ],
 )
-def test_real_carla_frames(config, real_data, folder, variant, size, train, validation):
+def test_real_carlamake_frames(config, real_data, folder, variant, size, train, validation):
     settings = _config(config, real_data / folder, variant)
     sources = {split: data.load(settings, split) for split in ("train", "validation")}
     assert [len(sources[s]) for s in ("train", "validation")] == [train, validation]

@@ -28,9 +28,11 @@ def test_help_imports_neither_jax_nor_tensorflow():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--config=configs/shapes.py", "--config.train.bach_size=8"], "Did you mean train.batch_size?"),
-        (["--config", "configs/shapes.py", "--config.batch_size=8"], "Did you mean train.batch_size?"),
-        (["--config=configs/shpes.py"], "Did you mean configs/shapes.py?"),
+        (["--config=configs/shapes.py", "--config.train.bach_size=8"], "Did you mean 'train.batch_size'?"),
+        (["--config", "configs/shapes.py", "--config.batch_size=8"], "Did you mean 'train.batch_size'?"),
+        (["--config=configs/shpes.py"], "Did you mean 'configs/shapes.py'?"),
+        (["--config=setup.cfg"], "error: --config=setup.cfg: "),
+        (["--config=configs/shapes.py", "--split=test"], "--split is for --mode=eval"),
         (["--config=configs/shapes.py", "--config.train.batch_size=many"], "batch_size=many: invalid literal"),
         (["--config=configs/shapes.py", "--config.data.size=64"], "must be (height, width)"),
         (["--config=configs/shapes.py", "--config.model.norm=bach"], "Did you mean 'batch'?"),
@@ -57,14 +59,14 @@ def test_bad_input_ends_with_a_message_and_no_traceback(flags, message, tmp_path
 def test_a_training_and_its_evaluation_from_the_command_line(tmp_path):
     settings = ["--config.data.size=(48,48)", "--config.data.shapes_train=16", "--config.data.shapes_validation=4"]
     settings += ["--config.model.features=(4,8)", "--config.train.batch_size=4", "--config.train.epochs=1"]
-    # The default work directory is runs/<config name>; configs/ are found from the folder of the command.
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    result = _run("--config=configs/shapes.py", *settings, cwd=tmp_path)
+    # The default work directory is runs/<config name>, in the folder of the command, which may be any.
+    config = f"--config={ROOT / 'configs' / 'shapes.py'}"
+    result = _run(config, *settings, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for expected in ("step 4/4", "images/s", "waiting for data", "left 0:00", "memory", "Total:", "Finished: 4 steps"):
         assert expected in result.stdout
     assert (tmp_path / "runs" / "shapes" / "config.json").exists()
-    again = _run("--config=configs/shapes.py", *settings, cwd=tmp_path)
+    again = _run(config, *settings, cwd=tmp_path)
     assert again.returncode == 0 and "is finished" in again.stdout
     scored = _run("--mode=eval", "--workdir=runs/shapes", "--split=test", cwd=tmp_path)
     assert scored.returncode == 0 and "mean IoU" in scored.stdout

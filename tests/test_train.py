@@ -1,5 +1,6 @@
 """The step and the loop: what they compute, and that neither devices nor crashes change it."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,8 +12,9 @@ import chex
 import jax
 import numpy as np
 import pytest
+import test_data
 
-from unet_jax import checkpoint, data, mesh, optimizer, state, train, workdir
+from unet_jax import checkpoint, data, evaluate, mesh, optimizer, state, train, workdir
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 from unet_jax.models import unet
@@ -112,6 +114,13 @@ def _final(path, config):
     return jax.device_get(final), meta, rows
 
 
+def _assert_equal(path, reference, config):
+    """Weights, optimizer, averages, statistics, what the loop keeps, and the lines of metrics, bit for bit."""
+    expected, found = _final(reference, config), _final(path, config)
+    chex.assert_trees_all_equal(found[0], expected[0])
+    assert found[1:] == expected[1:]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A training that was never interrupted."""
@@ -152,13 +161,18 @@ class _Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize("crash_after", [3, 5, 8], ids=["mid-epoch", "epoch's end", "after an evaluation"])
-def test_going_on_after_a_crash_is_bit_equal(finished, tmp_path, monkeypatch, crash_after):
+@pytest.mark.parametrize(
+    "crash_after, cache_gib",
+    [(4, 1.0), (5, 1.0), (8, 0.0)],
+    ids=["mid-epoch, a line of metrics begun", "epoch's end", "mid-epoch, not cached"],
+)
+def test_going_on_after_a_crash_is_bit_equal(finished, tmp_path, monkeypatch, crash_after, cache_gib):
     reference, config = finished
     config = config.copy_and_resolve_references()
+    config.data.cache_gib = cache_gib
     path = tmp_path / "run"
-    if crash_after == 3:  # with a line of metrics begun, and lines written after the checkpoint
-        config.train.checkpoint_every_epochs = 1.2
+    if crash_after == 4:
+        config.train.checkpoint_every_epochs = 0.8  # 2 steps
     with monkeypatch.context() as patch:
         written = checkpoint.Checkpoints.save
 
@@ -175,13 +189,12 @@ def test_going_on_after_a_crash_is_bit_equal(finished, tmp_path, monkeypatch, cr
         with pytest.raises(_Crash):
             train.train(config, path)
     train.train(config, path)
-    expected, found = _final(reference, config), _final(path, config)
-    chex.assert_trees_all_equal(found[0], expected[0])
-    assert found[1:] == expected[1:]
+    _assert_equal(path, reference, config)
 
 
 @pytest.mark.slow
-def test_a_process_killed_at_any_moment_goes_on_bit_equal(finished, tmp_path):
+@pytest.mark.parametrize("appears", ["config.json", "checkpoints/5"])  # the second is perhaps half written
+def test_a_killed_process_goes_on_bit_equal(finished, tmp_path, appears):
     reference, config = finished
     path = tmp_path / "run"
     (tmp_path / "config.json").write_text(config.to_json())
@@ -193,17 +206,14 @@ def test_a_process_killed_at_any_moment_goes_on_bit_equal(finished, tmp_path):
     )
     command = [sys.executable, "-c", program, str(tmp_path / "config.json"), str(path)]
     process = subprocess.Popen(command, cwd=os.path.dirname(os.path.dirname(__file__)))
-    saving = path / "checkpoints"
     deadline = time.monotonic() + 120
-    while not (saving.exists() and any(p.name.startswith("5") for p in saving.iterdir())):  # perhaps half written
+    while not list(path.glob(appears + "*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     subprocess.run(command, check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
-    expected, found = _final(reference, config), _final(path, config)
-    chex.assert_trees_all_equal(found[0], expected[0])
-    assert found[1:] == expected[1:]
+    _assert_equal(path, reference, config)
 
 
 def test_another_configuration_is_refused_with_its_differences(finished, config):
@@ -219,16 +229,57 @@ def test_another_configuration_is_refused_with_its_differences(finished, config)
     assert "log_every" not in message
 
 
-def test_a_training_that_blows_up_stops_and_keeps_the_last_good_checkpoint(config, tmp_path):
-    config.optimizer.name, config.optimizer.schedule, config.optimizer.learning_rate = "sgd", "step", 1e30
-    config.optimizer.warmup_epochs = 2.0
+def test_a_training_that_blows_up_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatch):
+    config.optimizer.name, config.optimizer.schedule, config.optimizer.learning_rate = "sgd", "constant", 1e-3
     config.model.norm = "none"
-    config.train.checkpoint_every_epochs = 0.2
-    with pytest.raises(UserError, match=r"step \d+: not finite: .*Try a lower") as error:
+    config.train.checkpoint_every_epochs = 0.4  # each step
+    # At step 4 the update is huge but finite: the loss and the gradient of that step do not tell.
+    monkeypatch.setattr(optimizer, "make_schedule", lambda *_: lambda step: jax.numpy.where(step == 3, 1e25, 1e-3))
+    with pytest.raises(UserError, match=r"step 4: not finite: .*param_norm = inf.*Try a lower") as error:
         train.train(config, tmp_path / "run")
-    steps = checkpoint.Checkpoints(tmp_path / "run").steps()
-    if steps:
-        assert str(tmp_path / "run" / "checkpoints" / str(steps[-1])) in str(error.value)
+    assert f"The last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '3'}" in str(error.value)
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run")
+    assert checkpoints.latest_step() == 3
+    checkpoints.close()
+
+
+def test_examples_that_changed_are_refused(config, tmp_path):
+    config.train.epochs = 0.4
+    train.train(config, tmp_path / "run")
+    values = json.loads((tmp_path / "run" / "config.json").read_text())
+    values["train"]["epochs"] = config.train.epochs = 0.8  # a run that is not finished yet
+    (tmp_path / "run" / "config.json").write_text(json.dumps(values))
+    source = data.load(config.data, "validation")
+    with pytest.MonkeyPatch.context() as patch:
+        loaded = data.load
+
+        def load(settings, split):
+            return loaded(settings, split) if split == "train" else dataclasses.replace(source, ids=["other"] * 10)
+
+        patch.setattr(data, "load", load)
+        with pytest.raises(UserError, match="was trained on other examples"):
+            train.train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name, variant", [("carla", "carla23"), ("oxford_iiit_pet", "binary")])
+def test_files_go_through_the_whole_training(config, tmp_path, name, variant):
+    root = tmp_path / "data"
+    if name == "carla":
+        test_data.make_frames(root, range(10), size=(40, 30))
+    else:
+        test_data.make_pets(root, [f"Bengal_{i}" for i in range(12)])
+    config.data.name, config.data.variant, config.data.root = name, variant, str(root)
+    config.data.size, config.data.resize = (16, 16), "nearest"
+    config.train.epochs = config.train.eval_every_epochs = 20.0
+    config.train.checkpoint_every_epochs = 20.0
+    config.optimizer.learning_rate, config.augment.rotate = 1e-2, 0.0
+    train.train(config, tmp_path / "run")
+    last = workdir.read_metrics(tmp_path / "run")[-1]
+    assert last["val/miou"] > 0.9  # a colour of its own for each class
+    counted = [value for key, value in last.items() if key.startswith("val/iou/") and value is not None]
+    assert len(counted) == 2
+    result = evaluate.evaluate_workdir(tmp_path / "run", None, str(root), "all")
+    assert result.scores["miou"] == pytest.approx(last["val/miou"], abs=0.1)
 
 
 def test_folders_that_are_no_work_directories_are_left_alone(config, tmp_path):
@@ -246,10 +297,14 @@ def test_folders_that_are_no_work_directories_are_left_alone(config, tmp_path):
         ("train.batch_size", 9, "use 8 or 16"),
         ("train.epochs", 0.0, "config.train.epochs = 0.0 must be positive"),
         ("train.log_every_steps", 0, "log_every_steps must be 1 or more"),
-        ("data.size", (50, 48), "Nearest heights: 48 or 52"),
+        ("data.size", (50, 48), r"config.data.size = \(50, 48\).*Nearest heights: 48 or 52"),
         ("data.name", "carla", "config.data.variant"),
         ("loss.class_weights", (1.0,), "hold 7 weights"),
-        ("augment.crop", (30, 30), "Nearest heights: 28 or 32"),
+        ("augment.crop", (30, 30), r"config.augment.crop = \(30, 30\).*Nearest heights: 28 or 32"),
+        ("train.epochs", float("nan"), "config.train.epochs = nan must be positive"),
+        ("optimizer.learning_rate", float("inf"), "learning_rate = inf must be positive"),
+        ("optimizer.decay_epochs", ("a",), "decay_epochs"),
+        ("seed", 2**40, "config.seed"),
         ("mesh.space", 3, "do not divide 8 devices"),
     ],
 )

@@ -24,7 +24,7 @@ def check(settings: Mapping, size: Sequence[int]) -> tuple[int, int]:
         if not 0 <= settings[name] <= most:
             raise UserError(f"config.augment.{name} = {settings[name]} is not in 0..{most}")
     crop = tuple(settings["crop"]) or tuple(size)
-    if len(crop) != 2 or not all(0 < c <= s for c, s in zip(crop, size, strict=True)):
+    if len(crop) != 2 or not all(isinstance(c, int) and 0 < c <= s for c, s in zip(crop, size, strict=True)):
         raise UserError(f"config.augment.crop = {crop} must be (height, width) within config.data.size = {tuple(size)}")
     return crop
 

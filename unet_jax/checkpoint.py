@@ -32,7 +32,10 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_score, create=True)
-        self._manager = ocp.CheckpointManager(self.path, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.path, options=options)
+        except Exception as error:  # whatever damaged files make of it
+            raise UserError(f"{self.path} cannot be read: {_first_line(error)}") from error
 
     def latest_step(self) -> int | None:
         """The last step saved, or None."""
@@ -68,29 +71,34 @@ class Checkpoints:
         )
 
     def restore(self, step: int, state) -> tuple[Any, dict[str, Any]]:
-        """The state and meta saved at `step`, laid out as the arrays of `state`, which is left alone."""
+        """The state and meta saved at `step`, laid out as the arrays of `state`, which is left alone.
+
+        Raises:
+          UserError: no such step, or it is damaged.
+        """
         variables, training = jax.tree.map(_abstract, _items(state))
-        saved = self._manager.restore(
+        saved = self._restore(
             step,
-            args=ocp.args.Composite(
-                variables=ocp.args.StandardRestore(variables),
-                training=ocp.args.StandardRestore(training),
-                meta=ocp.args.JsonRestore(),
-            ),
+            variables=ocp.args.StandardRestore(variables),
+            training=ocp.args.StandardRestore(training),
+            meta=ocp.args.JsonRestore(),
         )
         return state.replace(**saved.variables, **saved.training), saved.meta
 
     def restore_variables(self, step: int, state) -> Any:
-        """As `restore`, but only what evaluation needs: the optimizer state of `state` stays as it is.
+        """As `restore`, but only what evaluation needs: the optimizer state of `state` stays as it is."""
+        variables, _ = jax.tree.map(_abstract, _items(state))
+        return state.replace(**self._restore(step, variables=ocp.args.StandardRestore(variables)).variables)
 
-        Raises:
-          UserError: no such step; names those on disk.
-        """
+    def _restore(self, step: int, **items):
         if step not in self.steps():
             raise UserError(f"{self.path} has no step {step}; it has {', '.join(map(str, self.steps())) or 'none'}")
-        variables, _ = jax.tree.map(_abstract, _items(state))
-        saved = self._manager.restore(step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(variables)))
-        return state.replace(**saved.variables)
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # whatever damaged files make of it
+            others = [other for other in self.steps() if other != step]
+            remedy = f"delete that folder to go on from step {others[-1]}" if others else "there is no other step"
+            raise UserError(f"{self.path / str(step)} cannot be read: {remedy}. {_first_line(error)}") from error
 
     def close(self) -> None:
         """Waits until everything is on disk."""
@@ -101,6 +109,10 @@ class Checkpoints:
 def _score(metrics: dict[str, float]) -> float:
     score = metrics["score"]
     return score if math.isfinite(score) else -math.inf
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _items(state) -> tuple[dict[str, PyTree], dict[str, PyTree]]:

@@ -20,6 +20,10 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> str:
     choices = list(choices)
     if value in choices:
         return value
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"{field} = {value!r} is not one of: {', '.join(choices)}.{hint}")
+    raise UserError(f"{field} = {value!r} is not one of: {', '.join(choices)}.{did_you_mean(value, choices)}")
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+    """A hint at the nearest of `choices`, with a space before it; nothing where none is near."""
+    near = difflib.get_close_matches(str(value), list(choices), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -84,6 +84,7 @@ class Log:
     def _write(self, step, values):
         if self._writer is None:
             return
+        values = {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}
         workdir.append_metrics(self._path, {"step": step, "epoch": step / self._steps_per_epoch, **values})
         self._writer.write_scalars(step, {name: value for name, value in values.items() if value is not None})
 

@@ -21,9 +21,10 @@ def check(weights: Mapping[str, float], class_weights: Sequence[float], num_clas
     Raises:
       UserError: no term has weight, a weight is negative, or the number of class weights is wrong.
     """
-    if min(weights.values()) < 0 or not any(weights.values()):
+    if not all(0 <= w < float("inf") for w in weights.values()) or not any(weights.values()):
         raise UserError(f"config.loss needs weights >= 0, one of them > 0: {dict(weights)}")
-    if class_weights and (len(class_weights) != num_classes or min(class_weights) < 0 or not any(class_weights)):
+    known = all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in class_weights)
+    if class_weights and not (known and len(class_weights) == num_classes and any(class_weights)):
         raise UserError(
             f"config.loss.class_weights = {tuple(class_weights)} must be empty or hold {num_classes} weights >= 0, "
             "one per class"

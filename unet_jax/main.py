@@ -5,18 +5,16 @@ python -m unet_jax.main --config=configs/carla.py --config.train.batch_size=8
 python -m unet_jax.main --mode=eval --workdir=runs/shapes           # score what was trained
 """
 
-import difflib
 import logging
 import os
 import pathlib
 import runpy
 import sys
-from collections.abc import Iterable
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from unet_jax.errors import UserError
+from unet_jax.errors import UserError, did_you_mean
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to train: a file of configs/. Its fields can be set as --config.FIELD=VALUE."
@@ -45,6 +43,9 @@ def _run() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     for name, level in (("absl", logging.ERROR), ("jax", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
+    for flag, mode in ((_CONFIG, "train"), (_STEP, "eval"), (_DATA_DIR, "eval"), (_SPLIT, "eval")):
+        if flag.present and mode != _MODE.value:
+            raise UserError(f"--{flag.name} is for --mode={mode}, not for --mode={_MODE.value}")
     if _MODE.value == "train":
         if not _CONFIG.present:
             raise UserError("say what to train: --config=configs/shapes.py (generated images, needs no data)")
@@ -61,36 +62,36 @@ def _run() -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses the flags; mistyped config files and fields get a message instead of a traceback of ml_collections."""
+    """Parses the flags; a bad config file or a mistyped field gets a message instead of a traceback."""
     given = dict(arg.lstrip("-").partition("=")[::2] for arg in argv[1:] if arg.startswith("-"))
+    if given.get("config") == "" and "--config" in argv[:-1]:  # as two words
+        given["config"] = argv[argv.index("--config") + 1]
     file = given.get("config")
-    if file == "":  # as two words
-        file = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else None
-    if file and not os.path.isfile(file):
-        near = _nearest(file, map(str, pathlib.Path(file).parent.glob("*.py")))
-        sys.exit(f"error: --config={file}: no such file.{near}")
-    try:
+    if file is None:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        fields = _fields(runpy.run_path(file)["get_config"]()) if file else []
-        for name in given:
-            field = name.removeprefix("config.")
-            if file and field != name and field not in fields:
-                near = _nearest(field, fields)
-                sys.exit(f"error: --{name}: there is no such field, see configs/default.py.{near}")
-        raise
+    if not os.path.isfile(file):
+        sys.exit(f"error: --config={file}: no such file.{did_you_mean(file, _neighbours(file))}")
+    sys.path.append(str(pathlib.Path(file).resolve().parent.parent))  # where it finds configs.default
+    try:
+        fields = _fields(runpy.run_path(file)["get_config"]())
+    except Exception as error:
+        sys.exit(f"error: --config={file}: {type(error).__name__}: {error}")
+    for name in given:
+        field = name.removeprefix("config.")
+        if field != name and field not in fields:
+            sys.exit(f"error: --{name}: there is no such field, see configs/default.py.{did_you_mean(field, fields)}")
+    return app.parse_flags_with_usage(argv)
 
 
-def _nearest(value: str, choices: Iterable[str]) -> str:
-    near = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.7)
-    return f" Did you mean {near[0]}?" if near else ""
+def _neighbours(file: str) -> list[str]:
+    return [str(path) for path in pathlib.Path(file).parent.glob("*.py")]
 
 
 def _fields(config) -> list[str]:
-    """The names of all fields, as in `train.batch_size`."""
+    """The names of all fields, as in `train` and `train.batch_size`."""
     names = []
     for name, value in config.items():
-        names += [f"{name}.{inner}" for inner in _fields(value)] if hasattr(value, "items") else [name]
+        names += [name] + ([f"{name}.{inner}" for inner in _fields(value)] if hasattr(value, "items") else [])
     return names
 
 

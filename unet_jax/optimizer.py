@@ -6,6 +6,8 @@ import optax
 
 from unet_jax.errors import UserError, check_choice
 
+LIMITS = {"clip_norm": float("inf"), "weight_decay": float("inf"), "momentum": 1, "ema": 1}  # from 0 to below
+
 
 def make_schedule(settings: Mapping, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
     """The learning rate by step: a linear warm-up, then one of three curves.
@@ -16,18 +18,21 @@ def make_schedule(settings: Mapping, steps_per_epoch: float, total_steps: int) -
       UserError: unknown name, or a value without meaning.
     """
     name = check_choice("config.optimizer.schedule", settings["schedule"], ("constant", "step", "cosine"))
-    peak, warmup = settings["learning_rate"], round(settings["warmup_epochs"] * steps_per_epoch)
-    if peak <= 0:
+    peak, decay = settings["learning_rate"], settings["decay_epochs"]
+    if not 0 < peak < float("inf"):
         raise UserError(f"config.optimizer.learning_rate = {peak} must be positive")
-    if warmup < 0 or warmup >= total_steps:
+    if not all(isinstance(epoch, int | float) and epoch > 0 for epoch in decay) or len(set(decay)) < len(decay):
+        raise UserError(f"config.optimizer.decay_epochs = {decay} must be positive numbers, each once")
+    if not 0 <= settings["warmup_epochs"] * steps_per_epoch < total_steps:
         raise UserError(
             f"config.optimizer.warmup_epochs = {settings['warmup_epochs']} is not within the training "
             f"({total_steps / steps_per_epoch:g} epochs)"
         )
+    warmup = round(settings["warmup_epochs"] * steps_per_epoch)
     if name == "cosine":
         main = optax.cosine_decay_schedule(peak, total_steps - warmup)
     elif name == "step":
-        boundaries = {round(epoch * steps_per_epoch) - warmup: 0.1 for epoch in settings["decay_epochs"]}
+        boundaries = {round(epoch * steps_per_epoch) - warmup: 0.1 for epoch in decay}
         main = optax.piecewise_constant_schedule(peak, boundaries)
     else:
         main = optax.constant_schedule(peak)
@@ -43,9 +48,9 @@ def make_optimizer(settings: Mapping, schedule: optax.Schedule) -> optax.Gradien
       UserError: unknown name.
     """
     name = check_choice("config.optimizer.name", settings["name"], ("adam", "adamw", "sgd"))
-    for field, low, high in (("clip_norm", 0, float("inf")), ("momentum", 0, 1), ("ema", 0, 1)):
-        if not low <= settings[field] < high:
-            raise UserError(f"config.optimizer.{field} = {settings[field]} is not in [{low}, {high})")
+    for field, limit in LIMITS.items():
+        if not 0 <= settings[field] < limit:
+            raise UserError(f"config.optimizer.{field} = {settings[field]} is not in [0, {limit})")
     if settings["weight_decay"] and name != "adamw":
         raise UserError(f"config.optimizer.weight_decay is for 'adamw', not for {name!r}: set it to 0")
     if name == "adam":

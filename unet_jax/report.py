@@ -60,14 +60,14 @@ def draw_panel(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, cla
     counted = label != classes.ignore_label
     wrong = (label != prediction) & counted
     if classes.task == "multilabel":
-        wrong = wrong.any(-1)
+        wrong, counted = wrong.any(-1), counted.any(-1)
     grey = rgb.mean(-1, keepdims=True).repeat(3, -1) * 0.6
     error = np.where(wrong[..., None], WRONG, grey).astype(np.uint8)
     tiles = {
         "image": rgb,
         "truth": colorize(label, classes),
         "prediction": colorize(prediction, classes),
-        f"error ({wrong.mean():.1%} of pixels)": error,
+        f"error ({wrong.sum() / max(counted.sum(), 1):.1%} of pixels)": error,
     }
     return _lay_out(tiles, _occurring(label, prediction, classes), classes)
 

@@ -44,7 +44,7 @@ def create(
     ema: bool,
     sharding: jax.sharding.Sharding,
 ) -> TrainState:
-    """A new state, drawn where it will live: no device ever holds more than its part.
+    """A new state, drawn where it will live.
 
     Args:
       seed: of the weights.

@@ -1,5 +1,6 @@
 """Training: `train` reads from top to bottom; `make_train_step` is the step."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -38,10 +39,6 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     # Data.
     sources = {split: data.load(config.data, split) for split in ("train", "validation")}
     classes = sources["train"].classes
-    images = {
-        split: pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib)
-        for split, source in sources.items()
-    }
     count, batch_size = len(sources["train"]), config.train.batch_size
     loss_weights = {name: config.loss[name] for name in ("cross_entropy", "dice")}
     losses.check(loss_weights, config.loss.class_weights, len(classes.names))
@@ -53,6 +50,8 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     steps_per_epoch = count / batch_size
     total_steps = _steps("epochs", config.train.epochs, steps_per_epoch)
     eval_every = _steps("eval_every_epochs", config.train.eval_every_epochs, steps_per_epoch)
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"config.seed = {config.seed} is not in 0..2**31-1")
     if config.train.log_every_steps < 1 or config.train.panels < 0:
         raise UserError("config.train.log_every_steps must be 1 or more, config.train.panels 0 or more")
     save_every = _steps("checkpoint_every_epochs", config.train.checkpoint_every_epochs, steps_per_epoch)
@@ -60,11 +59,18 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     # Network, optimizer, state.
     model = unet.create(classes.num_outputs, **config.model)
     train_size = augment.check(config.augment, config.data.size)
-    for size in (config.data.size, train_size):
-        model.output_size(size)
-        mesh.check_height(devices, size[0])
+    for field, size in (("config.data.size", config.data.size), ("config.augment.crop", train_size)):
+        try:
+            model.output_size(size)
+            mesh.check_height(devices, size[0])
+        except UserError as error:
+            raise UserError(f"{field} = {tuple(size)}: {error}") from error
     schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)
     tx = optimizer.make_optimizer(config.optimizer, schedule)
+    images = {
+        split: pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib)
+        for split, source in sources.items()
+    }
     train_state = state.create(
         seed=config.seed,
         model=model,
@@ -77,6 +83,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     # What was already done.
     workdir.claim(path, config, classes.to_json())
     checkpoints = checkpoint.Checkpoints(path)
+    examples = {split: hashlib.sha256(repr(list(s.ids)).encode()).hexdigest() for split, s in sources.items()}
     first_step, window = checkpoints.latest_step() or 0, []
     if first_step >= total_steps:
         checkpoints.close()
@@ -87,6 +94,11 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         return
     if first_step:
         train_state, meta = checkpoints.restore(first_step, train_state)
+        if meta["examples"] != examples:
+            raise UserError(
+                f"{path} was trained on other examples than config.data.root = {config.data.root!r} holds now: images "
+                "were added, removed or renamed. Restore them, or choose another --workdir"
+            )
         window = meta["window"]
         log.say(f"Going on from step {first_step} of {path}")
     workdir.rewind_metrics(path, first_step)
@@ -143,7 +155,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
                 score = result.scores["miou"]
                 history.add_evaluation(step, result)
                 panels.draw(step, lambda image: predict_step(train_state.eval_variables, image))  # noqa: B023
-            checkpoints.save(step, train_state, {"window": history.window}, score)
+            checkpoints.save(step, train_state, {"window": history.window, "examples": examples}, score)
             history.restart_clock()
 
     best = checkpoints.best_step()
@@ -201,7 +213,9 @@ def make_train_step(
             decay = jnp.minimum(ema_decay, (1 + train_state.step) / (10 + train_state.step))
             ema = optax.incremental_update(params, ema, 1 - decay)
         train_state = state.TrainState(train_state.step + 1, params, batch_stats, opt_state, ema)
-        return train_state, {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
+        # The norm of the new weights tells whether this state, not the one before, is good.
+        norms = {"grad_norm": optax.tree.norm(gradients), "param_norm": optax.tree.norm(params)}
+        return train_state, {"loss": loss, **norms}
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=mesh.replicated(devices))
 
@@ -213,7 +227,7 @@ def _draw_history(path: epath.Path) -> None:
 
 def _steps(field: str, epochs: float, steps_per_epoch: float) -> int:
     """Epochs as a whole number of steps, at least one."""
-    if epochs <= 0:
+    if not 0 < epochs < math.inf:
         raise UserError(f"config.train.{field} = {epochs} must be positive")
     return max(1, round(epochs * steps_per_epoch))
 

@@ -31,6 +31,21 @@ def write_json(path: epath.Path, values: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: the file is missing or damaged; names it.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return values
+
+
 def check(workdir: epath.Path, config: "ConfigDict") -> None:
     """Checks, before any work, that a run of `config` may write here.
 
@@ -41,7 +56,7 @@ def check(workdir: epath.Path, config: "ConfigDict") -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _check_same(workdir, json.loads(path.read_text()), json.loads(config.to_json()))
+            _check_same(workdir, read_json(path), json.loads(config.to_json()))
         else:
             others = sorted(p.name for p in workdir.iterdir() if not p.name.endswith(".partial"))
             if others:
@@ -58,8 +73,8 @@ def check(workdir: epath.Path, config: "ConfigDict") -> None:
 
 def claim(workdir: epath.Path, config: "ConfigDict", classes: dict[str, Any]) -> None:
     """Writes what the run is, once everything has been found in order."""
+    write_json(workdir / "config.json", json.loads(config.to_json()))  # first: `check` goes by it
     write_json(workdir / "classes.json", classes)
-    write_json(workdir / "config.json", json.loads(config.to_json()))
 
 
 def _check_same(workdir: epath.Path, old: dict, new: dict) -> None:
@@ -96,12 +111,12 @@ def read_config(workdir: epath.Path) -> "ConfigDict":
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"--workdir={workdir} has no config.json: it is not the work directory of a training")
-    return ConfigDict(FrozenConfigDict(json.loads(path.read_text())))  # frozen: lists become tuples again
+    return ConfigDict(FrozenConfigDict(read_json(path)))  # frozen: lists become tuples again
 
 
 def read_classes(workdir: epath.Path) -> dict[str, Any]:
     """What `claim` was given as `classes`."""
-    return json.loads((workdir / "classes.json").read_text())
+    return read_json(workdir / "classes.json")
 
 
 def append_metrics(workdir: epath.Path, row: dict[str, Any]) -> None:
@@ -111,10 +126,17 @@ def append_metrics(workdir: epath.Path, row: dict[str, Any]) -> None:
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line torn by a crash is left out."""
+    """The lines of `metrics.jsonl`; a last line torn by a crash is left out.
+
+    Raises:
+      UserError: another line is no JSON.
+    """
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def rewind_metrics(workdir: epath.Path, step: int) -> None:

@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from unet_jax.data import images
+from unet_jax.data.prepare import prepare
 from unet_jax.data.source import Classes, Source, check_label
 from unet_jax.errors import UserError, check_choice
 
@@ -60,8 +61,13 @@ def load(config, split: str) -> Source:
     check_choice("--split", split, SPLITS)
     count = NUM_CLASSES[variant]
     splits = split_pairs(find_pairs(config.root), read_sequences(config.root), config.validation)
-    data = _prepare(splits, count).as_data_source(split="train+validation" if split == "all" else split)
     pairs = splits["train"] + splits["validation"] if split == "all" else splits[split]
+    if not pairs:
+        raise UserError(
+            f"config.data.validation = {config.validation} of {len(splits['train'] + splits['validation'])} frames "
+            f"leaves none for {split}: add frames or drives, or change the fraction"
+        )
+    data = _prepare({name: part for name, part in splits.items() if part}, count).as_data_source(split=split)
     assert len(data) == len(pairs), f"{len(data)} prepared, {len(pairs)} found"
 
     def read(index):
@@ -90,15 +96,16 @@ def find_pairs(root: str) -> list[Pair]:
     Raises:
       UserError: no frames; or frames without a partner, which it names.
     """
+    opened = _open_root(root)
     pairs, lonely = [], []
-    for folder in _camera_folders(_open_root(root), depth=2):
+    for folder in _camera_folders(opened, depth=2):
         masks = next((d for d in (folder / "CameraMask", folder / "CameraSeg") if d.is_dir()), None)
         image_files = _png_files(folder / "CameraRGB")
         mask_files = _png_files(masks) if masks else {}
         lonely += [f"image without mask: {image_files[s]}" for s in image_files.keys() - mask_files.keys()]
         lonely += [f"mask without image: {mask_files[s]}" for s in mask_files.keys() - image_files.keys()]
         both = sorted(image_files.keys() & mask_files.keys(), key=_frame_number)
-        prefix = str(folder)[len(str(_open_root(root))) :].strip("/")
+        prefix = str(folder)[len(str(opened)) :].strip("/")
         pairs += [Pair(f"{prefix}/{stem}".lstrip("/"), image_files[stem], mask_files[stem]) for stem in both]
     if lonely:
         shown = "\n  ".join(sorted(lonely)[:10])
@@ -140,7 +147,7 @@ def read_sequences(root: str) -> dict[str, str] | None:
     path = _open_root(root) / "sequences.csv"
     if not path.is_file():
         return None
-    rows = list(csv.DictReader(io.StringIO(path.read_text())))
+    rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode(errors="replace"))))
     if not rows or not {"frame", "sequence"} <= rows[0].keys():
         raise UserError(f"{path}: needs the columns frame and sequence")
     return {row["frame"].removesuffix(".png"): row["sequence"] for row in rows}
@@ -153,7 +160,7 @@ def split_pairs(pairs: list[Pair], drives: dict[str, str] | None, fraction: floa
     spread over all places; without, the last frames of the list are, as one contiguous block.
 
     Raises:
-      UserError: a frame is in no drive, or a split comes out empty.
+      UserError: a frame is in no drive.
     """
     if drives is None:
         count = round(fraction * len(pairs))
@@ -166,17 +173,10 @@ def split_pairs(pairs: list[Pair], drives: dict[str, str] | None, fraction: floa
         # The small number keeps 0.2 * 5 from falling short of 1.
         held_out = {d for i, d in enumerate(recorded) if int((i + 1) * fraction + 1e-9) > int(i * fraction + 1e-9)}
         chosen = {pair.id for pair in pairs if drives[pair.id] in held_out}
-    splits = {
+    return {
         "train": [pair for pair in pairs if pair.id not in chosen],
         "validation": [pair for pair in pairs if pair.id in chosen],
     }
-    for name, members in splits.items():
-        if not members:
-            raise UserError(
-                f"config.data.validation = {fraction} of {len(pairs)} frames leaves none for {name}: add frames or "
-                "change the fraction"
-            )
-    return splits
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -219,17 +219,7 @@ def _prepare(splits: dict[str, list[Pair]], num_classes: int) -> Carla:
         for pair in pairs:
             digest.update(f"{name} {pair.id} {_stamp(pair.image)} {_stamp(pair.mask)}\n".encode())
     config = CarlaConfig(name=digest.hexdigest()[:16], version=Carla.VERSION, splits=splits, num_classes=num_classes)
-    builder = Carla(config=config, file_format="array_record")
-    try:
-        builder.download_and_prepare()
-    except Exception as error:  # TFDS wraps what a generator raises
-        cause = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise cause from None
-    return builder
+    return prepare(Carla(config=config, file_format="array_record"))
 
 
 def _stamp(path) -> str:

@@ -1,10 +1,15 @@
 """Reading and resizing image files, by Pillow alone, so that it works where TensorFlow is not installed."""
 
+import zipfile
+import zlib
+
 import numpy as np
 from PIL import Image
 
 from unet_jax.errors import UserError, check_choice
 
+# What Pillow and zip archives raise for broken files.
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
 RESIZE = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
 
 
@@ -13,7 +18,8 @@ def read(path, mode: str) -> np.ndarray:
 
     Args:
       path: a file, as any path object with `open` (of a folder, of a zip archive, of a bucket).
-      mode: `RGB` or `L` to convert to `[h, w, 3]` or `[h, w]`; `red` for the red channel `[h, w]` as it is.
+      mode: `RGB` or `L` to convert to `[h, w, 3]` or `[h, w]`; `red` for the red channel `[h, w]` as it is,
+        or the indices of an image with a palette.
 
     Raises:
       UserError: the file is not a readable 8-bit image; names it.
@@ -23,9 +29,11 @@ def read(path, mode: str) -> np.ndarray:
             if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
                 raise UserError(f"{path}: a {image.mode} image; 8-bit grey, RGB or RGBA is needed")
             if mode == "red":
+                if image.mode == "P":  # the ids are the indices, not the colours
+                    return np.asarray(image)
                 return np.asarray(image.getchannel("R") if "R" in image.getbands() else image.convert("L"))
             return np.asarray(image.convert(mode))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*BROKEN, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image ({error})") from error
 
 

@@ -13,9 +13,10 @@ import socket
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.datasets.oxford_iiit_pet import oxford_iiit_pet_dataset_builder as stock
 
+from unet_jax.data import images
+from unet_jax.data.prepare import prepare
 from unet_jax.data.source import Classes, Source, check_label
 from unet_jax.errors import UserError, check_choice
 
@@ -72,8 +73,8 @@ class PetFolder(stock.Builder):
 
     def _split_generators(self, dl_manager):
         config = self.builder_config
-        images, annotations = f"{config.folder}/images", f"{config.folder}/annotations"
-        return {name: self._generate_examples(images, annotations, path) for name, path in config.lists.items()}
+        folders = f"{config.folder}/images", f"{config.folder}/annotations"
+        return {name: self._generate_examples(*folders, path) for name, path in config.lists.items()}
 
 
 def _prepare(root: str):
@@ -83,22 +84,22 @@ def _prepare(root: str):
         raise UserError(f"config.data.root = {root!r} is not a folder")
     if folder and (folder / "images").is_dir():
         return _prepare_folder(folder)
+    if folder and not all((folder / name).exists() for name in ARCHIVES):
+        raise UserError(
+            f"config.data.root = {root!r} holds neither {' and '.join(ARCHIVES)} nor images/ and annotations/. Without "
+            "config.data.root the pets are downloaded; configs/shapes.py needs no data."
+        )
     builder = tfds.builder("oxford_iiit_pet", file_format="array_record")
     if not builder.data_path.exists():
-        places = [folder] if folder else []
         manual = epath.Path(tfds.core.constants.DATA_DIR) / "downloads" / "manual"
-        found = next((p for p in [*places, manual] if all((p / name).exists() for name in ARCHIVES)), None)
+        found = folder or (manual if all((manual / name).exists() for name in ARCHIVES) else None)
         if found is None and not _reachable():
             raise UserError(
                 f"Oxford-IIIT Pet is neither prepared nor at hand, and {SERVER} cannot be reached. Put "
                 f"{' and '.join(ARCHIVES)} (from https://www.robots.ox.ac.uk/~vgg/data/pets/) into {manual}, or name "
                 "their folder: --config.data.root=DIR. configs/shapes.py needs no data."
             )
-        config = tfds.download.DownloadConfig(manual_dir=found) if found else None
-        try:
-            builder.download_and_prepare(download_config=config)
-        except NonMatchingChecksumError as error:
-            raise UserError(f"{found or SERVER}: not the published archive. {error}") from error
+        prepare(builder, tfds.download.DownloadConfig(manual_dir=found) if found else None)
     return builder
 
 
@@ -116,17 +117,36 @@ def _prepare_folder(folder: epath.Path):
     lists = {name: path for name, path in lists.items() if path.exists()}
     if "train" not in lists:
         raise UserError(f"{folder}: annotations/trainval.txt is missing")
-    digest = hashlib.sha256(str(folder.resolve()).encode())
-    for path in lists.values():
-        digest.update(path.read_bytes())
-        for line in path.read_text().splitlines():
-            stem = line.split()[0]
-            for file in (folder / f"images/{stem}.jpg", folder / f"annotations/trimaps/{stem}.png"):
-                if not file.exists():
-                    raise UserError(f"{path} names {stem!r}, but there is no {file}")
-                digest.update(f"{file.stat().length} {file.stat().mtime}".encode())
-
+    stems = {name: _read_list(path) for name, path in lists.items()}
+    files = [
+        (folder / f"images/{stem}.jpg", folder / f"annotations/trimaps/{stem}.png")
+        for stem in dict.fromkeys(stem for names in stems.values() for stem in names)
+    ]
+    digest = hashlib.sha256(f"{folder.resolve()} {stems}".encode())
+    for file in (file for pair in files for file in pair):
+        if not file.exists():
+            raise UserError(f"{folder}/annotations names {file.stem!r}, but there is no {file}")
+        digest.update(f"{file.stat().length} {file.stat().mtime}".encode())
     config = FolderConfig(name=digest.hexdigest()[:16], version=stock.Builder.VERSION, folder=str(folder), lists=lists)
     builder = PetFolder(config=config, file_format="array_record")
-    builder.download_and_prepare()
-    return builder
+    if not builder.data_path.exists():
+        for image, trimap in files:
+            _check_pair(image, trimap)
+    return prepare(builder)
+
+
+def _read_list(path: epath.Path) -> list[str]:
+    """The names in a list of the data set, one `NAME CLASS SPECIES BREED` a line."""
+    rows = [line.split(" ") for line in path.read_text().splitlines()]
+    for number, row in enumerate(rows, 1):
+        if len(row) != 4 or not all(field.isdigit() for field in row[1:]):
+            raise UserError(f"{path}, line {number}: {' '.join(row)!r} is not NAME CLASS SPECIES BREED")
+    return [row[0] for row in rows]
+
+
+def _check_pair(image: epath.Path, trimap: epath.Path) -> None:
+    """Reads both, which the stock builder does not."""
+    shape, label = images.read(image, "RGB").shape[:2], images.read(trimap, "L")
+    if shape != label.shape:
+        raise UserError(f"{image} is {shape[1]}x{shape[0]} pixels but {trimap} is {label.shape[1]}x{label.shape[0]}")
+    check_label(label.astype(np.int16) - 1, 3, f"{trimap}, less 1")

@@ -103,14 +103,16 @@ class Pipeline:
         """Examples for a dataset of index batches `[b]`; index -1 gives the first example, masked."""
         tf = _tensorflow()
         if self.cached:
-            images, labels = tf.constant(self._images), tf.constant(self._labels)
 
             def gather(index):
-                row = tf.maximum(index, 0)
-                return {"image": tf.gather(images, row), "label": tf.gather(labels, row), "mask": index >= 0}
+                rows = np.maximum(index, 0)
+                return self._images[rows], self._labels[rows], index >= 0
 
-            batches = indices.map(gather, num_parallel_calls=1)
-            yield from batches.prefetch(2).as_numpy_iterator()
+            def tf_gather(index):
+                image, label, mask = tf.numpy_function(gather, [index], (tf.uint8, tf.uint8, tf.bool))
+                return {"image": image, "label": label, "mask": mask}
+
+            yield from indices.map(tf_gather).prefetch(2).as_numpy_iterator()
             return
 
         failures: list[Exception] = []

@@ -21,16 +21,22 @@ def load(config, split: str) -> Source:
       UserError: an unknown variant or split; images too small to hold a shape.
     """
     variant = check_choice("config.data.variant", config.variant, ("multiclass", "multilabel"))
-    check_choice("--split", split, SPLITS)
+    check_choice("--split", split, (*SPLITS, "all"))
     if min(config.size) < 48:
         raise UserError(f"config.data.size = {config.size}: shapes need at least 48x48 pixels")
     for name in ("shapes_train", "shapes_validation", "shapes_seed"):
         if config[name] < (name != "shapes_seed"):
             raise UserError(f"config.data.{name} = {config[name]} is too small")
-    count = config.shapes_train if split == "train" else config.shapes_validation
+    counts = {"train": config.shapes_train}
+    examples = [
+        (name, i)
+        for name in (SPLITS if split == "all" else (split,))
+        for i in range(counts.get(name, config.shapes_validation))
+    ]
 
     def read(index):
-        image, masks = generate(tuple(config.size), [config.shapes_seed, SPLITS.index(split), index])
+        name, i = examples[index]
+        image, masks = generate(tuple(config.size), [config.shapes_seed, SPLITS.index(name), i])
         if variant == "multilabel":
             return image, masks
         label = np.zeros(masks.shape[:2], np.uint8)
@@ -42,7 +48,7 @@ def load(config, split: str) -> Source:
         classes = Classes("multilabel", SHAPES, PALETTE, channels=1)
     else:
         classes = Classes("multiclass", ("background", *SHAPES), ((0, 0, 0), *PALETTE), channels=1)
-    return Source(classes, [f"{split}_{i:05d}" for i in range(count)], read)
+    return Source(classes, [f"{name}_{i:05d}" for name, i in examples], read)
 
 
 def generate(size: tuple[int, int], seed: list[int]) -> tuple[np.ndarray, np.ndarray]:

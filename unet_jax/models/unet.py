@@ -119,9 +119,8 @@ class UNet(nn.Module):
             return output
         legal = [self._nearest_lengths(length) for length in size]
         raise UserError(
-            f"This network (padding {self.padding!r}, {len(self.features) - 1} poolings) cannot take images of "
-            f"{size[0]}x{size[1]} pixels (height x width). Nearest heights: {_either(legal[0])}; nearest widths: "
-            f"{_either(legal[1])}. Set config.data.size=({legal[0][-1]}, {legal[1][-1]}), for example."
+            f"this network (padding {self.padding!r}, {len(self.features) - 1} poolings) cannot take images of "
+            f"{size[0]}x{size[1]} pixels (height x width). Nearest heights: {legal[0]}; nearest widths: {legal[1]}"
         )
 
     def _output_length(self, length: int) -> int | None:
@@ -141,10 +140,10 @@ class UNet(nn.Module):
         length -= 2 if self.extra_conv and border else 0
         return length if length >= 1 else None
 
-    def _nearest_lengths(self, length: int) -> list[int]:
+    def _nearest_lengths(self, length: int) -> str:
         below = next((n for n in range(length, 0, -1) if self._output_length(n)), None)
         above = next(n for n in range(max(length, 1), length + 4096) if self._output_length(n))
-        return sorted({n for n in (below, above) if n is not None})
+        return " or ".join(str(n) for n in sorted({below or above, above}))
 
 
 class ConvBlock(nn.Module):
@@ -194,10 +193,8 @@ def create(num_outputs: int, **settings) -> UNet:
     check_choice("config.model.upsample", settings["upsample"], UPSAMPLE)
     check_choice("config.model.norm", settings["norm"], ("none", "batch", "group"))
     check_choice("config.model.dtype", settings["dtype"], ("float32", "bfloat16"))
-    if len(settings["features"]) < 2 or not all(isinstance(n, int) and n > 0 for n in settings["features"]):
-        raise UserError(
-            f"config.model.features = {settings['features']} needs two or more positive widths, top to bottom"
-        )
+    if not 2 <= len(settings["features"]) <= 10 or not all(isinstance(n, int) and n > 0 for n in settings["features"]):
+        raise UserError(f"config.model.features = {settings['features']} needs 2 to 10 positive widths, top to bottom")
     if not 0 <= settings["dropout"] < 1:
         raise UserError(f"config.model.dropout = {settings['dropout']} is not in [0, 1)")
     return UNet(num_outputs, **settings)
@@ -207,7 +204,3 @@ def center_crop(x: jax.Array, size: Sequence[int]) -> jax.Array:
     """The central `size` (height, width) of `x` `[B, H, W, ...]`."""
     top, left = (x.shape[1] - size[0]) // 2, (x.shape[2] - size[1]) // 2
     return x[:, top : top + size[0], left : left + size[1]]
-
-
-def _either(values: Sequence[int]) -> str:
-    return " or ".join(map(str, values))
