@@ -15,11 +15,13 @@ from unet_jax.errors import UserError
 
 
 def make_frames(folder, numbers, masks="CameraMask", size=(12, 8), alpha=False):
-    """CARLA frames whose red channel holds class 1 above class 7."""
+    """CARLA frames of two colours, with class 1 in the red channel above class 7."""
     for name in ("CameraRGB", masks):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        Image.new("RGB", size, (number % 256, 50, 100)).save(folder / "CameraRGB" / f"{number:06d}.png")
+        image = Image.new("RGB", size, (number % 256, 50, 100))
+        image.paste((200, 250, 0), (0, size[1] // 2, *size))
+        image.save(folder / "CameraRGB" / f"{number:06d}.png")
         mask = np.zeros((size[1], size[0], 4 if alpha else 3), np.uint8)
         mask[..., 0] = 7
         mask[: size[1] // 2, :, 0] = 1
@@ -231,8 +233,9 @@ def make_pets(root, names):
     trimap = np.full((20, 16), 2, np.uint8)
     trimap[4:16, 4:12] = 3
     trimap[6:14, 6:10] = 1
+    colors = np.array([[0, 0, 0], [200, 100, 50], [40, 60, 90], [120, 80, 70]], np.uint8)
     for name in names:
-        Image.new("RGB", (16, 20), (200, 100, 50)).save(root / "images" / f"{name}.jpg")
+        Image.fromarray(colors[trimap]).save(root / "images" / f"{name}.jpg")
         Image.fromarray(trimap).save(root / "annotations" / "trimaps" / f"{name}.png")
     (root / "annotations" / "trainval.txt").write_text("".join(f"{name} 6 1 2\n" for name in names[:-2]))
     (root / "annotations" / "test.txt").write_text("".join(f"{name} 6 1 2\n" for name in names[-2:]))
