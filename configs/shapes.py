@@ -7,4 +7,5 @@ def get_config():
     config = default.get_config()
     config.augment.flip_horizontal = True
     config.augment.flip_vertical = True
+    config.optimizer.learning_rate = 4e-3
     return config

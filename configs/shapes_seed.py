@@ -20,7 +20,7 @@ def get_config():
 
     config.loss.cross_entropy = 0.5
     config.loss.dice = 0.5
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 4e-3
     config.train.batch_size = 25
     config.train.epochs = 60.0
     config.train.eval_every_epochs = 5.0
