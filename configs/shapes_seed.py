@@ -1,6 +1,7 @@
 """The test of the PyTorch U-Net: six overlapping shapes at 192x192, 100 training and 20 validation images.
 
-Its data, loss (half BCE, half Dice), batch of 25 and 60 epochs; the network is a quarter as wide, normalised.
+Its data and loss (half BCE, half Dice) in half of its 60 epochs. The network is a quarter as wide and normalised, and
+the batch 4 instead of 25: with 100 images that gives 750 steps instead of 240, and steps are what it lacked.
 """
 
 from configs import default
@@ -20,9 +21,9 @@ def get_config():
 
     config.loss.cross_entropy = 0.5
     config.loss.dice = 0.5
-    config.optimizer.learning_rate = 4e-3
-    config.train.batch_size = 25
-    config.train.epochs = 60.0
-    config.train.eval_every_epochs = 5.0
-    config.train.checkpoint_every_epochs = 5.0
+    config.optimizer.learning_rate = 2e-3
+    config.train.batch_size = 4
+    config.train.epochs = 30.0
+    config.train.eval_every_epochs = 3.0
+    config.train.checkpoint_every_epochs = 3.0
     return config
