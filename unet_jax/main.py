@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
 def _run() -> None:
     # Imports stay here, so that --help answers at once.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it only feeds data, and would say so at each start
     for name, level in (("absl", logging.ERROR), ("jax", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
     for flag, mode in ((_CONFIG, "train"), (_STEP, "eval"), (_DATA_DIR, "eval"), (_SPLIT, "eval")):

@@ -56,15 +56,19 @@ class Pipeline:
             return
         import tqdm
 
-        self._images = np.empty((len(source), *image.shape), np.uint8)
-        self._labels = np.empty((len(source), *label.shape), np.uint8)
+        arrays = [np.empty((len(source), *shape), np.uint8) for shape in self._shapes]
 
         def fill(index):
-            self._images[index], self._labels[index] = read_resized(source, index, self.size, resize)
+            for array, value in zip(arrays, read_resized(source, index, self.size, resize), strict=True):
+                array[index] = value
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             done = pool.map(fill, range(len(source)))
             list(tqdm.tqdm(done, "Reading", len(source), unit=" images", leave=False, delay=1))
+        # Gathered by TensorFlow's own threads: NumPy would wait for the interpreter. One at a time, to hold few twice.
+        self._held = []
+        while arrays:
+            self._held.append(_tensorflow().constant(arrays.pop(0)))
 
     def train_batches(self, batch_size: int, seed: int, start_step: int, rows: slice) -> Iterator[Batch]:
         """Endless training batches.
@@ -105,14 +109,11 @@ class Pipeline:
         if self.cached:
 
             def gather(index):
-                rows = np.maximum(index, 0)
-                return self._images[rows], self._labels[rows], index >= 0
+                row = tf.maximum(index, 0)
+                image, label = (tf.gather(held, row) for held in self._held)
+                return {"image": image, "label": label, "mask": index >= 0}
 
-            def tf_gather(index):
-                image, label, mask = tf.numpy_function(gather, [index], (tf.uint8, tf.uint8, tf.bool))
-                return {"image": image, "label": label, "mask": mask}
-
-            yield from indices.map(tf_gather).prefetch(2).as_numpy_iterator()
+            yield from indices.map(gather).prefetch(2).as_numpy_iterator()
             return
 
         failures: list[Exception] = []
