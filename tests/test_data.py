@@ -338,7 +338,7 @@ def test_resizing(tmp_path):
         ("lyft", "lyft13", (600, 800), 4, 1),
     ],
 )
-def test_real_carlamake_frames(config, real_data, folder, variant, size, train, validation):
+def test_real_carla_frames(config, real_data, folder, variant, size, train, validation):
     settings = _config(config, real_data / folder, variant)
     sources = {split: data.load(settings, split) for split in ("train", "validation")}
     assert [len(sources[s]) for s in ("train", "validation")] == [train, validation]

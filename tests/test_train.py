@@ -261,6 +261,7 @@ def test_examples_that_changed_are_refused(config, tmp_path):
             train.train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, variant", [("carla", "carla23"), ("oxford_iiit_pet", "binary")])
 def test_files_go_through_the_whole_training(config, tmp_path, name, variant):
     root = tmp_path / "data"
@@ -299,6 +300,7 @@ def test_folders_that_are_no_work_directories_are_left_alone(config, tmp_path):
         ("train.log_every_steps", 0, "log_every_steps must be 1 or more"),
         ("data.size", (50, 48), r"config.data.size = \(50, 48\).*Nearest heights: 48 or 52"),
         ("data.name", "carla", "config.data.variant"),
+        ("data.resize", "bicubic", "config.data.resize"),
         ("loss.class_weights", (1.0,), "hold 7 weights"),
         ("augment.crop", (30, 30), r"config.augment.crop = \(30, 30\).*Nearest heights: 28 or 32"),
         ("train.epochs", float("nan"), "config.train.epochs = nan must be positive"),

@@ -56,7 +56,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         raise UserError("config.train.log_every_steps must be 1 or more, config.train.panels 0 or more")
     save_every = _steps("checkpoint_every_epochs", config.train.checkpoint_every_epochs, steps_per_epoch)
 
-    # Network, optimizer, state.
+    # Network and optimizer.
     model = unet.create(classes.num_outputs, **config.model)
     train_size = augment.check(config.augment, config.data.size)
     for field, size in (("config.data.size", config.data.size), ("config.augment.crop", train_size)):
@@ -67,18 +67,6 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
             raise UserError(f"{field} = {tuple(size)}: {error}") from error
     schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)
     tx = optimizer.make_optimizer(config.optimizer, schedule)
-    images = {
-        split: pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib)
-        for split, source in sources.items()
-    }
-    train_state = state.create(
-        seed=config.seed,
-        model=model,
-        image_shape=(1, *train_size, classes.channels),
-        optimizer=tx,
-        ema=config.optimizer.ema > 0,
-        sharding=mesh.replicated(devices),
-    )
 
     # What was already done.
     workdir.claim(path, config, classes.to_json())
@@ -92,6 +80,20 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
             f"{path} is finished: {first_step} steps. Look at {path / 'history.png'}, or score it with --mode=eval."
         )
         return
+
+    # Images and state.
+    images = {
+        split: pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib)
+        for split, source in sources.items()
+    }
+    train_state = state.create(
+        seed=config.seed,
+        model=model,
+        image_shape=(1, *train_size, classes.channels),
+        optimizer=tx,
+        ema=config.optimizer.ema > 0,
+        sharding=mesh.replicated(devices),
+    )
     if first_step:
         train_state, meta = checkpoints.restore(first_step, train_state)
         if meta["examples"] != examples:

@@ -5,6 +5,7 @@ To add one: a file in this folder, its name in `NAMES`, and a file in `configs/`
 
 import importlib
 
+from unet_jax.data import images
 from unet_jax.data.source import Classes, Source
 from unet_jax.errors import UserError, check_choice
 
@@ -24,6 +25,7 @@ def load(config, split: str) -> Source:
       UserError: unknown data set or split; data missing or broken.
     """
     check_choice("config.data.name", config.name, NAMES)
+    check_choice("config.data.resize", config.resize, images.RESIZE)
     if len(config.size) != 2 or not all(isinstance(n, int) and n > 0 for n in config.size):
         raise UserError(f"config.data.size = {config.size} must be (height, width) in pixels")
     if not 0 < config.validation < 1:
