@@ -102,9 +102,11 @@ def test_absent_classes_are_shown_as_absent():
 def test_the_best_survives_nan_and_never_displaces_the_latest(config, tmp_path):
     source = data.load(config.data, "train")
     model = unet.create(source.classes.num_outputs, **config.model)
-    from unet_jax import optimizer, state
+    import optax
 
-    tiny = state.create(0, model, (1, 48, 48, 1), optimizer.identity(), False, mesh.replicated(mesh.create(0, 1)))
+    from unet_jax import state
+
+    tiny = state.create(0, model, (1, 48, 48, 1), optax.identity(), False, mesh.replicated(mesh.create(0, 1)))
     checkpoints = checkpoint.Checkpoints(tmp_path)
     for step, score in ((1, 0.5), (2, float("nan")), (3, 0.9), (4, None), (5, 0.1), (6, 0.2), (7, None)):
         checkpoints.save(step, tiny, {}, score)

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from etils import epath
 from flax import linen as nn
 
-from unet_jax import checkpoint, data, losses, mesh, metrics, optimizer, state, workdir
+from unet_jax import checkpoint, data, losses, mesh, metrics, state, workdir
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 from unet_jax.models import unet
@@ -103,7 +104,7 @@ def load(path: epath.PathLike, devices: jax.sharding.Mesh, step: int | None = No
         seed=config.seed,
         model=model,
         image_shape=(1, *config.data.size, classes.channels),
-        optimizer=optimizer.identity(),
+        optimizer=optax.identity(),  # nothing is trained
         ema=config.optimizer.ema > 0,
         sharding=mesh.replicated(devices),
     )
@@ -142,7 +143,7 @@ def evaluate_workdir(path: epath.PathLike, step: int | None, data_dir: str | Non
     images = pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib)
     ways = devices.shape["data"]
     batch_size = -(-config.train.batch_size // ways) * ways  # the scores do not depend on it
-    loss_weights = {name: config.loss[name] for name in ("cross_entropy", "dice")}
+    loss_weights = losses.term_weights(config.loss)
     result = evaluate(
         make_eval_step(trained.model, classes, tuple(config.loss.class_weights), devices),
         trained.variables,

@@ -15,6 +15,11 @@ from unet_jax.errors import UserError
 Term = tuple[jax.Array, jax.Array]
 
 
+def term_weights(settings: Mapping) -> dict[str, float]:
+    """The weight of each loss term in `config.loss`."""
+    return {name: settings[name] for name in ("cross_entropy", "dice")}
+
+
 def check(weights: Mapping[str, float], class_weights: Sequence[float], num_classes: int) -> None:
     """Checks `config.loss`.
 
@@ -72,7 +77,6 @@ def _dice(logits: jax.Array, label: jax.Array, mask: jax.Array, task: str, smoot
     """
     if task == "multiclass":
         probability = jax.nn.softmax(logits)
-        # Gathered, not multiplied by a one-hot label, for the overlap; the sums of the truth are counts.
         classes = jnp.arange(logits.shape[-1])
         truth = (label[..., None] == classes) & mask[..., None]
         probability = probability * mask[..., None]

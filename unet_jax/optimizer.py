@@ -61,8 +61,3 @@ def make_optimizer(settings: Mapping, schedule: optax.Schedule) -> optax.Gradien
         rule = optax.sgd(schedule, momentum=settings["momentum"])
     clip = settings["clip_norm"]
     return optax.chain(optax.clip_by_global_norm(clip), rule) if clip else rule
-
-
-def identity() -> optax.GradientTransformation:
-    """No optimizer, for states that are only evaluated."""
-    return optax.identity()

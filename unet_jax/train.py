@@ -40,7 +40,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     sources = {split: data.load(config.data, split) for split in ("train", "validation")}
     classes = sources["train"].classes
     count, batch_size = len(sources["train"]), config.train.batch_size
-    loss_weights = {name: config.loss[name] for name in ("cross_entropy", "dice")}
+    loss_weights = losses.term_weights(config.loss)
     losses.check(loss_weights, config.loss.class_weights, len(classes.names))
 
     # Devices and steps.
@@ -183,7 +183,7 @@ def make_train_step(
 
     Every random draw is a function of (seed, step, position in the global batch).
     """
-    loss_weights = {name: config.loss[name] for name in ("cross_entropy", "dice")}
+    loss_weights = losses.term_weights(config.loss)
     class_weights = tuple(config.loss.class_weights)
     settings, ema_decay, seed = dict(config.augment), config.optimizer.ema, config.seed
 

@@ -25,10 +25,17 @@ FREE_FIELDS = ("mesh.data", "mesh.space", "data.cache_gib", "train.log_every_ste
 
 
 def write_json(path: epath.Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     partial = path.parent / f"{path.name}.partial"
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
