@@ -8,10 +8,9 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of the weights, the order of examples, augmentation and dropout
 
     config.data = ConfigDict()
-    config.data.name = "shapes"  # shapes | carla | oxford_iiit_pet
-    config.data.variant = (
-        "multiclass"  # shapes: multiclass | multilabel; carla: carla23 | lyft13; pets: trimap | binary
-    )
+    config.data.name = "shapes"  # shapes | carla | oxford_iiit_pet | isbi2012
+    # shapes: multiclass | multilabel; carla: carla23 | lyft13; pets: trimap | binary; isbi2012: multiclass | binary
+    config.data.variant = "multiclass"
     config.data.root = ""  # folder or archive of the images; see the module of the data set
     config.data.size = (96, 96)  # height, width of what the network sees; the labels are scored at this size
     config.data.resize = "bilinear"  # of images: bilinear (antialiased) | nearest; labels are always nearest
@@ -29,6 +28,7 @@ def get_config() -> ConfigDict:
     config.model.dropout_on_skip = False  # whether the lowest skip is taken after its dropout
     config.model.norm = "batch"  # none | batch | group
     config.model.extra_conv = False  # one more 3x3 convolution before the head
+    config.model.kernel_init = "he"  # he | paper: of the weights
     config.model.dtype = "float32"  # of the computation: float32 | bfloat16 (GPU, TPU); weights stay float32
 
     config.augment = ConfigDict()  # all off: 0, False, ()
@@ -37,7 +37,10 @@ def get_config() -> ConfigDict:
     config.augment.rotate = 0.0  # degrees, uniform in +-
     config.augment.scale = 0.0  # zoom, uniform in 1 +-
     config.augment.shift = 0.0  # share of each side, uniform in +-
-    config.augment.crop = ()  # (height, width) of a random window; () trains on the whole image
+    config.augment.elastic = 0.0  # pixels: standard deviation of the displacements
+    config.augment.elastic_grid = 3  # elastic: lattice points a side
+    config.augment.interpolation = "bilinear"  # of images that are rotated, scaled, shifted or deformed: or cubic
+    config.augment.crop = ()  # (height, width) of a random window to predict; () trains on the whole image
     config.augment.brightness = 0.0  # added, uniform in +- of the full range
     config.augment.contrast = 0.0  # factor about the mean, uniform in 1 +-
     config.augment.gamma = 0.0  # exponent, uniform in 1 +-
@@ -46,6 +49,8 @@ def get_config() -> ConfigDict:
     config.loss.cross_entropy = 1.0  # weight of the softmax or sigmoid cross-entropy
     config.loss.dice = 0.0  # weight of the soft Dice loss
     config.loss.class_weights = ()  # one per class, in the cross-entropy; () is 1 for all
+    config.loss.border_weight = 0.0  # w0 of the paper's weight map, which also balances the classes; 0 is off
+    config.loss.border_sigma = 5.0  # pixels; how wide a gap between cells is still a border
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # adam | adamw | sgd
@@ -65,6 +70,10 @@ def get_config() -> ConfigDict:
     config.train.checkpoint_every_epochs = 1.0  # saves in between; what a crash can cost
     config.train.log_every_steps = 20
     config.train.panels = 4  # validation images drawn at each evaluation
+
+    config.eval = ConfigDict()
+    config.eval.em_scores = False  # two classes: V_rand, V_info and pixel error of the ISBI 2012 challenge as well
+    config.eval.tta = "none"  # none | flips | dihedral | rotations: averaged by --mode=eval, never while it trains
 
     config.mesh = ConfigDict()
     config.mesh.data = 0  # devices that share the batch; 0 is all that space leaves

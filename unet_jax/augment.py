@@ -1,8 +1,9 @@
-"""Joint random transforms of image and label, in JAX, on the device.
+"""Joint random transforms of image, label and loss weights, in JAX, on the device.
 
-One key per example: what happens to an example depends on nobody else in the batch, nor on the number of devices. All
-geometry but flips and crop is one affine warp, so that an image is resampled at most once. Labels take the nearest
-pixel and never blend; pixels from outside the image mirror it and get the ignore label.
+One key per example: what happens to an example depends on nobody else in the batch, nor on the number of devices. The
+window, rotation, zoom, shift and elastic deformation are one map of coordinates, so that an image is resampled at most
+once. Labels and weights take the nearest pixel and never blend; from outside the image the label is the ignore label,
+while the image is mirrored there: a valid network looks beyond the window whose labels it is asked for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,19 +11,25 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from unet_jax.errors import UserError
+from unet_jax import resample
+from unet_jax.errors import UserError, check_choice
+
+Margins = Sequence[tuple[int, int]]
 
 
 def check(settings: Mapping, size: Sequence[int]) -> tuple[int, int]:
-    """Checks `config.augment` for images of (height, width) `size`; returns the size after the crop.
+    """Checks `config.augment` for images of (height, width) `size`; returns the size of the window.
 
     Raises:
       UserError: a range that has no meaning.
     """
-    limits = {"rotate": 180, "scale": 0.9, "shift": 1, "brightness": 1, "contrast": 0.9, "gamma": 0.9}
-    for name, most in limits.items():
+    limits = {"rotate": 180, "scale": 0.9, "shift": 1, "elastic": min(size), "brightness": 1, "contrast": 0.9}
+    for name, most in {**limits, "gamma": 0.9}.items():
         if not 0 <= settings[name] <= most:
             raise UserError(f"config.augment.{name} = {settings[name]} is not in 0..{most}")
+    if not 2 <= settings["elastic_grid"] <= min(size):
+        raise UserError(f"config.augment.elastic_grid = {settings['elastic_grid']} is not in 2..{min(size)}")
+    check_choice("config.augment.interpolation", settings["interpolation"], resample.INTERPOLATION)
     crop = tuple(settings["crop"]) or tuple(size)
     if len(crop) != 2 or not all(isinstance(c, int) and 0 < c <= s for c, s in zip(crop, size, strict=True)):
         raise UserError(f"config.augment.crop = {crop} must be (height, width) within config.data.size = {tuple(size)}")
@@ -30,98 +37,95 @@ def check(settings: Mapping, size: Sequence[int]) -> tuple[int, int]:
 
 
 def augment(
-    keys: jax.Array, image: jax.Array, label: jax.Array, settings: Mapping, ignore_label: int
-) -> tuple[jax.Array, jax.Array]:
+    keys: jax.Array,
+    batch: Mapping[str, jax.Array],
+    settings: Mapping,
+    margins: Margins,
+    ignore_label: int,
+) -> dict[str, jax.Array]:
     """Transforms a batch.
 
     Args:
       keys: `[B]` random keys.
-      image: float `[B, H, W, C]` in 0..1.
-      label: integer `[B, H, W]` or `[B, H, W, K]`.
+      batch: `image` float `[B, H, W, C]` in 0..1; `label` integer `[B, H, W]` or `[B, H, W, K]`; maybe `weight` float
+        `[B, H, W]`.
       settings: `config.augment`.
+      margins: how many pixels the image extends beyond the window: (above, below), (left, right).
       ignore_label: the label of pixels from outside the image.
 
     Returns:
-      image and label of the same types; `[B, h, w, ...]` where a crop (h, w) is set.
+      the same fields and types; labels and weights `[B, h, w, ...]` of the window, images with the margins around it.
     """
-    return jax.vmap(lambda k, x, y: _augment_one(k, x, y, settings, ignore_label))(keys, image, label)
+    return jax.vmap(lambda key, example: _augment_one(key, example, settings, margins, ignore_label))(keys, dict(batch))
 
 
-def _augment_one(key, image, label, settings, ignore_label):
-    keys = dict(zip(("flip", "warp", "crop", "color"), jax.random.split(key, 4), strict=True))
+def _augment_one(key, example, settings, margins, ignore_label):
+    names = ("flip", "warp", "crop", "color", "elastic")
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     horizontal, vertical = jax.random.bernoulli(keys["flip"], 0.5, (2,))
     if settings["flip_horizontal"]:
-        image, label = (jnp.where(horizontal, x[:, ::-1], x) for x in (image, label))
+        example = jax.tree.map(lambda x: jnp.where(horizontal, x[:, ::-1], x), example)
     if settings["flip_vertical"]:
-        image, label = (jnp.where(vertical, x[::-1], x) for x in (image, label))
-    if settings["rotate"] or settings["scale"] or settings["shift"]:
-        rows, columns = affine_coordinates(
-            keys["warp"], image.shape[:2], settings["rotate"], settings["scale"], settings["shift"]
-        )
-        image, label = warp(image, label, rows, columns, ignore_label)
-    if settings["crop"]:
-        image, label = _crop(keys["crop"], image, label, settings["crop"])
-    return _color(keys["color"], image, settings["brightness"], settings["contrast"], settings["gamma"]), label
+        example = jax.tree.map(lambda x: jnp.where(vertical, x[::-1], x), example)
+    example = _window(keys, example, settings, margins, ignore_label)
+    image = _color(keys["color"], example["image"], settings["brightness"], settings["contrast"], settings["gamma"])
+    return {**example, "image": image}
+
+
+def _window(keys, example, settings, margins, ignore_label):
+    """Cuts the window out of the transformed image, with its margins."""
+    image = example["image"]
+    size = image.shape[:2]
+    crop = tuple(settings["crop"]) or size
+    warps = any(settings[name] for name in ("rotate", "scale", "shift", "elastic"))
+    if not warps and crop == size and not any(map(sum, margins)):
+        return example
+    start = jax.random.randint(keys["crop"], (2,), 0, jnp.array([s - c + 1 for s, c in zip(size, crop, strict=True)]))
+    rows, columns = (
+        first - before + jnp.arange(before + length + after)
+        for first, length, (before, after) in zip(start, crop, margins, strict=True)
+    )
+    if not warps:
+        whole = image[resample.mirror(rows, size[0])[:, None], resample.mirror(columns, size[1])]
+        cut = lambda x: jax.lax.dynamic_slice(x, (*start, *[0] * (x.ndim - 2)), (*crop, *x.shape[2:]))
+        return {name: whole if name == "image" else cut(x) for name, x in example.items()}
+
+    rows, columns = affine_coordinates(keys["warp"], rows, columns, size, settings)
+    if settings["elastic"]:
+        down, right = resample.elastic(keys["elastic"], rows.shape, settings["elastic"], settings["elastic_grid"])
+        rows, columns = rows + down, columns + right
+    inner = tuple(slice(before, before + length) for length, (before, _) in zip(crop, margins, strict=True))
+    outside = {"label": ignore_label, "weight": 0}
+    warped = {n: resample.nearest(example[n], rows[inner], columns[inner], outside[n]) for n in example if n in outside}
+    image = resample.sample(image, rows, columns, settings["interpolation"])
+    return {**warped, "image": jnp.clip(image, 0, 1)}  # cubic overshoots
 
 
 def affine_coordinates(
-    key: jax.Array, size: Sequence[int], rotate: float, scale: float, shift: float
+    key: jax.Array, rows: jax.Array, columns: jax.Array, size: Sequence[int], settings: Mapping
 ) -> tuple[jax.Array, jax.Array]:
-    """Where each output pixel comes from, under a random affine map about the centre.
+    """Where output pixels come from, under a random affine map about the centre of the image.
 
     Args:
       key: random key.
-      size: height and width.
-      rotate: the angle is uniform in ±rotate degrees.
-      scale: the zoom is uniform in 1 ± scale.
-      shift: the displacement is uniform in ±shift of each side.
+      rows, columns: of the output pixels, `[h]` and `[w]`.
+      size: height and width of the image.
+      settings: `rotate`, the angle is uniform in ± that many degrees; `scale`, the zoom is uniform in 1 ± scale;
+        `shift`, the displacement is uniform in ± that share of each side.
 
     Returns:
-      source rows and columns, float `[H, W]`.
+      source rows and columns, float `[h, w]`.
     """
     angle, zoom, down, right = jax.random.uniform(key, (4,), minval=-1, maxval=1)
-    angle, zoom = jnp.deg2rad(rotate * angle), 1 + scale * zoom
     height, width = size
-    y = jnp.arange(height)[:, None] - (height - 1) / 2 - down * shift * height
-    x = jnp.arange(width)[None, :] - (width - 1) / 2 - right * shift * width
-    cos, sin = jnp.cos(angle) / zoom, jnp.sin(angle) / zoom
-    return cos * y - sin * x + (height - 1) / 2, sin * y + cos * x + (width - 1) / 2
-
-
-def warp(
-    image: jax.Array, label: jax.Array, rows: jax.Array, columns: jax.Array, ignore_label: int
-) -> tuple[jax.Array, jax.Array]:
-    """Samples image `[H, W, C]` (bilinear) and label `[H, W, ...]` (nearest) at source coordinates `[h, w]`."""
-    height, width = image.shape[:2]
-    top, left = jnp.floor(rows).astype(int), jnp.floor(columns).astype(int)
-    down, right = (rows - top)[..., None], (columns - left)[..., None]
-
-    def pixel(i, j):
-        return image[_mirror(i, height), _mirror(j, width)]
-
-    upper = pixel(top, left) * (1 - right) + pixel(top, left + 1) * right
-    lower = pixel(top + 1, left) * (1 - right) + pixel(top + 1, left + 1) * right
-    warped = upper * (1 - down) + lower * down
-
-    i, j = jnp.floor(rows + 0.5).astype(int), jnp.floor(columns + 0.5).astype(int)
-    inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
-    nearest = label[jnp.clip(i, 0, height - 1), jnp.clip(j, 0, width - 1)]
-    inside = inside.reshape(inside.shape + (1,) * (nearest.ndim - 2))
-    return warped, jnp.where(inside, nearest, jnp.asarray(ignore_label, label.dtype))
-
-
-def _mirror(index: jax.Array, length: int) -> jax.Array:
-    """Reflects indices into 0..length-1 without repeating the border: -1 -> 1."""
-    period = max(2 * (length - 1), 1)
-    index = jnp.mod(index, period)
-    return jnp.minimum(index, period - index) if length > 1 else jnp.zeros_like(index)
-
-
-def _crop(key, image, label, size):
-    """A window of (height, width) `size`, uniform over all places."""
-    limit = jnp.array([image.shape[0] - size[0] + 1, image.shape[1] - size[1] + 1])
-    start = jax.random.randint(key, (2,), 0, limit)
-    return tuple(jax.lax.dynamic_slice(x, (*start, *[0] * (x.ndim - 2)), (*size, *x.shape[2:])) for x in (image, label))
+    center = (height - 1) / 2, (width - 1) / 2
+    y, x = resample.rotate(
+        rows - center[0] - down * settings["shift"] * height,
+        columns - center[1] - right * settings["shift"] * width,
+        jnp.deg2rad(settings["rotate"] * angle),
+        1 + settings["scale"] * zoom,
+    )
+    return y + center[0], x + center[1]
 
 
 def _color(key, image, brightness, contrast, gamma):

@@ -1,19 +1,22 @@
 """Evaluation: a whole split, every pixel once, whatever the batch size and the number of devices."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
 from flax import linen as nn
 
-from unet_jax import checkpoint, data, losses, mesh, metrics, state, workdir
-from unet_jax.data import pipeline
-from unet_jax.errors import UserError
+from unet_jax import checkpoint, data, em, losses, mesh, metrics, predict, state, workdir
+from unet_jax.data import border, pipeline
+from unet_jax.errors import UserError, check_choice
 from unet_jax.models import unet
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 
 class Evaluation(NamedTuple):
@@ -22,20 +25,57 @@ class Evaluation(NamedTuple):
     loss: float
     scores: dict[str, Any]
     confusion: np.ndarray
+    em: dict[str, Any]  # `em.scores`; empty where they are off
 
 
-def make_eval_step(model: nn.Module, classes: data.Classes, class_weights, devices: jax.sharding.Mesh) -> Callable:
-    """A jitted function of variables and a batch: confusion counts, and every loss term of each example."""
+def make_weigh(settings: Mapping, classes: data.Classes) -> Callable | None:
+    """The function of a label that makes its loss weights, by `config.loss`; None where they are off.
+
+    Raises:
+      UserError: a setting has no meaning.
+    """
+    w0, sigma = settings["border_weight"], settings["border_sigma"]
+    if not 0 <= w0 < float("inf") or not 0 < sigma < float("inf"):
+        raise UserError(
+            f"config.loss.border_weight = {w0} must be 0 or more, config.loss.border_sigma = {sigma} positive"
+        )
+    if w0 and classes.task == "multilabel":
+        raise UserError("config.loss.border_weight is for labels of one class per pixel, not for overlapping masks")
+    return functools.partial(border.weight_map, w0=w0, sigma=sigma, ignore_label=classes.ignore_label) if w0 else None
+
+
+def check(settings: Mapping, classes: data.Classes) -> None:
+    """Checks `config.eval`.
+
+    Raises:
+      UserError: an unknown `tta`, or `em_scores` of other than two classes.
+    """
+    check_choice("config.eval.tta", settings["tta"], predict.TTA)
+    if settings["em_scores"] and (len(classes.names) != 2 or classes.task == "multilabel"):
+        raise UserError(f"config.eval.em_scores is for two classes, background and cells, not for {classes.names}")
+
+
+def make_eval_step(
+    model: nn.Module, classes: data.Classes, config: "ConfigDict", devices: jax.sharding.Mesh, tta: str = "none"
+) -> Callable:
+    """A jitted function of variables and a batch.
+
+    It returns confusion counts, every loss term of each example, and, for `config.eval.em_scores`, the probability of
+    class 1 with the labels and the mask of the batch.
+    """
+    class_weights, em_scores = tuple(config.loss.class_weights), config.eval.em_scores
 
     def eval_step(variables, batch):
-        image = as_float(batch["image"])
-        image = jax.lax.with_sharding_constraint(image, mesh.by_example_and_height(devices))
-        logits = model.apply(variables, image)
-        label = unet.center_crop(batch["label"], logits.shape[1:3])
+        label = batch["label"]
+        window = _surround(model, batch["image"], tta)
+        window = jax.lax.with_sharding_constraint(window, mesh.by_example_and_height(devices))
+        logits = predict.logits(model, variables, window, label.shape[1:3], classes.task, tta)
         mask = (label != classes.ignore_label) & batch["mask"].reshape(-1, *[1] * (label.ndim - 1))
         prediction = metrics.predict_label(logits, classes.task)
         counts = metrics.confusion(prediction, label, mask, classes.task, len(classes.names))
-        return counts, losses.terms(logits, label, mask, classes.task, class_weights)
+        terms = losses.terms(logits, label, mask, classes.task, class_weights, batch.get("weight"))
+        cells = (predict.to_probability(logits, classes.task)[..., -1], label, batch["mask"]) if em_scores else ()
+        return counts, terms, cells
 
     return jax.jit(eval_step, out_shardings=mesh.replicated(devices))
 
@@ -44,14 +84,17 @@ def make_predict_step(model: nn.Module, classes: data.Classes) -> Callable:
     """A jitted function of variables and uint8 images `[B, H, W, C]`: the predicted labels."""
 
     def predict_step(variables, image):
-        return metrics.predict_label(model.apply(variables, as_float(image)), classes.task)
+        window = _surround(model, image, "none")
+        return metrics.predict_label(
+            predict.logits(model, variables, window, image.shape[1:3], classes.task), classes.task
+        )
 
     return jax.jit(predict_step)
 
 
-def as_float(image: jax.Array) -> jax.Array:
-    """uint8 images as float32 in 0..1, the range the network is trained on."""
-    return image.astype(jnp.float32) / 255
+def _surround(model, image, tta):
+    """Whole uint8 images as floats, mirrored at their borders as far as the network needs."""
+    return predict.surround(predict.as_float(image), predict.margins(model, image.shape[1:3], tta))
 
 
 def evaluate(
@@ -60,19 +103,22 @@ def evaluate(
     batches: Iterable[pipeline.Batch],
     devices: jax.sharding.Mesh,
     loss_weights: Mapping[str, float],
-    names: tuple[str, ...],
+    classes: data.Classes,
 ) -> Evaluation:
     """Scores `variables` on all `batches`.
 
     Counts are added as integers. Losses are added per example in float64, so that the batch size does not show.
     """
-    confusion, collected = 0, []
+    confusion, collected, slices = 0, [], []
     for batch in batches:
-        counts, terms = jax.device_get(eval_step(variables, mesh.put_batch(devices, batch)))
+        counts, terms, cells = jax.device_get(eval_step(variables, mesh.put_batch(devices, batch)))
         confusion = confusion + counts.astype(np.int64)
         collected.append(terms)
+        slices += [(p, y) for p, y, counted in zip(*cells, strict=True) if counted]
     terms = jax.tree.map(lambda *parts: np.concatenate(parts).astype(np.float64), *collected)
-    return Evaluation(float(losses.combine(terms, loss_weights)), metrics.scores(confusion, names), confusion)
+    loss = float(losses.combine(terms, loss_weights))
+    em_scores = em.scores(*zip(*slices, strict=True), classes.ignore_label) if slices else {}
+    return Evaluation(loss, metrics.scores(confusion, classes.names), confusion, em_scores)
 
 
 class Trained(NamedTuple):
@@ -103,7 +149,7 @@ def load(path: epath.PathLike, devices: jax.sharding.Mesh, step: int | None = No
     blank = state.create(
         seed=config.seed,
         model=model,
-        image_shape=(1, *config.data.size, classes.channels),
+        image_shape=(1, *model.smallest_input, classes.channels),
         optimizer=optax.identity(),  # nothing is trained
         ema=config.optimizer.ema > 0,
         sharding=mesh.replicated(devices),
@@ -121,7 +167,9 @@ def load(path: epath.PathLike, devices: jax.sharding.Mesh, step: int | None = No
     return Trained(config, classes, model, restored.eval_variables, step)
 
 
-def evaluate_workdir(path: epath.PathLike, step: int | None, data_dir: str | None, split: str) -> Evaluation:
+def evaluate_workdir(
+    path: epath.PathLike, step: int | None, data_dir: str | None, split: str, tta: str | None
+) -> Evaluation:
     """Scores a work directory, prints a table and writes `eval.json`.
 
     Args:
@@ -129,6 +177,7 @@ def evaluate_workdir(path: epath.PathLike, step: int | None, data_dir: str | Non
       step: which checkpoint; None is the best.
       data_dir: other images than those it was trained on, for the same data set; None keeps `config.data.root`.
       split: `train`, `validation`, `test` or `all`.
+      tta: see `predict.logits`; None is `config.eval.tta`.
 
     Raises:
       UserError: no work directory, checkpoint or images.
@@ -140,29 +189,35 @@ def evaluate_workdir(path: epath.PathLike, step: int | None, data_dir: str | Non
     if data_dir is not None:
         config.data.root = data_dir
     source = data.load(config.data, split)
-    images = pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib)
+    weigh = make_weigh(config.loss, classes)
+    images = pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib, weigh)
+    tta = config.eval.tta if tta is None else check_choice("--tta", tta, predict.TTA)
     ways = devices.shape["data"]
     batch_size = -(-config.train.batch_size // ways) * ways  # the scores do not depend on it
     loss_weights = losses.term_weights(config.loss)
     result = evaluate(
-        make_eval_step(trained.model, classes, tuple(config.loss.class_weights), devices),
+        make_eval_step(trained.model, classes, config, devices, tta),
         trained.variables,
         images.eval_batches(batch_size, mesh.process_rows(batch_size)),
         devices,
         loss_weights,
-        classes.names,
+        classes,
     )
     if mesh.is_main_process():
         images_of = config.data.root or config.data.name
-        print(f"{path}, step {trained.step}, {split} split of {images_of}: {len(source)} images")
+        print(
+            f"{path}, step {trained.step}, {split} split of {images_of}: {len(source)} images, test-time augmentation: {tta}"
+        )
         print(format_table(result))
         written = {
             "step": trained.step,
             "split": split,
             "data_root": config.data.root,
             "images": len(source),
+            "tta": tta,
             "loss": result.loss,
             **result.scores,
+            **result.em,
             "confusion": result.confusion.tolist(),
         }
         workdir.write_json(path / "eval.json", written)
@@ -186,6 +241,10 @@ def format_table(result: Evaluation) -> str:
         f"pixel accuracy {_number(scores['accuracy'])}   mean IoU {_number(scores['miou'])}   mean Dice "
         f"{_number(scores['mdice'])}   (over {present} classes present)   loss {result.loss:.4f}"
     )
+    if result.em:
+        lines.append(
+            "  ".join(f"{name} {result.em[name]:.4f} (threshold {result.em[f'{name}_threshold']})" for name in em.NAMES)
+        )
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 from etils import epath
 
-from unet_jax import mesh, workdir
+from unet_jax import em, mesh, workdir
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -77,8 +77,10 @@ class Log:
         values |= {"val/miou": result.scores["miou"], "val/mdice": result.scores["mdice"]}
         values |= {f"val/iou/{name}": iou for name, iou in result.scores["iou"].items()}
         values |= {f"val/dice/{name}": dice for name, dice in result.scores["dice"].items()}
+        values |= {f"val/{name}": result.em[name] for name in em.NAMES if result.em}
         self._write(step, values)
         shown = {"loss": "val/loss", "accuracy": "val/accuracy", "mean IoU": "val/miou"}
+        shown |= {name: f"val/{name}" for name in em.NAMES if result.em}
         say("  validation  " + "  ".join(f"{k} {values[v]:.4f}" for k, v in shown.items() if values[v] is not None))
 
     def _write(self, step, values):

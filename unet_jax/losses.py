@@ -37,7 +37,12 @@ def check(weights: Mapping[str, float], class_weights: Sequence[float], num_clas
 
 
 def terms(
-    logits: jax.Array, label: jax.Array, mask: jax.Array, task: str, class_weights: Sequence[float] = ()
+    logits: jax.Array,
+    label: jax.Array,
+    mask: jax.Array,
+    task: str,
+    class_weights: Sequence[float] = (),
+    pixel_weights: jax.Array | None = None,
 ) -> dict[str, Term]:
     """All loss terms of a batch.
 
@@ -48,6 +53,7 @@ def terms(
       task: `multiclass`, `binary` or `multilabel`.
       class_weights: one per class, or none: the weight of a pixel in the cross-entropy is that of its class (for a
         multilabel task, that of its mask).
+      pixel_weights: float `[B, H, W]`, which multiply these weights; None is 1 everywhere.
 
     Returns:
       `cross_entropy` and `dice`.
@@ -62,6 +68,8 @@ def terms(
             label, mask = label[..., None], mask[..., None]
         loss = optax.sigmoid_binary_cross_entropy(logits, label)
         weight = mask * (weights[label] if task == "binary" else weights)
+    if pixel_weights is not None:
+        weight = weight * (pixel_weights if task == "multiclass" else pixel_weights[..., None])
     pixels = tuple(range(1, loss.ndim))
     return {
         "cross_entropy": ((loss * weight).sum(pixels), weight.sum(pixels)),

@@ -23,6 +23,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written. De
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train: train or go on; eval: score a work directory.")
 _STEP = flags.DEFINE_integer("step", None, "eval: the checkpoint to score. Default: the best.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "eval: other images to score, laid out as config.data.root.")
+_TTA = flags.DEFINE_string(
+    "tta", None, "eval: none, flips, dihedral or rotations averaged. Default: as config.eval.tta."
+)
 _SPLIT = flags.DEFINE_enum(
     "split", "validation", ["train", "validation", "test", "all"], "eval: the part of the images to score."
 )
@@ -44,7 +47,7 @@ def _run() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it only feeds data, and would say so at each start
     for name, level in (("absl", logging.ERROR), ("jax", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
-    for flag, mode in ((_CONFIG, "train"), (_STEP, "eval"), (_DATA_DIR, "eval"), (_SPLIT, "eval")):
+    for flag, mode in ((_CONFIG, "train"), (_STEP, "eval"), (_DATA_DIR, "eval"), (_SPLIT, "eval"), (_TTA, "eval")):
         if flag.present and mode != _MODE.value:
             raise UserError(f"--{flag.name} is for --mode={mode}, not for --mode={_MODE.value}")
     if _MODE.value == "train":
@@ -59,7 +62,7 @@ def _run() -> None:
             raise UserError("say what to score: --workdir=runs/shapes, for example")
         from unet_jax import evaluate
 
-        evaluate.evaluate_workdir(_WORKDIR.value, _STEP.value, _DATA_DIR.value, _SPLIT.value)
+        evaluate.evaluate_workdir(_WORKDIR.value, _STEP.value, _DATA_DIR.value, _SPLIT.value, _TTA.value)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-from unet_jax.data.pipeline import Pipeline, read_resized
+from unet_jax.data.pipeline import Pipeline
 from unet_jax.data.source import Classes
 
 WRONG = (255, 40, 40)
@@ -25,7 +25,7 @@ class Panels:
         total = len(images.source)
         chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)) if count else []
         self._ids = [images.source.ids[i] for i in chosen]
-        self._examples = [read_resized(images.source, int(i), images.size, images.resize) for i in chosen]
+        self._examples = [images.read(int(i)) for i in chosen]
 
     def draw(self, step: int, predict: Callable[[np.ndarray], Any]) -> None:
         """Writes one PNG per image into `<folder>/<step>/`.
@@ -36,27 +36,32 @@ class Panels:
         """
         if not self._examples:
             return
-        predictions = np.asarray(predict(np.stack([image for image, _ in self._examples])))
         folder = self._folder / str(step)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, (image, label), prediction in zip(self._ids, self._examples, predictions, strict=True):
-            picture = draw_panel(image, label, prediction, self._classes)
+        for name, example in zip(self._ids, self._examples, strict=True):  # one by one, for images may be large
+            prediction = np.asarray(predict(example["image"][None]))[0]
+            picture = draw_panel(**example, prediction=prediction, classes=self._classes)
             with (folder / f"{name.replace('/', '_')}.png").open("wb") as file:
                 picture.save(file, "PNG")
 
 
-def draw_panel(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, classes: Classes) -> Image.Image:
+def draw_panel(
+    image: np.ndarray,
+    label: np.ndarray,
+    prediction: np.ndarray,
+    classes: Classes,
+    weight: np.ndarray | None = None,
+) -> Image.Image:
     """Image, truth, prediction and error side by side, with a legend of the classes that occur.
 
     Args:
       image: uint8 `[H, W, C]`.
       label: uint8 `[H, W]` or `[H, W, K]`.
-      prediction: as `label`; smaller where the network is valid, and then everything is cropped to its centre.
+      prediction: as `label`.
       classes: names and colours.
+      weight: of each pixel in the loss, float `[H, W]`, drawn as well; None is none.
     """
-    size = prediction.shape[:2]
-    image, label = (_center(x, size) for x in (image, label))
-    rgb = np.broadcast_to(image, (*size, 3))
+    rgb = np.broadcast_to(image, (*label.shape[:2], 3))
     counted = label != classes.ignore_label
     wrong = (label != prediction) & counted
     if classes.task == "multilabel":
@@ -69,6 +74,9 @@ def draw_panel(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, cla
         "prediction": colorize(prediction, classes),
         f"error ({wrong.sum() / max(counted.sum(), 1):.1%} of pixels)": error,
     }
+    if weight is not None:
+        grey = (weight[..., None] / max(weight.max(), 1e-9) * 255).repeat(3, -1)
+        tiles[f"loss weight ({weight.min():.1f} to {weight.max():.1f})"] = grey.astype(np.uint8)
     return _lay_out(tiles, _occurring(label, prediction, classes), classes)
 
 
@@ -122,11 +130,6 @@ def _lay_out(tiles: dict[str, np.ndarray], shown: Sequence[int], classes: Classe
     return canvas
 
 
-def _center(x: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    top, left = (x.shape[0] - size[0]) // 2, (x.shape[1] - size[1]) // 2
-    return x[top : top + size[0], left : left + size[1]]
-
-
 def draw_history(rows: Sequence[dict[str, Any]], path: epath.Path) -> None:
     """Curves of loss and scores over epochs, from the lines of `metrics.jsonl`."""
     import matplotlib
@@ -137,7 +140,13 @@ def draw_history(rows: Sequence[dict[str, Any]], path: epath.Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     curves = {
         left: {"train/loss": "training loss", "val/loss": "validation loss"},
-        right: {"val/accuracy": "pixel accuracy", "val/miou": "mean IoU", "val/mdice": "mean Dice"},
+        right: {
+            "val/accuracy": "pixel accuracy",
+            "val/miou": "mean IoU",
+            "val/mdice": "mean Dice",
+            "val/v_rand": "V_rand",
+            "val/v_info": "V_info",
+        },
     }
     for axes, names in curves.items():
         for name, title in names.items():

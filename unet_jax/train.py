@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,7 +12,20 @@ import optax
 from etils import epath
 from flax import linen as nn
 
-from unet_jax import augment, checkpoint, data, evaluate, log, losses, mesh, optimizer, report, state, workdir
+from unet_jax import (
+    augment,
+    checkpoint,
+    data,
+    evaluate,
+    log,
+    losses,
+    mesh,
+    optimizer,
+    predict,
+    report,
+    state,
+    workdir,
+)
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 from unet_jax.models import unet
@@ -42,6 +55,8 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     count, batch_size = len(sources["train"]), config.train.batch_size
     loss_weights = losses.term_weights(config.loss)
     losses.check(loss_weights, config.loss.class_weights, len(classes.names))
+    weigh = evaluate.make_weigh(config.loss, classes)
+    evaluate.check(config.eval, classes)
 
     # Devices and steps.
     devices = mesh.create(config.mesh.data, config.mesh.space)
@@ -58,13 +73,8 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
 
     # Network and optimizer.
     model = unet.create(classes.num_outputs, **config.model)
-    train_size = augment.check(config.augment, config.data.size)
-    for field, size in (("config.data.size", config.data.size), ("config.augment.crop", train_size)):
-        try:
-            model.output_size(size)
-            mesh.check_height(devices, size[0])
-        except UserError as error:
-            raise UserError(f"{field} = {tuple(size)}: {error}") from error
+    crop = augment.check(config.augment, config.data.size)
+    image_size, input_size = (_input_size(model, size, devices) for size in (config.data.size, crop))
     schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)
     tx = optimizer.make_optimizer(config.optimizer, schedule)
 
@@ -83,13 +93,13 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
 
     # Images and state.
     images = {
-        split: pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib)
+        split: pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib, weigh)
         for split, source in sources.items()
     }
     train_state = state.create(
         seed=config.seed,
         model=model,
-        image_shape=(1, *train_size, classes.channels),
+        image_shape=(1, *model.smallest_input, classes.channels),
         optimizer=tx,
         ema=config.optimizer.ema > 0,
         sharding=mesh.replicated(devices),
@@ -113,6 +123,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         f"data     {count} training and {len(sources['validation'])} validation images of "
         f"{config.data.size[0]}x{config.data.size[1]}, {len(classes.names)} classes ({classes.task}), "
         f"{'held in memory' if images['train'].cached else 'read anew each epoch'}\n"
+        f"tiles    {_tiles('training', crop, input_size)}; {_tiles('validation', config.data.size, image_size)}\n"
         f"devices  {jax.device_count()} x {jax.devices()[0].device_kind}, mesh data={devices.shape['data']} "
         f"space={devices.shape['space']}; {jax.process_count()} process(es)\n"
         f"steps    {total_steps} of {batch_size} images, {steps_per_epoch:.1f} an epoch"
@@ -120,7 +131,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     started = time.monotonic()
     train_step = make_train_step(model, tx, config, classes, devices).lower(train_state, batch).compile()
     log.say(f"memory   {_memory(train_step)}; compiled in {time.monotonic() - started:.1f} s")
-    eval_step = evaluate.make_eval_step(model, classes, tuple(config.loss.class_weights), devices)
+    eval_step = evaluate.make_eval_step(model, classes, config, devices)
     panels = report.Panels(images["validation"], config.train.panels, path / "panels")
     predict_step = evaluate.make_predict_step(model, classes)
 
@@ -152,7 +163,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
                     images["validation"].eval_batches(batch_size, rows),
                     devices,
                     loss_weights,
-                    classes.names,
+                    classes,
                 )
                 score = result.scores["miou"]
                 history.add_evaluation(step, result)
@@ -194,17 +205,20 @@ def make_train_step(
             jax.vmap(lambda i, use=use: jax.random.fold_in(jax.random.fold_in(step_key, use), i))(positions)
             for use in (0, 1)
         )
-        image, label = augment.augment(
-            augment_keys, evaluate.as_float(batch["image"]), batch["label"], settings, classes.ignore_label
-        )
-        image = jax.lax.with_sharding_constraint(image, mesh.by_example_and_height(devices))
+        examples = {name: batch[name] for name in batch if name != "mask"}
+        examples["image"] = predict.as_float(batch["image"])
+        crop = settings["crop"] or batch["image"].shape[1:3]
+        margins = predict.margins(model, crop)
+        examples = augment.augment(augment_keys, examples, settings, margins, classes.ignore_label)
+        image = jax.lax.with_sharding_constraint(examples["image"], mesh.by_example_and_height(devices))
+        label, pixel_weights = examples["label"], examples.get("weight")
 
         def loss_fn(params):
             variables = {"params": params, "batch_stats": train_state.batch_stats}
             logits, updates = model.apply(variables, image, dropout_keys, mutable=["batch_stats"])
-            target = unet.center_crop(label, logits.shape[1:3])
-            mask = target != classes.ignore_label
-            terms = losses.terms(logits, target, mask, classes.task, class_weights)
+            logits = logits[:, : crop[0], : crop[1]]
+            mask = label != classes.ignore_label
+            terms = losses.terms(logits, label, mask, classes.task, class_weights, pixel_weights)
             return losses.combine(terms, loss_weights), updates.get("batch_stats", {})
 
         (loss, batch_stats), gradients = jax.value_and_grad(loss_fn, has_aux=True)(train_state.params)
@@ -225,6 +239,18 @@ def make_train_step(
 def _draw_history(path: epath.Path) -> None:
     if mesh.is_main_process():
         report.draw_history(workdir.read_metrics(path), path / "history.png")
+
+
+def _input_size(model: nn.Module, size: Sequence[int], devices: jax.sharding.Mesh) -> tuple[int, int]:
+    """What the network is given to predict `size`: with the margins it needs, which mirror the image."""
+    height, width = (n + sum(around) for n, around in zip(size, model.margins(size), strict=True))
+    mesh.check_height(devices, height)
+    return height, width
+
+
+def _tiles(use: str, size: Sequence[int], given: Sequence[int]) -> str:
+    shown = f"{use} predicts {size[0]}x{size[1]}"
+    return shown if tuple(size) == tuple(given) else f"{shown} from {given[0]}x{given[1]}, mirrored where needed"
 
 
 def _steps(field: str, epochs: float, steps_per_epoch: float) -> int:

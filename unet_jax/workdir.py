@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 # Fields that change how a run is carried out but not what comes out; they may differ when a run goes on.
-FREE_FIELDS = ("mesh.data", "mesh.space", "data.cache_gib", "train.log_every_steps")
+FREE_FIELDS = ("mesh.data", "mesh.space", "data.cache_gib", "train.log_every_steps", "eval.tta")
 
 
 def write_json(path: epath.Path, values: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from unet_jax.data import images
 from unet_jax.data.source import Classes, Source
 from unet_jax.errors import UserError, check_choice
 
-NAMES = ("shapes", "carla", "oxford_iiit_pet")
+NAMES = ("shapes", "carla", "oxford_iiit_pet", "isbi2012")
 
 __all__ = ["NAMES", "Classes", "Source", "load"]
 

@@ -18,8 +18,8 @@ def read(path, mode: str) -> np.ndarray:
 
     Args:
       path: a file, as any path object with `open` (of a folder, of a zip archive, of a bucket).
-      mode: `RGB` or `L` to convert to `[h, w, 3]` or `[h, w]`; `red` for the red channel `[h, w]` as it is,
-        or the indices of an image with a palette.
+      mode: `RGB` or `L` to convert to `[h, w, 3]` or `[h, w]`; `grey` for an image without colour `[h, w]`; `red` for
+        the red channel `[h, w]` as it is, or the indices of an image with a palette.
 
     Raises:
       UserError: the file is not a readable 8-bit image; names it.
@@ -32,6 +32,11 @@ def read(path, mode: str) -> np.ndarray:
                 if image.mode == "P":  # the ids are the indices, not the colours
                     return np.asarray(image)
                 return np.asarray(image.getchannel("R") if "R" in image.getbands() else image.convert("L"))
+            if mode == "grey":
+                rgb = np.asarray(image.convert("RGB"))
+                if (rgb != rgb[..., :1]).any():
+                    raise UserError(f"{path}: a coloured image; 8-bit grey is needed, convert it")
+                return rgb[..., 0]
             return np.asarray(image.convert(mode))
     except (*BROKEN, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image ({error})") from error

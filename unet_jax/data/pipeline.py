@@ -26,49 +26,60 @@ def _tensorflow():
     return tf
 
 
-def read_resized(source: Source, index: int, size: tuple[int, int], resize: str) -> tuple[np.ndarray, np.ndarray]:
-    """One example at (height, width) `size`: image uint8 `[H, W, C]`, label uint8 `[H, W]` or `[H, W, K]`."""
-    image, label = source.read(index)
-    return images.resize_image(image, size, resize), images.resize_label(label, size)
-
-
 class Pipeline:
     """Examples of one source at one size, held in memory where they fit.
 
     Attributes:
       source: the examples.
-      size: height and width of the batches.
-      resize: how images are resized, `bilinear` or `nearest`.
       cached: whether all examples are held in memory.
     """
 
-    def __init__(self, source: Source, size: tuple[int, int], resize: str, cache_gib: float):
+    def __init__(
+        self,
+        source: Source,
+        size: tuple[int, int],
+        resize: str,
+        cache_gib: float,
+        weigh: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
         """Reads everything once, in parallel, if the resized examples fit in `cache_gib`.
+
+        Args:
+          source: the examples.
+          size: height and width of the batches.
+          resize: how images are resized, `bilinear` or `nearest`.
+          cache_gib: how much memory the examples may fill.
+          weigh: makes the loss weights float32 `[H, W]` of a label; None is none.
 
         Raises:
           UserError: an example cannot be read.
         """
-        self.source, self.size, self.resize = source, tuple(size), resize
-        image, label = read_resized(source, 0, self.size, resize)
-        self._shapes = (image.shape, label.shape)
-        self.cached = (image.nbytes + label.nbytes) * len(source) <= cache_gib * 2**30
+        self.source, self._size, self._resize, self._weigh = source, tuple(size), resize, weigh
+        first = self.read(0)
+        self._spec = {name: (value.shape, value.dtype) for name, value in first.items()}
+        self.cached = sum(value.nbytes for value in first.values()) * len(source) <= cache_gib * 2**30
         if not self.cached:
             return
         import tqdm
 
-        arrays = [np.empty((len(source), *shape), np.uint8) for shape in self._shapes]
+        arrays = {name: np.empty((len(source), *shape), dtype) for name, (shape, dtype) in self._spec.items()}
 
         def fill(index):
-            for array, value in zip(arrays, read_resized(source, index, self.size, resize), strict=True):
-                array[index] = value
+            for name, value in self.read(index).items():
+                arrays[name][index] = value
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             done = pool.map(fill, range(len(source)))
             list(tqdm.tqdm(done, "Reading", len(source), unit=" images", leave=False, delay=1))
         # Gathered by TensorFlow's own threads: NumPy would wait for the interpreter. One at a time, to hold few twice.
-        self._held = []
-        while arrays:
-            self._held.append(_tensorflow().constant(arrays.pop(0)))
+        self._held = {name: _tensorflow().constant(arrays.pop(name)) for name in self._spec}
+
+    def read(self, index: int) -> Batch:
+        """One example: `image` uint8 `[H, W, C]`, `label` uint8 `[H, W]` or `[H, W, K]`, maybe `weight` `[H, W]`."""
+        image, label = self.source.read(index)
+        label = images.resize_label(label, self._size)
+        example = {"image": images.resize_image(image, self._size, self._resize), "label": label}
+        return example if self._weigh is None else {**example, "weight": self._weigh(label)}
 
     def train_batches(self, batch_size: int, seed: int, start_step: int, rows: slice) -> Iterator[Batch]:
         """Endless training batches.
@@ -80,7 +91,7 @@ class Pipeline:
           rows: the part of each global batch that this process feeds.
 
         Yields:
-          `image` uint8 `[b, H, W, C]`, `label` uint8 `[b, H, W]` or `[b, H, W, K]`, `mask` bool `[b]`, all true.
+          the fields of `read`, each `[b, ...]`, and `mask` bool `[b]`, all true.
         """
         tf = _tensorflow()
         count = len(self.source)
@@ -110,8 +121,7 @@ class Pipeline:
 
             def gather(index):
                 row = tf.maximum(index, 0)
-                image, label = (tf.gather(held, row) for held in self._held)
-                return {"image": image, "label": label, "mask": index >= 0}
+                return {name: tf.gather(held, row) for name, held in self._held.items()} | {"mask": index >= 0}
 
             yield from indices.map(gather).prefetch(2).as_numpy_iterator()
             return
@@ -132,14 +142,15 @@ class Pipeline:
 
         def read(index):
             try:
-                return read_resized(self.source, int(index), self.size, self.resize)
+                return list(self.read(int(index)).values())
             except Exception as error:
                 failures.append(error)
                 raise
 
         def tf_read(index):
-            image, label = tf.numpy_function(read, [tf.maximum(index, 0)], (tf.uint8, tf.uint8))
-            image, label = (tf.ensure_shape(x, s) for x, s in zip((image, label), self._shapes, strict=True))
-            return {"image": image, "label": label, "mask": index >= 0}
+            types = [dtype for _, dtype in self._spec.values()]
+            values = tf.numpy_function(read, [tf.maximum(index, 0)], types)
+            example = {n: tf.ensure_shape(x, s) for (n, (s, _)), x in zip(self._spec.items(), values, strict=True)}
+            return example | {"mask": index >= 0}
 
         return tf_read

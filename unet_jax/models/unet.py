@@ -5,7 +5,7 @@ image ─ down 0 ──────────────── skip ───
                      └ pool ─ down 2 ─ up ─┘
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import gcd
 
@@ -17,6 +17,12 @@ from unet_jax.errors import UserError, check_choice
 from unet_jax.models import ops
 
 UPSAMPLE = ("transposed_2x2", "transposed_3x3", "nearest", "bilinear")
+_he = partial(nn.initializers.variance_scaling, mode="fan_in", distribution="normal")
+INIT = {  # of the 3x3 convolutions, the up-sampling and the head
+    "he": (nn.initializers.he_normal(), nn.initializers.glorot_uniform(), nn.initializers.glorot_uniform()),
+    # N(0, sqrt(2/N)) for N inputs to each neuron: section 3 of the paper. A stride of two leaves a quarter of the taps.
+    "paper": (_he(2.0), _he(8.0), _he(2.0)),
+}
 
 
 class UNet(nn.Module):
@@ -32,6 +38,8 @@ class UNet(nn.Module):
       dropout_on_skip: whether the lowest skip is taken after its dropout (CARLA) or before (Keras ISBI).
       norm: `none`, `batch` or `group`, before each activation.
       extra_conv: whether one more 3x3 convolution stands before the head.
+      kernel_init: of the weights: `he` (truncated He-normal; Glorot-uniform where no ReLU follows) or `paper` (N(0, sqrt(2/N))
+        everywhere).
       dtype: of the computation; parameters, normalisation statistics and logits stay float32.
     """
 
@@ -43,22 +51,24 @@ class UNet(nn.Module):
     dropout_on_skip: bool = False
     norm: str = "none"
     extra_conv: bool = False
+    kernel_init: str = "he"
     dtype: str = "float32"
 
     def setup(self):
-        conv = partial(nn.Conv, padding=self.padding.upper(), kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
+        conv_init, up_init, head_init = INIT[self.kernel_init]
+        conv = partial(nn.Conv, padding=self.padding.upper(), kernel_init=conv_init, dtype=self.dtype)
         block = partial(ConvBlock, conv=conv, norm=self.norm, dtype=self.dtype)
         upper = self.features[:-1]
         self.down = [block(width, 2) for width in self.features]
         self.merge = [block(width, 2) for width in upper]
         if self.upsample.startswith("transposed"):
             kernel_size = int(self.upsample[-1])
-            self.up = [TransposedConv(width, kernel_size, dtype=self.dtype) for width in upper]
+            self.up = [TransposedConv(width, kernel_size, up_init, dtype=self.dtype) for width in upper]
         else:
             # Padded in a valid network too, as the paper's up-convolution keeps twice the size.
             self.up = [block(width, 1, conv=partial(conv, padding="SAME")) for width in upper]
         self.extra = block(self.features[0], 1, norm="none") if self.extra_conv else None
-        self.head = nn.Conv(self.num_outputs, (1, 1), kernel_init=nn.initializers.glorot_uniform(), dtype=self.dtype)
+        self.head = nn.Conv(self.num_outputs, (1, 1), kernel_init=head_init, dtype=self.dtype)
 
     def __call__(self, image: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Computes logits; in training mode when `keys` are given.
@@ -123,6 +133,34 @@ class UNet(nn.Module):
             f"{size[0]}x{size[1]} pixels (height x width). Nearest heights: {legal[0]}; nearest widths: {legal[1]}"
         )
 
+    @property
+    def is_local(self) -> bool:
+        """Whether each pixel of the output depends on its surroundings alone: then tiles predict the same as a whole."""
+        return self.padding == "valid" and self.upsample == "transposed_2x2" and self.norm != "group"
+
+    @property
+    def smallest_input(self) -> tuple[int, int]:
+        """Height and width of the smallest image that the network takes."""
+        height, width = self.margins((1, 1))
+        return 1 + sum(height), 1 + sum(width)
+
+    def margins(self, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """How many pixels an image of (height, width) `size` needs around it so that every pixel of it is predicted.
+
+        The prediction begins at the first pixel; its `size` is the first part of the output.
+
+        Returns:
+          (above, below), (left, right); all zero where the network takes and covers `size` as it is.
+        """
+        return tuple(self._margin(length) for length in size)
+
+    def _margin(self, length: int) -> tuple[int, int]:
+        needed = length  # the input is never smaller than the output
+        while (output := self._output_length(needed)) is None or output < length:
+            needed += 1
+        before = (needed - output) // 2
+        return before, needed - length - before
+
     def _output_length(self, length: int) -> int | None:
         """One side of the output, or None where the geometry does not come out even."""
         border = 4 if self.padding == "valid" else 0  # two 3x3 convolutions
@@ -172,13 +210,14 @@ class TransposedConv(nn.Module):
 
     features: int
     kernel_size: int
+    kernel_init: Callable
     dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         del train  # as the resizing blocks take it
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape)
+        kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return ops.conv_transpose_2x(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
@@ -192,6 +231,7 @@ def create(num_outputs: int, **settings) -> UNet:
     check_choice("config.model.padding", settings["padding"], ("same", "valid"))
     check_choice("config.model.upsample", settings["upsample"], UPSAMPLE)
     check_choice("config.model.norm", settings["norm"], ("none", "batch", "group"))
+    check_choice("config.model.kernel_init", settings["kernel_init"], INIT)
     check_choice("config.model.dtype", settings["dtype"], ("float32", "bfloat16"))
     if not 2 <= len(settings["features"]) <= 10 or not all(isinstance(n, int) and n > 0 for n in settings["features"]):
         raise UserError(f"config.model.features = {settings['features']} needs 2 to 10 positive widths, top to bottom")

@@ -1,0 +1,36 @@
+"""ISBI 2012 as the Keras U-Net has it (34,512,193 parameters): padded, 256x256 patches, one sigmoid, Adam.
+
+python -m unet_jax.main --config=configs/isbi2012_keras.py --config.data.root=FOLDER
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.data.name = "isbi2012"
+    config.data.variant = "binary"
+    config.data.root = "data/isbi2012"
+    config.data.size = (512, 512)
+
+    config.model.features = (64, 128, 256, 512, 1024)
+    config.model.upsample = "nearest"
+    config.model.dropout = 0.5
+    config.model.norm = "none"
+
+    config.augment.crop = (256, 256)
+    config.augment.flip_horizontal = True
+    config.augment.flip_vertical = True
+    config.augment.rotate = 10.0
+    config.augment.scale = 0.1
+    config.augment.shift = 0.05
+
+    config.optimizer.schedule = "constant"
+    config.optimizer.learning_rate = 1e-4
+    config.train.batch_size = 2
+    config.train.epochs = 6666.0
+    config.train.eval_every_epochs = 33.0
+    config.train.checkpoint_every_epochs = 33.0
+
+    config.eval.em_scores = True
+    return config
