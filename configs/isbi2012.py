@@ -31,6 +31,7 @@ def get_config():
     config.optimizer.name = "sgd"
     config.optimizer.momentum = 0.99
     config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_epochs = 1.0
     config.train.batch_size = 1
     config.train.epochs = 1000.0
     config.train.eval_every_epochs = 20.0
