@@ -12,11 +12,15 @@ OFF = dict(
     rotate=0.0,
     scale=0.0,
     shift=0.0,
+    elastic=0.0,
+    elastic_grid=3,
+    interpolation="bilinear",
     crop=(),
     brightness=0.0,
     contrast=0.0,
     gamma=0.0,
 )
+NO_MARGINS = ((0, 0), (0, 0))
 KEYS = jax.random.split(jax.random.key(0), 16)
 
 
@@ -27,9 +31,15 @@ def _blobs(count=16, size=64):
     return jnp.asarray(label[..., None], jnp.float32), jnp.asarray(label)
 
 
+def _apply(keys, image, label, settings, margins=NO_MARGINS, **weight):
+    batch = {"image": image, "label": label, **weight}
+    after = augment.augment(keys, batch, OFF | settings, margins, 255)
+    return tuple(after[name] for name in batch)
+
+
 def _augment(**settings):
     image, label = _blobs()
-    return (*augment.augment(KEYS, image, label, OFF | settings, 255), image, label)
+    return (*_apply(KEYS, image, label, settings), image, label)
 
 
 def test_off_is_the_identity():
@@ -51,7 +61,15 @@ def test_flips_and_crops_move_image_and_label_together_exactly(settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(rotate=45.0), dict(scale=0.4), dict(shift=0.3), dict(rotate=180.0, scale=0.3, shift=0.1)], ids=str
+    "settings",
+    [
+        dict(rotate=45.0),
+        dict(scale=0.4),
+        dict(shift=0.3),
+        dict(elastic=4.0),
+        dict(rotate=180.0, scale=0.3, shift=0.1, elastic=2.0, elastic_grid=4, interpolation="cubic"),
+    ],
+    ids=str,
 )
 def test_warps_move_image_and_label_together(settings):
     image, label, image_before, _ = _augment(**settings)
@@ -63,20 +81,41 @@ def test_warps_move_image_and_label_together(settings):
     assert 0 < (~inside).mean() < 0.8  # new border pixels are ignored
 
 
-def test_a_known_shift_moves_by_whole_pixels_and_ignores_what_comes_in():
-    image, label = _blobs(1)
-    rows, columns = jnp.meshgrid(jnp.arange(64.0) - 3, jnp.arange(64.0) + 5, indexing="ij")
-    moved, moved_label = augment.warp(image[0], label[0], rows, columns, 255)
-    assert (moved[3:, :59] == image[0, :61, 5:]).all()
-    assert (moved_label[3:, :59] == label[0, :61, 5:]).all()
-    assert (moved_label[:3] == 255).all() and (moved_label[:, 59:] == 255).all()
-    assert (moved[2, :59] == image[0, 1, 5:]).all()  # mirrored, without repeating the border
+@pytest.mark.parametrize("interpolation", ["bilinear", "cubic"])
+def test_zero_displacement_is_the_identity(monkeypatch, interpolation):
+    monkeypatch.setattr(augment.resample, "elastic", lambda key, size, sigma, grid: jnp.zeros((2, *size)))
+    image, label, image_before, label_before = _augment(elastic=1.0, interpolation=interpolation)
+    assert (label == label_before).all() and (image == image_before).all()
+
+
+def test_weights_go_where_their_labels_go():
+    image, label = _blobs()
+    weight = label.astype(jnp.float32) + jnp.arange(64 * 64.0).reshape(64, 64) / 64**2 / 2  # tells every pixel apart
+    for settings in (dict(rotate=90.0, elastic=3.0), dict(flip_horizontal=True, crop=(32, 40))):
+        _, moved, moved_weight = _apply(KEYS, image, label, settings, weight=weight)
+        inside = moved != 255
+        assert moved_weight.shape == moved.shape and inside.any()
+        assert (jnp.floor(moved_weight) == moved)[inside].all()  # nearest, never blended
+        assert (moved_weight[~inside] == 0).all()
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(rotate=1e-6)], ids=["cut", "warped"])
+def test_a_window_has_its_surroundings_around_it_mirrored_at_the_border(settings):
+    image, label = _blobs()
+    margins = ((40, 44), (8, 8))
+    window, target = _apply(KEYS, image, label, dict(crop=(32, 48)) | settings, margins)
+    assert window.shape == (16, 32 + 84, 48 + 16, 1) and target.shape == (16, 32, 48)
+    assert (target == label[:, :32, :48]).mean() < 0.99  # windows lie anywhere
+    np.testing.assert_allclose(window[:, 40:72, 8:56, 0], target, atol=1e-3)
+    whole, _ = _apply(KEYS, image, label, settings, margins)
+    mirrored = np.pad(image, ((0, 0), *margins, (0, 0)), mode="reflect")
+    np.testing.assert_allclose(whole, mirrored, atol=1e-3)
 
 
 def test_multilabel_masks_are_warped_as_one():
     image, label = _blobs()
     masks = jnp.stack([label, 1 - label], -1)
-    _, warped = augment.augment(KEYS, image, masks, OFF | dict(rotate=30.0, shift=0.2), 255)
+    _, warped = _apply(KEYS, image, masks, dict(rotate=30.0, shift=0.2))
     assert ((warped == 255).all(-1) == (warped == 255).any(-1)).all()
     inside = warped[..., 0] != 255
     assert (warped.sum(-1, dtype=int)[inside] == 1).all()
@@ -86,17 +125,17 @@ def test_multilabel_masks_are_warped_as_one():
 def test_color_leaves_labels_alone_and_stays_in_range(settings):
     image = jnp.broadcast_to(jnp.linspace(0, 1, 64)[None, None, :, None], (16, 64, 64, 1))
     label = _blobs()[1]
-    changed, same = augment.augment(KEYS, image, label, OFF | settings, 255)
+    changed, same = _apply(KEYS, image, label, settings)
     assert (same == label).all()
     assert changed.min() >= 0 and changed.max() <= 1
     assert (jnp.abs(changed - image).max((1, 2, 3)) > 1e-3).all()
 
 
 def test_an_example_does_not_depend_on_its_batch():
-    settings = OFF | dict(flip_horizontal=True, rotate=30.0, crop=(32, 32), brightness=0.2, gamma=0.2)
+    settings = dict(flip_horizontal=True, rotate=30.0, elastic=2.0, crop=(32, 32), brightness=0.2, gamma=0.2)
     image, label = _blobs()
-    whole = augment.augment(KEYS, image, label, settings, 255)
-    part = augment.augment(KEYS[5:7], image[5:7], label[5:7], settings, 255)
+    whole = _apply(KEYS, image, label, settings)
+    part = _apply(KEYS[5:7], image[5:7], label[5:7], settings)
     np.testing.assert_allclose(whole[0][5:7], part[0], atol=1e-6)  # a compiler may fuse differently
     assert (whole[1][5:7] == part[1]).all()
 
@@ -106,4 +145,8 @@ def test_ranges_without_meaning_are_named():
         augment.check(OFF | dict(scale=1.5), (64, 64))
     with pytest.raises(UserError, match=r"config\.augment\.crop"):
         augment.check(OFF | dict(crop=(65, 64)), (64, 64))
+    with pytest.raises(UserError, match=r"config\.augment\.elastic_grid = 1"):
+        augment.check(OFF | dict(elastic_grid=1), (64, 64))
+    with pytest.raises(UserError, match=r"interpolation = 'cubik'.*Did you mean 'cubic'"):
+        augment.check(OFF | dict(interpolation="cubik"), (64, 64))
     assert augment.check(OFF | dict(crop=(32, 48)), (64, 64)) == (32, 48)

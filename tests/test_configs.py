@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from unet_jax import augment, losses, mesh, metrics, optimizer, state, train
-from unet_jax.data import NAMES, carla, shapes
+from unet_jax import augment, evaluate, losses, mesh, metrics, optimizer, state, train
+from unet_jax.data import NAMES, carla, isbi2012, shapes
 from unet_jax.data.source import Classes
 from unet_jax.models import unet
 
@@ -23,6 +23,8 @@ def _classes(config):
     if config.data.name == "shapes":
         config.data.shapes_train = 1
         return shapes.load(config.data, "train").classes
+    if config.data.name == "isbi2012":
+        return Classes(variant, isbi2012.NAMES, isbi2012.PALETTE, channels=1)
     return Classes("multiclass", ("pet", "background", "border"), ((0, 0, 0),) * 3)
 
 
@@ -33,11 +35,12 @@ def test_every_config_builds(path):
     classes = _classes(config)
     devices = mesh.create(1, 1, jax.devices()[:1])
     model = unet.create(classes.num_outputs, **config.model)
-    height, width = augment.check(config.augment, config.data.size)
+    augment.check(config.augment, config.data.size)
+    evaluate.check(config.eval, classes)
     losses.check({"cross_entropy": config.loss.cross_entropy}, config.loss.class_weights, len(classes.names))
     tx = optimizer.make_optimizer(config.optimizer, optimizer.make_schedule(config.optimizer, 10, 1000))
     ema = config.optimizer.ema > 0
-    shape = (1, height, width, classes.channels)
+    shape = (1, *model.smallest_input, classes.channels)
     made = jax.eval_shape(lambda: state.create(0, model, shape, tx, ema, mesh.replicated(devices)))
     batch = config.train.batch_size
     label = (batch, *config.data.size) + ((len(classes.names),) if classes.task == "multilabel" else ())
@@ -46,11 +49,16 @@ def test_every_config_builds(path):
         "label": jax.ShapeDtypeStruct(label, jnp.uint8),
         "mask": jax.ShapeDtypeStruct((batch,), bool),
     }
+    if evaluate.make_weigh(config.loss, classes):
+        inputs["weight"] = jax.ShapeDtypeStruct(label, jnp.float32)
     after, values = jax.eval_shape(train.make_train_step(model, tx, config, classes, devices), made, inputs)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), made)
     assert values["loss"].shape == () and values["loss"].dtype == jnp.float32
-    if path.stem == "carla":
-        assert sum(leaf.size for leaf in jax.tree.leaves(made.params)) == 8_640_471
+    count = sum(leaf.size for leaf in jax.tree.leaves(made.params))
+    known = {"carla": 8_640_471, "isbi2012": 31_030_658, "isbi2012_keras": 34_512_193}
+    assert count == known.get(path.stem, count)
+    if path.stem == "isbi2012":
+        assert model.margins(config.augment.crop) == ((92, 92), (92, 92))  # 572 -> 388
 
 
 def test_carla_tables():

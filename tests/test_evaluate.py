@@ -28,10 +28,10 @@ def _evaluate(config, variables, batch_size, variant, devices=None):
     devices = devices or mesh.create(0, 1)
     if variables is None:
         variables = model.init(jax.random.key(3), np.zeros((1, *config.data.size, 1), np.float32))
-    step = evaluate.make_eval_step(model, source.classes, (), devices)
+    step = evaluate.make_eval_step(model, source.classes, config, devices)
     batches = images.eval_batches(batch_size, slice(0, batch_size))
     weights = {"cross_entropy": 1.0, "dice": 1.0}
-    result = evaluate.evaluate(step, variables, batches, devices, weights, source.classes.names)
+    result = evaluate.evaluate(step, variables, batches, devices, weights, source.classes)
     return result, source, model, variables
 
 
@@ -58,7 +58,7 @@ def test_evaluation_is_exact_and_does_not_depend_on_batch_size_or_devices(config
 def test_eval_mode_needs_the_work_directory_alone(trained, capsys, tmp_path):
     moved = trained.rename(tmp_path / "moved")
     try:
-        result = evaluate.evaluate_workdir(moved, None, None, "validation")
+        result = evaluate.evaluate_workdir(moved, None, None, "validation", None)
         out = capsys.readouterr().out
         assert "background" in out and "mean IoU" in out and "10 images" in out
         written = json.loads((moved / "eval.json").read_text())
@@ -68,7 +68,7 @@ def test_eval_mode_needs_the_work_directory_alone(trained, capsys, tmp_path):
         best = max(rows.values(), key=lambda row: row["val/miou"])
         assert written["step"] == best["step"] and written["miou"] == best["val/miou"]
         assert written["loss"] == pytest.approx(best["val/loss"], rel=1e-6)
-        evaluate.evaluate_workdir(moved, None, None, "train")
+        evaluate.evaluate_workdir(moved, None, None, "train", None)
         assert "train split of shapes: 20 images" in capsys.readouterr().out
     finally:
         moved.rename(trained)
@@ -76,25 +76,25 @@ def test_eval_mode_needs_the_work_directory_alone(trained, capsys, tmp_path):
 
 def test_eval_mode_names_what_is_missing(trained, tmp_path):
     with pytest.raises(UserError, match="has no config.json"):
-        evaluate.evaluate_workdir(tmp_path, None, None, "validation")
+        evaluate.evaluate_workdir(tmp_path, None, None, "validation", None)
     with pytest.raises(UserError, match=r"has no step 3; it has 4, 5"):
-        evaluate.evaluate_workdir(trained, 3, None, "validation")
+        evaluate.evaluate_workdir(trained, 3, None, "validation", None)
     (tmp_path / "config.json").write_text((trained / "config.json").read_text()[:100])
     with pytest.raises(UserError, match="config.json cannot be read"):
-        evaluate.evaluate_workdir(tmp_path, None, None, "validation")
+        evaluate.evaluate_workdir(tmp_path, None, None, "validation", None)
     (tmp_path / "config.json").write_text((trained / "config.json").read_text())
     with pytest.raises(UserError, match="classes.json cannot be read"):
-        evaluate.evaluate_workdir(tmp_path, None, None, "validation")
+        evaluate.evaluate_workdir(tmp_path, None, None, "validation", None)
     (tmp_path / "classes.json").write_text((trained / "classes.json").read_text())
     with pytest.raises(UserError, match="stopped before the first"):
-        evaluate.evaluate_workdir(tmp_path, None, None, "validation")
+        evaluate.evaluate_workdir(tmp_path, None, None, "validation", None)
 
 
 def test_absent_classes_are_shown_as_absent():
     from unet_jax import metrics
 
     counts = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
-    table = evaluate.format_table(evaluate.Evaluation(0.5, metrics.scores(counts, ("a", "b", "dog")), counts))
+    table = evaluate.format_table(evaluate.Evaluation(0.5, metrics.scores(counts, ("a", "b", "dog")), counts, {}))
     assert [line.split() for line in table.splitlines() if line.startswith("dog")] == [["dog", "absent", "absent"]]
     assert "over 2 classes present" in table
 
@@ -123,5 +123,5 @@ def test_a_damaged_checkpoint_is_named_with_the_step_before(trained, tmp_path):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=r"checkpoints/5 cannot be read: delete that folder to go on from step 4"):
-        evaluate.evaluate_workdir(copy, 5, None, "validation")
-    evaluate.evaluate_workdir(copy, 4, None, "validation")
+        evaluate.evaluate_workdir(copy, 5, None, "validation", None)
+    evaluate.evaluate_workdir(copy, 4, None, "validation", None)

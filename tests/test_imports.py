@@ -15,10 +15,12 @@ ALLOWED = {
     "errors": set(),
     "models": {"errors", "models"},
     "data": {"errors", "data"},
-    **{leaf: {"errors"} for leaf in ("augment", "losses", "metrics", "optimizer", "mesh", "checkpoint", "workdir")},
-    "state": set(),
+    **{leaf: {"errors"} for leaf in ("losses", "metrics", "optimizer", "mesh", "checkpoint", "workdir")},
+    **{leaf: set() for leaf in ("state", "resample", "em")},
+    "augment": {"errors", "resample"},
+    "predict": {"errors", "log", "mesh", "resample"},
     "report": {"data"},
-    "log": {"mesh", "workdir", "evaluate"},
+    "log": {"em", "mesh", "workdir", "evaluate"},
     "main": {"errors", "train", "evaluate"},
 }
 
@@ -83,7 +85,7 @@ made = state.create(0, model, (1, 48, 48, 1), tx, False, mesh.replicated(devices
 images, labels = zip(*(source.read(i) for i in range(2)))
 batch = mesh.put_batch(devices, dict(image=np.stack(images), label=np.stack(labels), mask=np.ones(2, bool)))
 made, values = train.make_train_step(model, tx, config, source.classes, devices)(made, batch)
-counts, _ = evaluate.make_eval_step(model, source.classes, (), devices)(made.eval_variables, batch)
+counts, *_ = evaluate.make_eval_step(model, source.classes, config, devices)(made.eval_variables, batch)
 assert counts.sum() == 2 * 48 * 48
 checkpoints = checkpoint.Checkpoints({str(tmp_path)!r})
 checkpoints.save(1, made, {{}}, 0.5)

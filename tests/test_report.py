@@ -25,14 +25,24 @@ def test_a_panel_shows_image_truth_prediction_and_error():
     assert wrong[32:48, 8:].all() and wrong.sum() == 16 * 56  # ignored pixels are never wrong
 
 
-def test_overlapping_masks_blend_and_smaller_predictions_crop():
+def test_overlapping_masks_blend():
     classes = Classes("multilabel", ("a", "b"), ((200, 0, 0), (0, 100, 0)), channels=1)
     label = np.zeros((32, 32, 2), np.uint8)
     label[10:20, 10:20] = 1
     assert report.colorize(label, classes)[15, 15].tolist() == [100, 50, 0]
-    panel = report.draw_panel(np.zeros((32, 32, 1), np.uint8), label, label[4:28, 4:28], classes)
+    panel = report.draw_panel(np.zeros((32, 32, 1), np.uint8), label, label, classes)
     wrong = (np.asarray(panel) == report.WRONG).all(-1)
     assert not wrong.any()
+
+
+def test_loss_weights_are_drawn_beside_the_error():
+    label = np.zeros((64, 64), np.uint8)
+    weight = np.linspace(0, 10, 64 * 64, dtype=np.float32).reshape(64, 64)
+    draw = lambda **extra: np.asarray(report.draw_panel(label[..., None], label, label, CLASSES, **extra))
+    without, panel = draw(), draw(weight=weight)
+    assert panel.shape[1] == without.shape[1] + 264
+    tile = panel[24 : 24 + 256, 8 + 4 * 264 : 8 + 4 * 264 + 256][2::4, 2::4, 0]
+    np.testing.assert_allclose(tile, weight * 25.5, atol=1)
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 1, "epoch": 0.5, "train/loss": 1.0}]])

@@ -145,7 +145,7 @@ def load(path: epath.PathLike, devices: jax.sharding.Mesh, step: int | None = No
     path = epath.Path(path)
     config = workdir.read_config(path)
     classes = data.Classes.from_json(workdir.read_classes(path))
-    model = unet.create(classes.num_outputs, **config.model)
+    model = unet.create(classes.num_outputs, **config.model, one_cpu=mesh.is_one_cpu(devices))
     blank = state.create(
         seed=config.seed,
         model=model,

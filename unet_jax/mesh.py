@@ -32,6 +32,11 @@ def create(data: int, space: int, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, ("data", "space"), axis_types=axis_types, devices=devices)
 
 
+def is_one_cpu(mesh: Mesh) -> bool:
+    """Whether there is one device, and it is a CPU."""
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
 def check_batch_size(mesh: Mesh, batch_size: int) -> None:
     """Checks that the devices can share a batch evenly.
 

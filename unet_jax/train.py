@@ -72,7 +72,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     save_every = _steps("checkpoint_every_epochs", config.train.checkpoint_every_epochs, steps_per_epoch)
 
     # Network and optimizer.
-    model = unet.create(classes.num_outputs, **config.model)
+    model = unet.create(classes.num_outputs, **config.model, one_cpu=mesh.is_one_cpu(devices))
     crop = augment.check(config.augment, config.data.size)
     image_size, input_size = (_input_size(model, size, devices) for size in (config.data.size, crop))
     schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)

@@ -40,6 +40,7 @@ class UNet(nn.Module):
       extra_conv: whether one more 3x3 convolution stands before the head.
       kernel_init: of the weights: `he` (truncated He-normal; Glorot-uniform where no ReLU follows) or `paper` (N(0, sqrt(2/N))
         everywhere).
+      one_cpu: whether it runs on a single CPU, where convolutions take another form; the result is the same.
       dtype: of the computation; parameters, normalisation statistics and logits stay float32.
     """
 
@@ -52,11 +53,19 @@ class UNet(nn.Module):
     norm: str = "none"
     extra_conv: bool = False
     kernel_init: str = "he"
+    one_cpu: bool = False
     dtype: str = "float32"
 
     def setup(self):
         conv_init, up_init, head_init = INIT[self.kernel_init]
-        conv = partial(nn.Conv, padding=self.padding.upper(), kernel_init=conv_init, dtype=self.dtype)
+        form = ops.conv_on_cpu if self.one_cpu else None
+        conv = partial(
+            nn.Conv,
+            padding=self.padding.upper(),
+            kernel_init=conv_init,
+            conv_general_dilated=form,
+            dtype=self.dtype,
+        )
         block = partial(ConvBlock, conv=conv, norm=self.norm, dtype=self.dtype)
         upper = self.features[:-1]
         self.down = [block(width, 2) for width in self.features]
