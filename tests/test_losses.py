@@ -82,3 +82,19 @@ def test_bad_weights_are_named():
         losses.check({"cross_entropy": 0.0, "dice": 0.0}, (), 3)
     with pytest.raises(UserError, match="must be empty or hold 3"):
         losses.check({"cross_entropy": 1.0}, (1.0, 2.0), 3)
+
+
+@pytest.mark.parametrize("task", ["multiclass", "binary"])
+def test_pixel_weights_multiply_and_divide_once(task):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(2, 3, 4, 2 if task == "multiclass" else 1)), jnp.float32)
+    label, weights = jnp.asarray(rng.integers(0, 2, (2, 3, 4))), jnp.asarray(rng.uniform(0, 5, (2, 3, 4)), jnp.float32)
+    mask = jnp.asarray(rng.random((2, 3, 4)) < 0.7)
+    found = _value(losses.terms(logits, label, mask, task, (1.0, 3.0), weights), "cross_entropy")
+    if task == "multiclass":
+        pixels = -np.take_along_axis(np.log(jax.nn.softmax(logits)), label[..., None], -1)[..., 0]
+    else:
+        p = jax.nn.sigmoid(logits[..., 0])
+        pixels = -np.where(label == 1, np.log(p), np.log(1 - p))
+    by_hand = np.asarray(weights * mask * np.where(label == 1, 3.0, 1.0))
+    assert found == pytest.approx((pixels * by_hand).sum() / by_hand.sum(), rel=1e-6)

@@ -23,6 +23,24 @@ def test_max_pool_and_its_gradient_equal_the_plain_one_with_ties():
     assert (gradients[0] == gradients[1]).all()
 
 
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("height, width, batch", [(70, 40, 1), (37, 40, 1), (6, 8, 2), (5, 600, 3), (3, 3, 1)])
+def test_convolution_on_one_cpu_and_its_gradients_equal_the_plain_one(padding, height, width, batch):
+    x, kernel = _normal(batch, height, width, 4), _normal(3, 3, 4, 6, seed=1)
+    plain = lambda x, kernel: jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    ours = lambda x, kernel: ops.conv_3x3_on_cpu(x, kernel, padding)
+    np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), atol=1e-5)
+    weights = _normal(*plain(x, kernel).shape, seed=2)
+    found, expected = (
+        jax.grad(lambda x, kernel, f=f: (f(x, kernel) * weights).sum(), (0, 1))(x, kernel) for f in (ours, plain)
+    )
+    # Sums of up to 9000 products of size one in another order: a relative 1e-5 of the largest.
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_transposed_convolution_and_its_gradients_equal_the_plain_one(size):
     x, kernel = _normal(2, 5, 4, 3), _normal(size, size, 3, 6, seed=1)

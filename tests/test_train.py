@@ -22,11 +22,11 @@ from unet_jax.models import unet
 TIMES = {"train/images_per_sec", "train/data_wait"}
 
 
-def _run_steps(config, devices, steps=5):
+def _run_steps(config, devices, steps=5, one_cpu=False):
     """Trains without the loop; returns the state and the metrics of each step."""
     source = data.load(config.data, "train")
     images = pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib)
-    model = unet.create(source.classes.num_outputs, **config.model)
+    model = unet.create(source.classes.num_outputs, **config.model, one_cpu=one_cpu)
     schedule = optimizer.make_schedule(config.optimizer, 2.5, 10)
     tx = optimizer.make_optimizer(config.optimizer, schedule)
     shape = (1, *config.data.size, source.classes.channels)
@@ -82,6 +82,27 @@ def test_one_device_equals_eight(config, variant, norm, name, rate, space):
     chex.assert_trees_all_close(one.params, eight.params, atol=1e-5)
     chex.assert_trees_all_close(one.batch_stats, eight.batch_stats, atol=1e-5)
     assert one.step == eight.step == 5
+
+
+def test_the_form_for_one_cpu_trains_the_same(config):
+    config.model.norm, config.optimizer.name, config.optimizer.learning_rate = "none", "sgd", 0.05
+    results = [_run_steps(config, _one_device(), one_cpu=one_cpu) for one_cpu in (False, True)]
+    for a, b in zip(*(history for _, history in results), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)  # sums in another order, over five steps
+    chex.assert_trees_all_close(results[0][0].params, results[1][0].params, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_size_that_the_network_cannot_take_is_mirrored_and_every_pixel_trained_and_scored(
+    config, tmp_path, padding, capsys
+):
+    config.data.size, config.augment.crop, config.model.padding = (50, 53), (49, 51), padding
+    config.model.extra_conv, config.train.epochs = True, 1.0
+    train.train(config, tmp_path / "run")
+    given = {"same": "52x52", "valid": "94x94"}[padding]
+    assert f"training predicts 49x51 from {given}, mirrored where needed" in capsys.readouterr().out
+    result = evaluate.evaluate_workdir(tmp_path / "run", None, None, "validation", None)
+    assert result.confusion.sum() == 10 * 50 * 53
 
 
 def test_averaged_weights_follow_the_formula(config):
@@ -298,11 +319,12 @@ def test_folders_that_are_no_work_directories_are_left_alone(config, tmp_path):
         ("train.batch_size", 9, "use 8 or 16"),
         ("train.epochs", 0.0, "config.train.epochs = 0.0 must be positive"),
         ("train.log_every_steps", 0, "log_every_steps must be 1 or more"),
-        ("data.size", (50, 48), r"config.data.size = \(50, 48\).*Nearest heights: 48 or 52"),
+        ("data.size", (50, 40), "shapes need at least 48x48"),
         ("data.name", "carla", "config.data.variant"),
         ("data.resize", "bicubic", "config.data.resize"),
         ("loss.class_weights", (1.0,), "hold 7 weights"),
-        ("augment.crop", (30, 30), r"config.augment.crop = \(30, 30\).*Nearest heights: 28 or 32"),
+        ("augment.crop", (30, 49), r"config.augment.crop = \(30, 49\) must be"),
+        ("mesh.space", 8, "images of 52 rows cannot be split over config.mesh.space = 8 devices: use 48 or 56"),
         ("train.epochs", float("nan"), "config.train.epochs = nan must be positive"),
         ("optimizer.learning_rate", float("inf"), "learning_rate = inf must be positive"),
         ("optimizer.decay_epochs", ("a",), "decay_epochs"),
@@ -312,6 +334,8 @@ def test_folders_that_are_no_work_directories_are_left_alone(config, tmp_path):
 )
 def test_bad_values_leave_no_work_directory_behind(config, tmp_path, field, value, message):
     config.update_from_flattened_dict({field: value})
+    if (field, value) == ("mesh.space", 8):
+        config.data.size = (49, 48)  # mirrored to 52, a multiple of the four that the network wants
     with pytest.raises(UserError, match=message):
         train.train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()

@@ -143,10 +143,41 @@ def test_illegal_sizes_name_the_nearest_legal_ones(settings, size, nearest):
         UNet(2, **settings).output_size(size)
 
 
+@pytest.mark.parametrize("settings", [dict(), dict(padding="valid"), dict(padding="valid", extra_conv=True)], ids=str)
+def test_margins_are_the_smallest_that_predict_every_pixel(settings):
+    model = UNet(2, features=(4, 8, 8), **settings)
+    for size in (1, 2, 20, 37, 48, 63):
+        (before, after), _ = model.margins((size, 48))
+        needed = before + size + after
+        (output, _) = model.output_size((needed, model.smallest_input[1]))
+        assert output >= size and 2 * before == needed - output  # the prediction begins at the first pixel
+        smaller = [model._output_length(n) or 0 for n in range(size, needed)]
+        assert all(n < size for n in smaller)
+    assert UNet(2, padding="valid").margins((388, 388)) == ((92, 92), (92, 92))
+    assert UNet(2).margins((96, 100)) == ((0, 0), (0, 12))
+
+
+def test_initialisation_of_the_paper():
+    """Every layer keeps N(0, sqrt(2 / N)), N the values that one output is computed from."""
+    model = UNet(2, features=(32, 64, 128), kernel_init="paper")
+    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    for path, kernel in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        if "bias" in name:
+            assert (kernel == 0).all()
+            continue
+        height, width, channels, _ = kernel.shape
+        inputs = channels if "up" in name else height * width * channels  # a stride of two: one tap of four each
+        # The deviation of n draws is known to 1 / sqrt(2 n); five of these.
+        assert kernel.std() * np.sqrt(inputs / 2) == pytest.approx(1, abs=5 / np.sqrt(2 * kernel.size)), name
+        if kernel.size > 10_000:
+            assert np.abs(kernel).max() > 2.2 * kernel.std()  # not cut off at two deviations
+
+
 @pytest.mark.parametrize(
     "field, value",
     [("padding", "vaild"), ("upsample", "deconv"), ("norm", "layer"), ("dtype", "float16"), ("features", (8,))]
-    + [("features", (8, 0)), ("features", (8, "a")), ("dropout", 1.0)],
+    + [("features", (8, 0)), ("features", (8, "a")), ("dropout", 1.0), ("kernel_init", "papr")],
 )
 def test_settings_without_meaning_are_named(config, field, value):
     with pytest.raises(UserError, match=f"config.model.{field}"):

@@ -4,8 +4,8 @@ Arganda-Carreras et al. 2015, doi:10.3389/fnana.2015.00142. A threshold turns a 
 watershed thins the membranes between them to lines of one pixel; cells are compared with the 4-connected components of
 the truth, over its cell pixels. The score of a threshold is the mean over slices, that of a method the best threshold.
 
-Line pixels, those with no cell in the prediction, are each a segment of their own, as the challenge's own code counts them
-(`V_rand, V_info: line pixels as singletons`); others count them as one segment, or grow the cells over them.
+Line pixels, which belong to no cell of the prediction, are each a segment of their own, as in the challenge's own code.
+References disagree here: others count all of them as one segment, or grow the cells over them.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ def scores(probability: Sequence[np.ndarray], label: Sequence[np.ndarray], ignor
       ignore_label: pixels with this label count nowhere.
 
     Returns:
-      `v_rand`, `v_info`, `pixel_error`, each at its best threshold; `<name>_threshold`, which that is; `<name>_sweep`, the
-      mean over the slices at each of `THRESHOLDS`.
+      `v_rand`, `v_info`, `pixel_error`, each at its best threshold; `<name>_threshold`, which that is; `<name>_sweep`,
+      the mean over the slices at each of `THRESHOLDS`.
     """
     table = {name: [] for name in NAMES}
     truths = [ndimage.label(y == 1)[0] for y in label]
@@ -66,8 +66,8 @@ def compare(segmentation: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     """V_rand and V_info (alpha = 1/2) of a segmentation, over the pixels where `truth` is not 0.
 
     V_rand = sum p_ij^2 / (1/2 sum s_i^2 + 1/2 sum t_j^2), V_info = I(S; T) / (1/2 H(S) + 1/2 H(T)), where p_ij is the
-    share of pixels in segment i and true segment j, s_i and t_j its sums. Pixels where `segmentation` is 0 are segments of
-    one pixel each.
+    share of pixels in segment i and true segment j, s_i and t_j its sums. Pixels where `segmentation` is 0 are segments
+    of one pixel each.
 
     Args:
       segmentation: integer `[H, W]`, 0 on lines.

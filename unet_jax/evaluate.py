@@ -206,7 +206,8 @@ def evaluate_workdir(
     if mesh.is_main_process():
         images_of = config.data.root or config.data.name
         print(
-            f"{path}, step {trained.step}, {split} split of {images_of}: {len(source)} images, test-time augmentation: {tta}"
+            f"{path}, step {trained.step}, {split} split of {images_of}: {len(source)} images; test-time augmentation "
+            f"{tta}"
         )
         print(format_table(result))
         written = {

@@ -11,9 +11,9 @@ FOUR_CONNECTED = None  # scipy's default neighbourhood
 def weight_map(label: np.ndarray, w0: float, sigma: float, ignore_label: int) -> np.ndarray:
     """w(x) = w_c(x) + w0 exp(-(d1(x) + d2(x))^2 / (2 sigma^2)).
 
-    A cell is a 4-connected component of pixels of one class other than 0. d1 and d2 are the distances to the nearest and
-    the second nearest cell. The second term stands in the background alone, where the network has to draw a border; w_c
-    gives every class that occurs the same total weight, with a mean of one.
+    A cell is a 4-connected component of pixels of one class other than 0. d1 and d2 are the distances to the nearest
+    and the second nearest cell. The second term stands in the background alone, where the network has to draw a border.
+    w_c gives every class that occurs the same total weight, with a mean of one.
 
     Args:
       label: uint8 `[H, W]`.

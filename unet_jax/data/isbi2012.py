@@ -1,8 +1,8 @@
 """ISBI 2012: slices of an electron-microscopy stack, membranes (0) and cells (255).
 
 `config.data.root` holds the slices as PNG, `train/image/K.png` and `train/label/K.png` (or these two folders below
-`membrane/`), or the challenge's stacks `train-volume.tif` and `train-labels.tif`. Neighbouring slices are alike, so that
-the last ones, as one block, are held out. The labels of the challenge's own test slices are not public.
+`membrane/`), or the challenge's stacks `train-volume.tif` and `train-labels.tif`. Neighbouring slices are alike, so
+that the last ones, as one block, are held out. The labels of the challenge's own test slices are not public.
 
 Variants: `multiclass`, two outputs and a softmax; `binary`, one sigmoid.
 """
@@ -28,8 +28,8 @@ def load(config, split: str) -> Source:
     """The source of `split`: `train`, `validation` or `all`.
 
     Raises:
-      UserError: no slices under `config.root`; as many images as labels are not there; slices that are not 8-bit grey,
-        or of several sizes; labels other than 0 and 255 (or 0 and 1).
+      UserError: no slices under `config.root`; images without labels or labels without images; slices that are not
+        8-bit grey; labels other than 0 and 255 (or 0 and 1).
     """
     variant = check_choice("config.data.variant", config.variant, ("multiclass", "binary"))
     check_choice("--split", split, SPLITS)
@@ -94,14 +94,14 @@ def _read_stack(file: epath.Path) -> np.ndarray:
     try:
         with file.open("rb") as opened:
             stack = tifffile.imread(opened)
-    except (*images.BROKEN, tifffile.TiffFileError) as error:
-        raise UserError(f"{file}: not a readable TIFF stack ({error})") from error
+    except Exception as error:  # whatever damaged files make of it
+        raise UserError(f"{file}: not a readable TIFF stack ({type(error).__name__}: {error})") from error
     if stack.ndim == 4 and stack.shape[-1] == 3 and (stack == stack[..., :1]).all():
         stack = stack[..., 0]
     if stack.dtype != np.uint8 or stack.ndim != 3:
         raise UserError(
-            f"{file}: {stack.dtype} values of shape {stack.shape}; 8-bit grey slices are needed. Convert it, for example "
-            "in Fiji by Image > Type > 8-bit, which shows the range that is kept"
+            f"{file}: {stack.dtype} values of shape {stack.shape}; 8-bit grey slices are needed. Convert it, for "
+            "example in Fiji by Image > Type > 8-bit, which shows the range that is kept"
         )
     return stack
 
@@ -118,7 +118,7 @@ def _check(image: np.ndarray, label: np.ndarray, file) -> tuple[np.ndarray, np.n
     elif not set(values) <= {0, 1}:
         shown = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
         raise UserError(
-            f"{file}: labels must be 0 (membrane) and 255 (cell), or 0 and 1, but the values are {shown}. If the file was "
-            "saved with smooth edges or as JPEG, threshold it"
+            f"{file}: labels must be 0 (membrane) and 255 (cell), or 0 and 1, but the values are {shown}. If the file "
+            "was saved with smooth edges or as JPEG, threshold it"
         )
     return image[..., None], label

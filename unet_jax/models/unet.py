@@ -38,7 +38,7 @@ class UNet(nn.Module):
       dropout_on_skip: whether the lowest skip is taken after its dropout (CARLA) or before (Keras ISBI).
       norm: `none`, `batch` or `group`, before each activation.
       extra_conv: whether one more 3x3 convolution stands before the head.
-      kernel_init: of the weights: `he` (truncated He-normal; Glorot-uniform where no ReLU follows) or `paper` (N(0, sqrt(2/N))
+      kernel_init: `he` (truncated He-normal; Glorot-uniform where no ReLU follows) or `paper` (N(0, sqrt(2/N))
         everywhere).
       one_cpu: whether it runs on a single CPU, where convolutions take another form; the result is the same.
       dtype: of the computation; parameters, normalisation statistics and logits stay float32.
@@ -144,7 +144,7 @@ class UNet(nn.Module):
 
     @property
     def is_local(self) -> bool:
-        """Whether each pixel of the output depends on its surroundings alone: then tiles predict the same as a whole."""
+        """Whether each output pixel depends on its surroundings alone: then tiles predict what the whole would."""
         return self.padding == "valid" and self.upsample == "transposed_2x2" and self.norm != "group"
 
     @property
