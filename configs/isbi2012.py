@@ -32,7 +32,9 @@ def get_config():
     config.optimizer.momentum = 0.99
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_epochs = 1.0
-    config.optimizer.clip_norm = 1.0  # not in the paper: one steep gradient times a momentum of 0.99 can undo a training
+    config.optimizer.clip_norm = (
+        1.0  # not in the paper: one steep gradient times a momentum of 0.99 can undo a training
+    )
     config.train.batch_size = 1
     config.train.epochs = 1000.0
     config.train.eval_every_epochs = 20.0

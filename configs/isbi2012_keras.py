@@ -19,6 +19,7 @@ def get_config():
     config.model.norm = "none"
 
     config.augment.crop = (256, 256)
+    # It augments by Keras' ImageDataGenerator; how is not told.
     config.augment.flip_horizontal = True
     config.augment.flip_vertical = True
     config.augment.rotate = 10.0
@@ -26,11 +27,10 @@ def get_config():
     config.augment.shift = 0.05
 
     config.optimizer.schedule = "constant"
-    config.optimizer.learning_rate = 1e-4
-    config.train.batch_size = 2
-    config.train.epochs = 6666.0
-    config.train.eval_every_epochs = 33.0
-    config.train.checkpoint_every_epochs = 33.0
+    config.train.batch_size = 2  # not told by the source
+    config.train.epochs = 6666.7  # its 200 epochs of 300 steps
+    config.train.eval_every_epochs = 33.3
+    config.train.checkpoint_every_epochs = 33.3
 
     config.eval.em_scores = True
     return config

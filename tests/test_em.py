@@ -110,3 +110,8 @@ def test_the_best_threshold_of_the_mean_over_slices():
     ignored = truth.copy()
     ignored[:20] = 255
     assert em.scores([p[0]], [ignored], 255)["pixel_error"] == 0
+    # A slice without cells has nothing to compare, but every pixel of it can be wrong.
+    more = em.scores([*p, p[0]], [truth, truth, np.zeros_like(truth)], 255)
+    assert more["v_rand_sweep"] == result["v_rand_sweep"] and more["pixel_error_sweep"][4] == pytest.approx(0.95 / 3)
+    nothing = em.scores([p[0]], [np.full_like(truth, 255)], 255)
+    assert nothing["v_rand"] is nothing["v_info_threshold"] is nothing["pixel_error"] is None

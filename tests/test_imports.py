@@ -18,7 +18,7 @@ ALLOWED = {
     **{leaf: {"errors"} for leaf in ("losses", "metrics", "optimizer", "mesh", "checkpoint", "workdir")},
     **{leaf: set() for leaf in ("state", "resample", "em")},
     "augment": {"errors", "resample"},
-    "predict": {"errors", "log", "mesh", "resample"},
+    "predict": {"data", "errors", "log", "mesh", "resample"},
     "report": {"data"},
     "log": {"em", "mesh", "workdir", "evaluate"},
     "main": {"errors", "train", "evaluate"},

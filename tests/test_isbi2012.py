@@ -1,4 +1,6 @@
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -16,6 +18,18 @@ def make_stack(count, size=(40, 56)):
     labels = np.stack([np.uint8(255 * (((rows + k) % 16 > 2) & (columns % 14 > 2))) for k in range(count)])
     images = np.uint8(np.clip(labels * 0.6 + 40 + rng.normal(0, 20, labels.shape), 0, 255))
     return images, labels
+
+
+def write_16_bit_png(path, grey):
+    """A grey image as 16-bit RGB, which Pillow reads but cannot write."""
+    rows = np.stack([grey.astype(">u2")] * 3, -1).tobytes()
+    lines = np.frombuffer(rows, np.uint8).reshape(len(grey), -1)
+    lines = np.pad(lines, ((0, 0), (1, 0))).tobytes()  # each line begins with its filter
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        header = struct.pack(">IIBBBBB", *grey.shape[::-1], 16, 2, 0, 0, 0)
+        for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
+            file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
 
 
 def write_folders(root, images, labels):
@@ -76,7 +90,10 @@ def _break_folder(root, fault):
         return r"label/3.png: labels must be 0 \(membrane\) and 255 \(cell\), or 0 and 1, but the values are 0, 127"
     if fault == "16 bit":
         Image.fromarray(images[3].astype(np.uint16) * 256).save(image)
-        return r"image/3.png: a I;16 image; 8-bit grey"
+        return r"image/3.png: a 16-bit I;16 image; 8-bit grey"
+    if fault == "16 bit RGB":
+        write_16_bit_png(image, images[3])
+        return r"image/3.png: a 16-bit RGB image; 8-bit grey"
     if fault == "colour":
         Image.fromarray(np.stack([images[3], images[3], 255 - images[3]], -1)).save(image)
         return r"image/3.png: a coloured image"
@@ -87,7 +104,7 @@ def _break_folder(root, fault):
     return r"image/3.png: not a readable image"
 
 
-@pytest.mark.parametrize("fault", ["count", "empty", "values", "16 bit", "colour", "size", "truncated"])
+@pytest.mark.parametrize("fault", ["count", "empty", "values", "16 bit", "16 bit RGB", "colour", "size", "truncated"])
 def test_broken_slices_are_named(config, tmp_path, fault):
     message = _break_folder(tmp_path, fault)
     with pytest.raises(UserError, match=message):
@@ -108,13 +125,17 @@ def _break_stack(root, fault):
         return r"train-labels.tif, slice 2: labels must be .* the values are 0, 7, 255"
     if fault == "colour":
         write_stacks(root, np.stack([images, images, 255 - images], -1), labels)
-        return r"train-volume.tif: uint8 values of shape \(5, 40, 56, 3\)"
+        return r"train-volume.tif: a RGB image; 8-bit grey"
+    if fault == "two stacks":
+        write_stacks(root, images, labels)
+        tifffile.imwrite(root / "train-labels.tif", labels[:3, :20], photometric="minisblack", append=True)
+        return r"train-labels.tif holds 2 stacks, or pages of several sizes"
     write_stacks(root, images, labels)
     (root / "train-labels.tif").write_bytes(b"II*\0no")
     return r"train-labels.tif: not a readable TIFF stack"
 
 
-@pytest.mark.parametrize("fault", ["count", "16 bit", "values", "colour", "damaged"])
+@pytest.mark.parametrize("fault", ["count", "16 bit", "values", "colour", "two stacks", "damaged"])
 def test_broken_stacks_are_named(config, tmp_path, fault):
     message = _break_stack(tmp_path, fault)
     with pytest.raises(UserError, match=message):
@@ -127,7 +148,9 @@ def test_grey_in_other_forms_is_converted_without_loss(config, tmp_path):
     Image.fromarray(images[0]).convert("RGB").save(tmp_path / "a" / "train" / "image" / "0.png")
     Image.fromarray(images[1]).convert("RGBA").save(tmp_path / "a" / "train" / "image" / "1.png")
     write_stacks(tmp_path / "b", np.stack([images] * 3, -1), labels)
-    for folder in ("a", "b"):
+    write_stacks(tmp_path / "c", images, labels)
+    tifffile.imwrite(tmp_path / "c" / "train-volume.tif", 255 - images, photometric="miniswhite")
+    for folder in ("a", "b", "c"):
         source = data.load(_config(config, tmp_path / folder), "all")
         for k in range(5):
             image, label = source.read(k)
@@ -171,11 +194,12 @@ def test_the_whole_recipe_in_small(config, tmp_path, variant, padding, capsys):
     path = tmp_path / "run"
     train.train(config, path)
     out = capsys.readouterr().out
-    assert "training predicts 26x30 from" in out and "v_rand" in out and "loss weight" not in out
+    assert "training predicts 26x30 from" in out and "v_rand" in out
     rows = [row for row in workdir.read_metrics(path) if "val/v_rand" in row]
     assert rows and all(0 <= row["val/v_rand"] <= 1 and 0 <= row["val/pixel_error"] <= 1 for row in rows)
     with Image.open(next((path / "panels").rglob("*.png"))) as picture:
-        assert picture.size[0] > 5 * (56 + report.MARGIN)  # image, truth, prediction, error, weight
+        # Image, truth, prediction, error and weight, each enlarged seven times.
+        assert picture.size[0] == report.MARGIN + 5 * (7 * 56 + report.MARGIN)
 
     plain = evaluate.evaluate_workdir(path, None, None, "validation", "none")
     assert plain.confusion.sum() == 2 * 40 * 56  # every pixel, though the network has no padding

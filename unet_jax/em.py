@@ -28,23 +28,28 @@ def scores(probability: Sequence[np.ndarray], label: Sequence[np.ndarray], ignor
 
     Returns:
       `v_rand`, `v_info`, `pixel_error`, each at its best threshold; `<name>_threshold`, which that is; `<name>_sweep`,
-      the mean over the slices at each of `THRESHOLDS`.
+      the mean over the slices at each of `THRESHOLDS`. Slices without cells count in the pixel error alone. What no
+      slice counts in is None.
     """
-    table = {name: [] for name in NAMES}
     truths = [ndimage.label(y == 1)[0] for y in label]
+    table: dict[str, list] = {name: [] for name in NAMES}
     for threshold in THRESHOLDS:
-        per_slice = {name: [] for name in NAMES}
+        compared, errors = [], []
         for p, y, truth in zip(probability, label, truths, strict=True):
-            v_rand, v_info = compare(thin_borders(p > threshold), truth)
-            per_slice["v_rand"].append(v_rand)
-            per_slice["v_info"].append(v_info)
-            per_slice["pixel_error"].append(((p > threshold) != (y == 1))[y != ignore_label].mean())
-        for name, values in per_slice.items():
-            table[name].append(float(np.mean(values)))
+            cells, counted = p > threshold, y != ignore_label
+            if truth.any():
+                compared.append(compare(thin_borders(cells), truth))
+            if counted.any():
+                errors.append((cells != (y == 1))[counted].mean())
+        v_rand, v_info = np.mean(compared, axis=0).tolist() if compared else (None, None)
+        pixel_error = float(np.mean(errors)) if errors else None
+        for name, value in zip(NAMES, (v_rand, v_info, pixel_error), strict=True):
+            table[name].append(value)
     result = {}
     for name, sweep in table.items():
-        best = int(np.argmin(sweep) if name == "pixel_error" else np.argmax(sweep))
-        result |= {name: sweep[best], f"{name}_threshold": THRESHOLDS[best], f"{name}_sweep": sweep}
+        best = None if None in sweep else int(np.argmin(sweep) if name == "pixel_error" else np.argmax(sweep))
+        chosen = (None, None) if best is None else (sweep[best], THRESHOLDS[best])
+        result |= {name: chosen[0], f"{name}_threshold": chosen[1], f"{name}_sweep": sweep}
     return result
 
 

@@ -183,6 +183,8 @@ def evaluate_workdir(
       UserError: no work directory, checkpoint or images.
     """
     path = epath.Path(path)
+    if tta is not None:
+        check_choice("--tta", tta, predict.TTA)
     devices = mesh.create(0, 1)
     trained = load(path, devices, step)
     config, classes = trained.config, trained.classes
@@ -191,7 +193,7 @@ def evaluate_workdir(
     source = data.load(config.data, split)
     weigh = make_weigh(config.loss, classes)
     images = pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib, weigh)
-    tta = config.eval.tta if tta is None else check_choice("--tta", tta, predict.TTA)
+    tta = config.eval.tta if tta is None else tta
     ways = devices.shape["data"]
     batch_size = -(-config.train.batch_size // ways) * ways  # the scores do not depend on it
     loss_weights = losses.term_weights(config.loss)
@@ -244,7 +246,8 @@ def format_table(result: Evaluation) -> str:
     )
     if result.em:
         lines.append(
-            "  ".join(f"{name} {result.em[name]:.4f} (threshold {result.em[f'{name}_threshold']})" for name in em.NAMES)
+            "   ".join(f"{n} {_number(result.em[n])} at threshold {result.em[f'{n}_threshold']}" for n in em.NAMES)
+            + "   (line pixels as segments of their own)"
         )
     return "\n".join(lines)
 

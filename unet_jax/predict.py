@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from unet_jax import log, mesh, resample
+from unet_jax import data, log, mesh, resample
 from unet_jax.errors import UserError, check_choice
 
 TTA = ("none", "flips", "dihedral", "rotations")  # 1, 4, 8 and 7 predictions averaged
@@ -120,7 +120,7 @@ class Predictor:
         self,
         model: nn.Module,
         variables: Mapping,
-        task: str,
+        classes: data.Classes,
         tile: Sequence[int],
         tta: str = "none",
         batch_size: int = 1,
@@ -131,7 +131,7 @@ class Predictor:
         Args:
           model: the network.
           variables: its weights.
-          task: `multiclass`, `binary` or `multilabel`.
+          classes: what it predicts.
           tile: (height, width), made a multiple of the pooling grid, 2^poolings.
           tta: see `logits`.
           batch_size: tiles at a time; made a multiple of the devices that share a batch.
@@ -147,15 +147,16 @@ class Predictor:
         ways = self._devices.shape["data"]
         self._batch_size = -(-batch_size // ways) * ways
         self._grid = 2 ** (len(model.features) - 1)
-        self.tile = tuple(max(n // self._grid, 1) * self._grid for n in tile)
-        self._margins = margins(model, self.tile, tta)
         # Rotated tiles do not lie on the pooling grid of the image, so they have seams to hide as well.
-        seamless = model.is_local and tta == "none"
-        self._overlap = [0 if seamless else n // 4 // self._grid * self._grid for n in self.tile]
+        seamless = model.is_local and tta != "rotations"
+        self.tile = tuple(max(n // self._grid, 1 if seamless else 2) * self._grid for n in tile)
+        self._overlap = [0 if seamless else ceil(n / 4 / self._grid) * self._grid for n in self.tile]
+        self._margins = margins(model, self.tile, tta)
+        self._classes = classes
         self._variables = jax.device_put(variables, mesh.replicated(self._devices))
         self._step = jax.jit(
             lambda variables, image: to_probability(
-                logits(model, variables, as_float(image), self.tile, task, tta), task
+                logits(model, variables, as_float(image), self.tile, classes.task, tta), classes.task
             )
         )
 
@@ -169,31 +170,43 @@ class Predictor:
 
         Returns:
           `out`, float32 where it was made.
+
+        Raises:
+          UserError: no uint8 `[H, W, C]` with the channels that the network takes; an `out` of another shape.
         """
+        self._check(image)
+        shape = (*image.shape[:2], self._classes.num_outputs)
+        if out is None:
+            out = np.empty(shape, np.float32)
+        if out.shape != shape:
+            raise UserError(f"out must be of shape {shape}, not {out.shape}")
         for rows, band in self.bands(image, progress):
-            if out is None:
-                out = np.empty((*image.shape[:2], band.shape[-1]), np.float32)
             out[rows] = band
         return out
+
+    def _check(self, image: np.ndarray) -> None:
+        channels = self._classes.channels
+        if image.ndim != 3 or image.dtype != np.uint8 or 0 in image.shape or image.shape[-1] != channels:
+            raise UserError(
+                f"an image must be uint8 [height, width, {channels} channel(s)], not {image.dtype} {image.shape}"
+            )
 
     def bands(self, image: np.ndarray, progress: bool = False) -> Iterator[tuple[slice, np.ndarray]]:
         """Yields rows and their probabilities float32 `[rows, W, K]`, from the top to the bottom.
 
         Raises:
-          UserError: no uint8 `[H, W, C]`, or nothing in it.
+          UserError: no uint8 `[H, W, C]` with the channels that the network takes.
         """
-        if image.ndim != 3 or image.dtype != np.uint8 or 0 in image.shape:
-            raise UserError(f"an image must be uint8 [height, width, channels], not {image.dtype} {image.shape}")
+        self._check(image)
         size = image.shape[:2]
         if any(n < t for n, t in zip(size, self.tile, strict=True)):
             log.say(f"An image of {size[0]}x{size[1]} pixels is mirrored up to a tile of {self.tile[0]}x{self.tile[1]}")
         starts = [self._starts(n, axis) for axis, n in enumerate(size)]
         weights = [self._weights(starts[axis], axis) for axis in (0, 1)]
         (height, width), left = self.tile, starts[1]
-        band, places = None, [(i, j) for i in range(len(starts[0])) for j in range(len(left))]
+        band = np.zeros((height, left[-1] + width, self._classes.num_outputs), np.float32)
+        places = [(i, j) for i in range(len(starts[0])) for j in range(len(left))]
         for (i, j), tile in zip(places, self._tiles(image, starts, progress), strict=True):
-            if band is None:
-                band = np.zeros((height, left[-1] + width, tile.shape[-1]), np.float32)
             band[:, left[j] : left[j] + width] += weights[0][i][:, None, None] * weights[1][j][:, None] * tile
             if j + 1 == len(left):  # what the next row of tiles does not reach is finished
                 top = starts[0][i]

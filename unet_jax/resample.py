@@ -74,11 +74,11 @@ def rotate(rows: jax.Array, columns: jax.Array, angle: jax.Array, zoom: jax.Arra
 def elastic(key: jax.Array, size: Sequence[int], sigma: float, grid: int) -> jax.Array:
     """A smooth random displacement field (Ronneberger et al. 2015, section 3.1).
 
-    Vectors with components from N(0, sigma) on a grid x grid lattice over the image, up-sampled by cubic interpolation.
+    Vectors with components from N(0, sigma) on a grid x grid lattice over the field, up-sampled by cubic interpolation.
 
     Args:
       key: random key.
-      size: height and width.
+      size: height and width of the field.
       sigma: in pixels.
       grid: lattice points a side.
 

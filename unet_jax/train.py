@@ -74,7 +74,8 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     # Network and optimizer.
     model = unet.create(classes.num_outputs, **config.model, one_cpu=mesh.is_one_cpu(devices))
     crop = augment.check(config.augment, config.data.size)
-    image_size, input_size = (_input_size(model, size, devices) for size in (config.data.size, crop))
+    image_size = _input_size("config.data.size", model, config.data.size, devices)
+    input_size = _input_size("config.augment.crop", model, crop, devices)
     schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)
     tx = optimizer.make_optimizer(config.optimizer, schedule)
 
@@ -241,10 +242,17 @@ def _draw_history(path: epath.Path) -> None:
         report.draw_history(workdir.read_metrics(path), path / "history.png")
 
 
-def _input_size(model: nn.Module, size: Sequence[int], devices: jax.sharding.Mesh) -> tuple[int, int]:
-    """What the network is given to predict `size`: with the margins it needs, which mirror the image."""
+def _input_size(field: str, model: nn.Module, size: Sequence[int], devices: jax.sharding.Mesh) -> tuple[int, int]:
+    """What the network is given to predict `size`: with the margins it needs, which mirror the image.
+
+    Raises:
+      UserError: the devices cannot share its height.
+    """
     height, width = (n + sum(around) for n, around in zip(size, model.margins(size), strict=True))
-    mesh.check_height(devices, height)
+    try:
+        mesh.check_height(devices, height)
+    except UserError as error:
+        raise UserError(f"{field} = {tuple(size)}, to which the network gives {height} rows: {error}") from error
     return height, width
 
 

@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 FREE_FIELDS = ("mesh.data", "mesh.space", "data.cache_gib", "train.log_every_steps", "eval.tta")
 
 
+# Fields that older work directories do not have, with the values that they were trained with.
+LATER_FIELDS = {
+    "model.kernel_init": "he",
+    "augment.elastic": 0.0,
+    "augment.elastic_grid": 3,
+    "augment.interpolation": "bilinear",
+    "loss.border_weight": 0.0,
+    "loss.border_sigma": 5.0,
+    "eval.em_scores": False,
+    "eval.tta": "none",
+}
+
+
 def write_json(path: epath.Path, values: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all.
 
@@ -63,7 +76,7 @@ def check(workdir: epath.Path, config: "ConfigDict") -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _check_same(workdir, read_json(path), json.loads(config.to_json()))
+            _check_same(workdir, _read_config(path), json.loads(config.to_json()))
         else:
             others = sorted(p.name for p in workdir.iterdir() if not p.name.endswith(".partial"))
             if others:
@@ -118,7 +131,16 @@ def read_config(workdir: epath.Path) -> "ConfigDict":
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"--workdir={workdir} has no config.json: it is not the work directory of a training")
-    return ConfigDict(FrozenConfigDict(read_json(path)))  # frozen: lists become tuples again
+    return ConfigDict(FrozenConfigDict(_read_config(path)))  # frozen: lists become tuples again
+
+
+def _read_config(path: epath.Path) -> dict[str, Any]:
+    """The values of a `config.json`, with the fields that came later."""
+    values = read_json(path)
+    for name, value in LATER_FIELDS.items():
+        group, field = name.split(".")
+        values.setdefault(group, {}).setdefault(field, value)
+    return values
 
 
 def read_classes(workdir: epath.Path) -> dict[str, Any]:

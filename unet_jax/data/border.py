@@ -49,7 +49,7 @@ def _border_term(cells: np.ndarray, w0: float, sigma: float) -> np.ndarray:
     """exp(-(d1 + d2)^2 / (2 sigma^2)), float64 `[H, W]`, for at least two cells.
 
     d2 is taken around one cell after another, in the region that is nearest to it and as far beyond as the term can be
-    seen in float32, so that the work grows with the area of the image and not with the number of cells.
+    seen in float32: a distance transform of the neighbourhood for each cell, not of the image.
     """
     d1, nearest_pixel = ndimage.distance_transform_edt(cells == 0, return_indices=True)
     nearest = cells[tuple(nearest_pixel)]

@@ -26,8 +26,11 @@ def read(path, mode: str) -> np.ndarray:
     """
     try:
         with path.open("rb") as file, Image.open(file) as image:
-            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-                raise UserError(f"{path}: a {image.mode} image; 8-bit grey, RGB or RGBA is needed")
+            deep = any(";16" in str(tile) for tile in image.tile)  # Pillow would keep the upper 8 bits, and not say so
+            if deep or image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+                raise UserError(
+                    f"{path}: a{' 16-bit' if deep else ''} {image.mode} image; 8-bit grey, RGB or RGBA is needed"
+                )
             if mode == "red":
                 if image.mode == "P":  # the ids are the indices, not the colours
                     return np.asarray(image)

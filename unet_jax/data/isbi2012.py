@@ -92,18 +92,23 @@ def _read_stack(file: epath.Path) -> np.ndarray:
     import tifffile
 
     try:
-        with file.open("rb") as opened:
-            stack = tifffile.imread(opened)
+        with file.open("rb") as opened, tifffile.TiffFile(opened) as tiff:
+            parts, photometric = len(tiff.series), tiff.pages[0].photometric
+            stack = tiff.asarray()
     except Exception as error:  # whatever damaged files make of it
         raise UserError(f"{file}: not a readable TIFF stack ({type(error).__name__}: {error})") from error
-    if stack.ndim == 4 and stack.shape[-1] == 3 and (stack == stack[..., :1]).all():
+    if parts != 1:
+        raise UserError(f"{file} holds {parts} stacks, or pages of several sizes: save all its slices as one stack")
+    if photometric == tifffile.PHOTOMETRIC.RGB and stack.ndim == 4 and (stack == stack[..., :1]).all():
         stack = stack[..., 0]
+    elif photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE):
+        raise UserError(f"{file}: a {photometric.name} image; 8-bit grey slices are needed, convert it")
     if stack.dtype != np.uint8 or stack.ndim != 3:
         raise UserError(
             f"{file}: {stack.dtype} values of shape {stack.shape}; 8-bit grey slices are needed. Convert it, for "
             "example in Fiji by Image > Type > 8-bit, which shows the range that is kept"
         )
-    return stack
+    return 255 - stack if photometric == tifffile.PHOTOMETRIC.MINISWHITE else stack
 
 
 def _check(image: np.ndarray, label: np.ndarray, file) -> tuple[np.ndarray, np.ndarray]:
