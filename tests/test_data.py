@@ -157,7 +157,7 @@ def _break(root: pathlib.Path, fault: str) -> str:
         return f"{mask}: label 23 is not in 0..22 (23 classes). Values found: 23. Off by one?"
     if fault == "16 bit":
         Image.fromarray(np.zeros((8, 12), np.uint16)).save(image)
-        return f"{image}: a I;16 image"
+        return f"{image}: a 16-bit I;16 image"
     if fault == "sequences":
         (root / "sequences.csv").write_text("name,drive\na,b\n")
         return "needs the columns frame and sequence"
