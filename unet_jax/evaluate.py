@@ -168,7 +168,7 @@ def load(path: epath.PathLike, devices: jax.sharding.Mesh, step: int | None = No
 
 
 def evaluate_workdir(
-    path: epath.PathLike, step: int | None, data_dir: str | None, split: str, tta: str | None
+    path: epath.PathLike, step: int | None, data_dir: str | None, split: str, tta: str | None = None
 ) -> Evaluation:
     """Scores a work directory, prints a table and writes `eval.json`.
 
