@@ -1,1 +1,19 @@
 """U-Nets for semantic segmentation in JAX and Flax."""
+
+
+def load(workdir, step: int | None = None):
+    """Loads what was trained: `unet_jax.load("runs/shapes").predict(images)`.
+
+    Args:
+      workdir: the work directory of a training, or of converted weights.
+      step: which checkpoint; None is the best.
+
+    Returns:
+      a `unet_jax.trained.Trained`: `config`, `classes`, `model`, `variables`, `step`, and `predict`.
+
+    Raises:
+      UserError: no work directory, or no such checkpoint.
+    """
+    from unet_jax import mesh, trained  # here, so that `--help` need not import jax
+
+    return trained.load(workdir, mesh.create(0, 1), step)

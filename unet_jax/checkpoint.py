@@ -4,8 +4,11 @@ checkpoints/<step>/variables   weights, averaged weights, batch statistics: all 
                    training    optimizer state
                    meta        JSON: what else the loop needs to go on
                    metrics     JSON: the score by which the best is chosen
+checksums/<step>.json          SHA-256 of every file of these, for Orbax restores a flipped bit without a word
 """
 
+import hashlib
+import json
 import math
 from typing import Any
 
@@ -17,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 from unet_jax.errors import UserError
 
 PyTree = Any
+ITEMS = ("variables", "training", "meta", "metrics")
 
 
 class Checkpoints:
@@ -24,6 +28,7 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike):
         self.path = epath.Path(workdir).resolve() / "checkpoints"
+        self._sums = self.path.parent / "checksums"
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(n=2),
@@ -31,7 +36,12 @@ class Checkpoints:
                 checkpoint_managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
             ]
         )
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_score, create=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            best_fn=_score,
+            create=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
         try:
             self._manager = ocp.CheckpointManager(self.path, options=options)
         except Exception as error:  # whatever damaged files make of it
@@ -85,25 +95,100 @@ class Checkpoints:
         )
         return state.replace(**saved.variables, **saved.training), saved.meta
 
-    def restore_variables(self, step: int, state) -> Any:
-        """As `restore`, but only what evaluation needs: the optimizer state of `state` stays as it is."""
-        variables, _ = jax.tree.map(_abstract, _items(state))
-        return state.replace(**self._restore(step, variables=ocp.args.StandardRestore(variables)).variables)
+    def restore_variables(self, step: int, sharding: jax.sharding.Sharding) -> dict[str, PyTree]:
+        """What evaluation needs of `step`: `params`, and where they were saved `batch_stats` and `ema`.
+
+        Raises:
+          UserError: no such step, or it is damaged.
+        """
+        self._check(step)
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                stored = reader.metadata(self.path / str(step) / "variables").item_metadata.tree
+        except Exception as error:  # whatever damaged files make of it
+            raise self._damaged(step, _first_line(error)) from error
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored)
+        return self._restore(step, variables=ocp.args.StandardRestore(target)).variables
 
     def _restore(self, step: int, **items):
-        if step not in self.steps():
-            raise UserError(f"{self.path} has no step {step}; it has {', '.join(map(str, self.steps())) or 'none'}")
+        self._check(step)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # whatever damaged files make of it
-            others = [other for other in self.steps() if other != step]
-            remedy = f"delete that folder to go on from step {others[-1]}" if others else "there is no other step"
-            raise UserError(f"{self.path / str(step)} cannot be read: {remedy}. {_first_line(error)}") from error
+            raise self._damaged(step, _first_line(error)) from error
+
+    def _check(self, step: int) -> None:
+        """Compares the files of `step` with their checksums, where it has any."""
+        if step not in self.steps():
+            raise UserError(f"{self.path} has no step {step}; it has {', '.join(map(str, self.steps())) or 'none'}")
+        sums = self._sums / f"{step}.json"
+        try:
+            expected = json.loads(sums.read_text()) if sums.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{sums} cannot be read: {error}. Delete it to do without its checksums") from error
+        for name, digest in expected.items():
+            file = self.path / str(step) / name
+            if not file.exists():
+                raise self._damaged(step, f"{file} is missing")
+            if _digest(file) != digest:
+                raise self._damaged(step, f"{file} is not what was written: its checksum differs")
+
+    def _damaged(self, step: int, reason: str) -> UserError:
+        others = [other for other in self.steps() if other != step]
+        remedy = "There is no other step"
+        if others:
+            remedy = f"Evaluate another with --step={others[-1]}, or delete that folder to go on from there"
+        return UserError(f"{self.path / str(step)} is damaged: {reason}. {remedy}")
+
+    def _seal(self) -> None:
+        """Writes the checksums of the step just committed, and deletes those of steps that are gone."""
+        steps = {path.name: path for path in self.path.iterdir() if path.name.isdigit()}
+        self._sums.mkdir(exist_ok=True)
+        sealed = {path.stem: path for path in self._sums.glob("*.json")}
+        for name in steps.keys() - sealed.keys():
+            items = [steps[name] / item for item in ITEMS if (steps[name] / item).exists()]
+            files = [folder / file for item in items for folder, _, found in item.walk() for file in found]
+            sums = {str(file.relative_to(steps[name])): _digest(file) for file in sorted(files)}
+            partial = self._sums / f"{name}.partial"
+            partial.write_text(json.dumps(sums, indent=1))
+            partial.replace(self._sums / f"{name}.json")
+        for name in sealed.keys() - steps.keys():
+            sealed[name].unlink(missing_ok=True)
 
     def close(self) -> None:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def read_variables(
+    workdir: epath.PathLike, step: int | None, sharding: jax.sharding.Sharding
+) -> tuple[int, dict[str, PyTree]]:
+    """The step and the weights (see `Checkpoints.restore_variables`) of one checkpoint of a work directory.
+
+    Args:
+      workdir: the work directory.
+      step: which; None is the best.
+      sharding: of every array.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    if not (epath.Path(workdir) / "checkpoints").exists():
+        raise UserError(f"--workdir={workdir} has no checkpoints: the training was stopped before the first one")
+    checkpoints = Checkpoints(workdir)
+    try:
+        step = checkpoints.best_step() if step is None else step
+        if step is None:
+            raise UserError(f"--workdir={workdir} has no checkpoint: the training was stopped before the first one")
+        return step, checkpoints.restore_variables(step, sharding)
+    finally:
+        checkpoints.close()
+
+
+def _digest(file: epath.Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _score(metrics: dict[str, float]) -> float:

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from etils import epath
 from flax import linen as nn
 
-from unet_jax import checkpoint, data, em, losses, mesh, metrics, predict, state, workdir
+from unet_jax import data, em, losses, mesh, metrics, predict, workdir
+from unet_jax import trained as trained_network
 from unet_jax.data import border, pipeline
 from unet_jax.errors import UserError, check_choice
-from unet_jax.models import unet
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -67,7 +66,7 @@ def make_eval_step(
 
     def eval_step(variables, batch):
         label = batch["label"]
-        window = _surround(model, batch["image"], tta)
+        window = predict.surround_image(model, batch["image"], tta)
         window = jax.lax.with_sharding_constraint(window, mesh.by_example_and_height(devices))
         logits = predict.logits(model, variables, window, label.shape[1:3], classes.task, tta)
         mask = (label != classes.ignore_label) & batch["mask"].reshape(-1, *[1] * (label.ndim - 1))
@@ -84,17 +83,12 @@ def make_predict_step(model: nn.Module, classes: data.Classes) -> Callable:
     """A jitted function of variables and uint8 images `[B, H, W, C]`: the predicted labels."""
 
     def predict_step(variables, image):
-        window = _surround(model, image, "none")
+        window = predict.surround_image(model, image, "none")
         return metrics.predict_label(
             predict.logits(model, variables, window, image.shape[1:3], classes.task), classes.task
         )
 
     return jax.jit(predict_step)
-
-
-def _surround(model, image, tta):
-    """Whole uint8 images as floats, mirrored at their borders as far as the network needs."""
-    return predict.surround(predict.as_float(image), predict.margins(model, image.shape[1:3], tta))
 
 
 def evaluate(
@@ -121,52 +115,6 @@ def evaluate(
     return Evaluation(loss, metrics.scores(confusion, classes.names), confusion, em_scores)
 
 
-class Trained(NamedTuple):
-    """What a work directory holds: `load` returns it."""
-
-    config: Any
-    classes: data.Classes
-    model: nn.Module
-    variables: dict[str, Any]
-    step: int
-
-
-def load(path: epath.PathLike, devices: jax.sharding.Mesh, step: int | None = None) -> Trained:
-    """Loads a trained network from its work directory alone.
-
-    Args:
-      path: the work directory.
-      devices: where to put the weights, whole on each.
-      step: which checkpoint; None is the best.
-
-    Raises:
-      UserError: no work directory, or no such checkpoint.
-    """
-    path = epath.Path(path)
-    config = workdir.read_config(path)
-    classes = data.Classes.from_json(workdir.read_classes(path))
-    model = unet.create(classes.num_outputs, **config.model, one_cpu=mesh.is_one_cpu(devices))
-    blank = state.create(
-        seed=config.seed,
-        model=model,
-        image_shape=(1, *model.smallest_input, classes.channels),
-        optimizer=optax.identity(),  # nothing is trained
-        ema=config.optimizer.ema > 0,
-        sharding=mesh.replicated(devices),
-    )
-    if not (path / "checkpoints").exists():
-        raise UserError(f"--workdir={path} has no checkpoints: the training was stopped before the first one")
-    checkpoints = checkpoint.Checkpoints(path)
-    try:
-        step = checkpoints.best_step() if step is None else step
-        if step is None:
-            raise UserError(f"--workdir={path} has no checkpoint: the training was stopped before the first one")
-        restored = checkpoints.restore_variables(step, blank)
-    finally:
-        checkpoints.close()
-    return Trained(config, classes, model, restored.eval_variables, step)
-
-
 def evaluate_workdir(
     path: epath.PathLike, step: int | None, data_dir: str | None, split: str, tta: str | None = None
 ) -> Evaluation:
@@ -186,7 +134,7 @@ def evaluate_workdir(
     if tta is not None:
         check_choice("--tta", tta, predict.TTA)
     devices = mesh.create(0, 1)
-    trained = load(path, devices, step)
+    trained = trained_network.load(path, devices, step)
     config, classes = trained.config, trained.classes
     if data_dir is not None:
         config.data.root = data_dir

@@ -38,6 +38,11 @@ def surround(image: jax.Array, around: Sequence[tuple[int, int]]) -> jax.Array:
     return jnp.pad(image, ((0, 0), *around, (0, 0)), mode="reflect")
 
 
+def surround_image(model: nn.Module, image: jax.Array, tta: str = "none") -> jax.Array:
+    """Whole uint8 images `[B, H, W, C]` as floats, mirrored at their borders as far as `logits` wants it."""
+    return surround(as_float(image), margins(model, image.shape[1:3], tta))
+
+
 def logits(
     model: nn.Module, variables: Mapping, window: jax.Array, size: Sequence[int], task: str, tta: str = "none"
 ) -> jax.Array:

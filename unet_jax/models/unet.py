@@ -249,6 +249,12 @@ def create(num_outputs: int, **settings) -> UNet:
     return UNet(num_outputs, **settings)
 
 
+def abstract(model: UNet, channels: int):
+    """The shapes and types of the variables of `model` for images of `channels`, without drawing them."""
+    image = jnp.zeros((1, *model.smallest_input, channels))
+    return {"batch_stats": {}, **jax.eval_shape(model.init, jax.random.key(0), image)}
+
+
 def center_crop(x: jax.Array, size: Sequence[int]) -> jax.Array:
     """The central `size` (height, width) of `x` `[B, H, W, ...]`."""
     top, left = (x.shape[1] - size[0]) // 2, (x.shape[2] - size[1]) // 2

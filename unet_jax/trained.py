@@ -1,0 +1,112 @@
+"""What a work directory holds, for evaluation, prediction, export and notebooks alike."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+from flax import linen as nn
+
+from unet_jax import checkpoint, data, mesh, predict, workdir
+from unet_jax.errors import UserError, check_choice
+from unet_jax.models import unet
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained network; `load` makes it.
+
+    Attributes:
+      config: the configuration that it was trained with.
+      classes: task, class names, palette, and channels of the images.
+      model: the network.
+      variables: its weights, averaged ones where they were on; whole on every device.
+      step: of the checkpoint.
+    """
+
+    config: Any
+    classes: data.Classes
+    model: nn.Module
+    variables: dict[str, Any]
+    step: int
+
+    def __post_init__(self):
+        model, task = self.model, self.classes.task
+
+        def probability(variables, images, tta):
+            window = predict.surround_image(model, images, tta)
+            logits = predict.logits(model, variables, window, images.shape[1:3], task, tta)
+            return predict.to_probability(logits, task)
+
+        object.__setattr__(self, "_probability", jax.jit(probability, static_argnames="tta"))
+
+    def predict(self, images, tta: str = "none") -> jax.Array:
+        """Class probabilities of whole images; compiled once for each shape.
+
+        Args:
+          images: uint8 `[B, H, W, C]`, at the size that the network was trained on (`config.data.size`).
+          tta: test-time augmentation, see `predict.logits`.
+
+        Returns:
+          float32 `[B, H, W, K]`; K = 1 for a binary task.
+
+        Raises:
+          UserError: no uint8 images of that many channels; an unknown `tta`.
+        """
+        check_choice("tta", tta, predict.TTA)
+        if images.ndim != 4 or images.dtype != "uint8" or images.shape[-1] != self.classes.channels:
+            raise UserError(
+                f"images must be uint8 [batch, height, width, {self.classes.channels} channel(s)], not {images.dtype} "
+                f"{images.shape}"
+            )
+        return self._probability(self.variables, images, tta)
+
+
+def load(path: epath.PathLike, devices: jax.sharding.Mesh, step: int | None = None) -> Trained:
+    """Loads a trained network from its work directory alone.
+
+    Args:
+      path: the work directory.
+      devices: where to put the weights, whole on each.
+      step: which checkpoint; None is the best.
+
+    Raises:
+      UserError: no work directory, or no such checkpoint; or one of another network than `config.json` describes.
+    """
+    path = epath.Path(path)
+    config = workdir.read_config(path)
+    classes = data.Classes.from_json(workdir.read_classes(path))
+    model = unet.create(classes.num_outputs, **config.model, one_cpu=mesh.is_one_cpu(devices))
+    step, saved = checkpoint.read_variables(path, step, mesh.replicated(devices))
+    variables = {"params": saved.get("ema", saved["params"]), "batch_stats": saved.get("batch_stats", {})}
+    check_fits(model, classes, variables, f"{path}, step {step}")
+    return Trained(config, classes, model, variables, step)
+
+
+def check_fits(model: nn.Module, classes: data.Classes, variables: dict[str, Any], name: str) -> None:
+    """Checks that the network takes these weights.
+
+    Args:
+      model: the network.
+      classes: what it predicts.
+      variables: weights.
+      name: where they come from, for the message.
+
+    Raises:
+      UserError: it does not; names the first that differs.
+    """
+    needed = shapes(unet.abstract(model, classes.channels))
+    found = shapes(variables)
+    for weight in sorted(needed.keys() | found.keys()):
+        if needed.get(weight) != found.get(weight):
+            raise UserError(
+                f"{name}: {weight} is {found.get(weight, 'absent')}, but the network of config.json with "
+                f"{len(classes.names)} classes and {classes.channels} channel(s) needs {needed.get(weight, 'none')}: "
+                "the files of this work directory do not belong together"
+            )
+
+
+def shapes(tree) -> dict[str, tuple[int, ...]]:
+    """The shape of every array, by its path, as in `params/head/kernel`."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(key.key for key in path): tuple(leaf.shape) for path, leaf in leaves}
