@@ -6,10 +6,11 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of the weights, the order of examples, augmentation and dropout
+    config.init_from = ""  # work directory whose weights to begin with; a head for other classes is drawn anew
 
     config.data = ConfigDict()
-    config.data.name = "shapes"  # shapes | carla | oxford_iiit_pet | isbi2012
-    # shapes: multiclass | multilabel; carla: carla23 | lyft13; pets: trimap | binary; isbi2012: multiclass | binary
+    config.data.name = "shapes"  # shapes | carla | oxford_iiit_pet | isbi2012 | folder
+    # shapes: multiclass | multilabel; carla: carla23 | lyft13; pets: trimap | binary; the others: multiclass | binary
     config.data.variant = "multiclass"
     config.data.root = ""  # folder or archive of the images; see the module of the data set
     config.data.size = (96, 96)  # height, width of what the network sees; the labels are scored at this size
@@ -19,6 +20,15 @@ def get_config() -> ConfigDict:
     config.data.shapes_seed = 0  # shapes only: of the images
     config.data.shapes_train = 800  # shapes only: number of training images
     config.data.shapes_validation = 100  # shapes only: number of validation images, and of test images
+    # folder only; labels, channels and value_range are settled by what is in the files where they are left open
+    config.data.images = ("images",)  # folders below root
+    config.data.masks = ("masks",)  # as many, in the same order
+    config.data.mask_suffix = "_mask"  # which the name of a mask may have beyond that of its image
+    config.data.labels = ()  # what stands in the masks, as ("0 background", "255 -> 1 cell") or ("128 0 64 -> 2 car",)
+    config.data.channels = 0  # of the images: 1 grey, 3 colours
+    config.data.value_range = ()  # (low, high) of 16-bit images, which become 0 and 255
+    config.data.lists = ()  # files below root that name the images for training, validation and maybe test
+    config.data.group = ""  # regular expression; images whose names agree in it stay in one split, as frames of a video
 
     config.model = ConfigDict()  # see unet_jax/models/unet.py
     config.model.features = (16, 32, 64, 128)  # width of each level, top to bottom
@@ -61,6 +71,7 @@ def get_config() -> ConfigDict:
     config.optimizer.momentum = 0.9  # sgd
     config.optimizer.weight_decay = 0.0  # adamw
     config.optimizer.clip_norm = 0.0  # of the whole gradient; 0 is off
+    config.optimizer.frozen = ()  # beginnings of the names of weights that stay as they are, as ("down_0", "down_1")
     config.optimizer.ema = 0.0  # decay of averaged weights, which are then the ones evaluated; 0 is off
 
     config.train = ConfigDict()

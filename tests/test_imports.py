@@ -20,7 +20,7 @@ ALLOWED = {
     "augment": {"errors", "resample"},
     "predict": {"data", "errors", "log", "mesh", "resample"},
     "report": {"data"},
-    "trained": {"checkpoint", "data", "errors", "mesh", "models", "predict", "workdir"},
+    "trained": {"checkpoint", "data", "errors", "mesh", "models", "predict", "state", "workdir"},
     "log": {"em", "mesh", "workdir", "evaluate"},
     "main": {"errors", "train", "evaluate"},
 }

@@ -1,10 +1,11 @@
 """Optimizers and schedules of optax, by `config.optimizer`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
+import jax
 import optax
 
-from unet_jax.errors import UserError, check_choice
+from unet_jax.errors import UserError, check_choice, did_you_mean
 
 LIMITS = {"clip_norm": float("inf"), "weight_decay": float("inf"), "momentum": 1, "ema": 1}  # from 0 to below
 
@@ -44,6 +45,8 @@ def make_schedule(settings: Mapping, steps_per_epoch: float, total_steps: int) -
 def make_optimizer(settings: Mapping, schedule: optax.Schedule) -> optax.GradientTransformation:
     """The gradient transformation: clipping by the global norm, then `adam`, `adamw` or `sgd`.
 
+    Weights whose names begin with one of `frozen` are left alone, and their gradients do not count in the norm.
+
     Raises:
       UserError: unknown name.
     """
@@ -60,4 +63,34 @@ def make_optimizer(settings: Mapping, schedule: optax.Schedule) -> optax.Gradien
     else:
         rule = optax.sgd(schedule, momentum=settings["momentum"])
     clip = settings["clip_norm"]
-    return optax.chain(optax.clip_by_global_norm(clip), rule) if clip else rule
+    rule = optax.chain(optax.clip_by_global_norm(clip), rule) if clip else rule
+    frozen = tuple(settings["frozen"])
+    if not frozen:
+        return rule
+
+    def part(path, _):
+        return "frozen" if "/".join(key.key for key in path).startswith(frozen) else "trained"
+
+    parts = {"trained": rule, "frozen": optax.set_to_zero()}
+    return optax.partition(parts, lambda params: jax.tree_util.tree_map_with_path(part, params))
+
+
+def check_frozen(frozen: Sequence[str], names: Collection[str]) -> None:
+    """Checks `config.optimizer.frozen`.
+
+    Args:
+      frozen: beginnings of names.
+      names: of all weights, as `down_0/Conv_0/kernel`.
+
+    Raises:
+      UserError: one begins no name, or nothing is left to train.
+    """
+    blocks = sorted({name.split("/")[0] for name in names})
+    for start in frozen:
+        if not start or not any(name.startswith(start) for name in names):
+            raise UserError(
+                f"config.optimizer.frozen: no weight begins with {start!r}. The blocks are {', '.join(blocks)}."
+                + did_you_mean(start, blocks)
+            )
+    if all(name.startswith(tuple(frozen)) for name in names):
+        raise UserError(f"config.optimizer.frozen = {tuple(frozen)} leaves nothing to train")

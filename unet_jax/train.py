@@ -24,6 +24,7 @@ from unet_jax import (
     predict,
     report,
     state,
+    trained,
     workdir,
 )
 from unet_jax.data import pipeline
@@ -47,6 +48,8 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     from clu import parameter_overview
 
     path = epath.Path(path)
+    config = config.copy_and_resolve_references()
+    data.settle(config.data, log.say)
     workdir.check(path, config)
 
     # Data.
@@ -77,12 +80,19 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     image_size = _input_size("config.data.size", model, config.data.size, devices)
     input_size = _input_size("config.augment.crop", model, crop, devices)
     schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)
+    weights = trained.shapes(unet.abstract(model, classes.channels)["params"])
+    optimizer.check_frozen(config.optimizer.frozen, weights)
     tx = optimizer.make_optimizer(config.optimizer, schedule)
 
     # What was already done.
-    workdir.claim(path, config, classes.to_json())
+    original_size = sources["train"].read(0)[0].shape[:2]
+    workdir.claim(path, config, {**classes.to_json(), "image_size": original_size})
     checkpoints = checkpoint.Checkpoints(path)
     examples = {split: hashlib.sha256(repr(list(s.ids)).encode()).hexdigest() for split, s in sources.items()}
+    if checkpoints.latest_step() == 0:
+        raise UserError(
+            f"{path} holds imported weights. Begin with them by --config.init_from={path}, in another --workdir"
+        )
     first_step, window = checkpoints.latest_step() or 0, []
     if first_step >= total_steps:
         checkpoints.close()
@@ -114,6 +124,9 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
             )
         window = meta["window"]
         log.say(f"Going on from step {first_step} of {path}")
+    elif config.init_from:
+        train_state, done = trained.begin_from(config.init_from, train_state)
+        log.say(done)
     workdir.rewind_metrics(path, first_step)
 
     # Compilation, and what it tells.

@@ -4,10 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from flax import linen as nn
 
-from unet_jax import checkpoint, data, mesh, predict, workdir
+from unet_jax import checkpoint, data, mesh, predict, state, workdir
 from unet_jax.errors import UserError, check_choice
 from unet_jax.models import unet
 
@@ -22,6 +23,7 @@ class Trained:
       model: the network.
       variables: its weights, averaged ones where they were on; whole on every device.
       step: of the checkpoint.
+      image_size: (height, width) of the first training image before it was resized; None where it was not recorded.
     """
 
     config: Any
@@ -29,6 +31,7 @@ class Trained:
     model: nn.Module
     variables: dict[str, Any]
     step: int
+    image_size: tuple[int, int] | None = None
 
     def __post_init__(self):
         model, task = self.model, self.classes.task
@@ -75,12 +78,49 @@ def load(path: epath.PathLike, devices: jax.sharding.Mesh, step: int | None = No
     """
     path = epath.Path(path)
     config = workdir.read_config(path)
-    classes = data.Classes.from_json(workdir.read_classes(path))
+    values = workdir.read_classes(path)
+    classes = data.Classes.from_json(values)
     model = unet.create(classes.num_outputs, **config.model, one_cpu=mesh.is_one_cpu(devices))
     step, saved = checkpoint.read_variables(path, step, mesh.replicated(devices))
     variables = {"params": saved.get("ema", saved["params"]), "batch_stats": saved.get("batch_stats", {})}
     check_fits(model, classes, variables, f"{path}, step {step}")
-    return Trained(config, classes, model, variables, step)
+    image_size = tuple(values["image_size"]) if "image_size" in values else None
+    return Trained(config, classes, model, variables, step, image_size)
+
+
+def begin_from(path: epath.PathLike, fresh: state.TrainState) -> tuple[state.TrainState, str]:
+    """A new training's state with the weights of another work directory.
+
+    The head stays as it was drawn where it predicts another number of classes.
+
+    Args:
+      path: the other work directory; its best checkpoint is taken.
+      fresh: the state of the new training, before its first step.
+
+    Returns:
+      the state, and what was done.
+
+    Raises:
+      UserError: no work directory; a network that differs elsewhere than in its head, of which it names the first.
+    """
+    workdir.read_config(epath.Path(path))
+    step, saved = checkpoint.read_variables(path, None, fresh.step.sharding)
+    given = {"params": saved.get("ema", saved["params"]), "batch_stats": saved.get("batch_stats", {})}
+    found, needed = shapes(given), shapes({"params": fresh.params, "batch_stats": fresh.batch_stats})
+    differing = sorted(name for name in found.keys() | needed.keys() if found.get(name) != needed.get(name))
+    for name in differing:
+        if not name.startswith("params/head/"):
+            raise UserError(
+                f"config.init_from = {str(path)!r}: {name} is {found.get(name, 'absent')} there, but "
+                f"{needed.get(name, 'absent')} in this network. Set config.model (and config.data.channels) as there"
+            )
+    params = {**given["params"], "head": fresh.params["head"]} if differing else given["params"]
+    ema = None if fresh.ema is None else jax.tree.map(jnp.copy, params)
+    done = f"Begins with the weights of {path}, step {step}"
+    if differing:
+        outputs = [sizes["params/head/bias"][0] for sizes in (found, needed)]
+        done += f"; its head has {outputs[0]} outputs and is drawn anew with {outputs[1]}"
+    return fresh.replace(params=params, batch_stats=given["batch_stats"], ema=ema), done
 
 
 def check_fits(model: nn.Module, classes: data.Classes, variables: dict[str, Any], name: str) -> None:

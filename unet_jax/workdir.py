@@ -1,7 +1,7 @@
 """The work directory, a contract between training and everything after it.
 
 config.json             the configuration it was trained with
-classes.json            task, class names, palette
+classes.json            task, class names, palette, channels; size of the first training image before it was resized
 metrics.jsonl           one JSON object a line: step, epoch, train/..., val/...
 checkpoints/<step>/     see checkpoint.py
 checksums/<step>.json   of the files of a checkpoint
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FREE_FIELDS = ("mesh.data", "mesh.space", "data.cache_gib", "train.log_every_steps", "eval.tta")
 
 
-# Fields that older work directories do not have, with the values that they were trained with.
+# Fields that older work directories do not have, with the JSON values that they were trained with.
 LATER_FIELDS = {
     "model.kernel_init": "he",
     "augment.elastic": 0.0,
@@ -35,6 +35,16 @@ LATER_FIELDS = {
     "loss.border_sigma": 5.0,
     "eval.em_scores": False,
     "eval.tta": "none",
+    "init_from": "",
+    "optimizer.frozen": [],
+    "data.images": ["images"],
+    "data.masks": ["masks"],
+    "data.mask_suffix": "_mask",
+    "data.labels": [],
+    "data.channels": 0,
+    "data.value_range": [],
+    "data.lists": [],
+    "data.group": "",
 }
 
 
@@ -139,8 +149,8 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
     """The values of a `config.json`, with the fields that came later."""
     values = read_json(path)
     for name, value in LATER_FIELDS.items():
-        group, field = name.split(".")
-        values.setdefault(group, {}).setdefault(field, value)
+        group, _, field = name.rpartition(".")
+        (values.setdefault(group, {}) if group else values).setdefault(field, value)
     return values
 
 

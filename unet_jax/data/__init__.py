@@ -4,14 +4,31 @@ To add one: a file in this folder, its name in `NAMES`, and a file in `configs/`
 """
 
 import importlib
+from collections.abc import Callable
 
 from unet_jax.data import images
 from unet_jax.data.source import Classes, Source
 from unet_jax.errors import UserError, check_choice
 
-NAMES = ("shapes", "carla", "oxford_iiit_pet", "isbi2012")
+NAMES = ("shapes", "carla", "oxford_iiit_pet", "isbi2012", "folder")
 
-__all__ = ["NAMES", "Classes", "Source", "load"]
+__all__ = ["NAMES", "Classes", "Source", "load", "settle", "survey"]
+
+
+def settle(config, say: Callable[[str], None] = print) -> None:
+    """Fills in what `config.data` leaves open and the files tell, so that a work directory keeps it.
+
+    Args:
+      config: `config.data`; changed. Only `folder` leaves something open.
+      say: is told what was found.
+
+    Raises:
+      UserError: the files do not tell.
+    """
+    if config.name == "folder":
+        from unet_jax.data import folder
+
+        folder.settle(config, say)
 
 
 def load(config, split: str) -> Source:
@@ -24,6 +41,19 @@ def load(config, split: str) -> Source:
     Raises:
       UserError: unknown data set or split; data missing or broken.
     """
+    source = survey(config, split)
+    if source.faults:
+        more = f"\n  and {len(source.faults) - 10} more" if len(source.faults) > 10 else ""
+        raise UserError(
+            f"config.data.root = {config.root!r}: {len(source.faults)} faulty file(s); --mode=check looks at all"
+            + "".join(f"\n  {fault}" for fault in source.faults[:10])
+            + more
+        )
+    return source
+
+
+def survey(config, split: str) -> Source:
+    """As `load`, but hands over what can be used beside `faults`."""
     check_choice("config.data.name", config.name, NAMES)
     check_choice("config.data.resize", config.resize, images.RESIZE)
     if len(config.size) != 2 or not all(isinstance(n, int) and n > 0 for n in config.size):

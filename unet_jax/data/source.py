@@ -40,7 +40,8 @@ class Classes:
     def from_json(cls, values: dict[str, Any]) -> "Classes":
         """The inverse of `to_json` after a round trip through JSON, which knows no tuples."""
         lists = {"names": tuple(values["names"]), "palette": tuple(map(tuple, values["palette"]))}
-        return cls(**{**values, **lists})
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in {**values, **lists}.items() if name in known})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +53,13 @@ class Source:
       ids: a unique name per example.
       read: index -> image uint8 `[h, w, C]` and label uint8 `[h, w]`, or `[h, w, K]` for a multilabel task. Called from
         several threads.
+      faults: what is wrong with files that could not be taken in, each named; nothing is trained beside faults.
     """
 
     classes: Classes
     ids: Sequence[str]
     read: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    faults: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,0 +1,23 @@
+"""Carvana: cars against background, 1918x1280, at 192x288; the sixteen views of a car stay in one split.
+
+python -m unet_jax.main --config=configs/carvana.py --config.data.root=FOLDER
+
+The folder holds train/<car>_<angle>.jpg and train_masks/<car>_<angle>_mask.gif, as the competition's archives unpack.
+"""
+
+from configs import folder
+
+
+def get_config():
+    config = folder.get_config()
+    config.data.root = "data/carvana"
+    config.data.variant = "binary"
+    config.data.images = ("train",)
+    config.data.masks = ("train_masks",)
+    config.data.group = "(.*)_"
+    config.data.labels = ("0 background", "1 car")
+    config.data.channels = 3
+    config.data.size = (192, 288)
+
+    config.train.batch_size = 4
+    return config

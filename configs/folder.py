@@ -1,0 +1,37 @@
+"""Your own images: images/ and masks/ with the same names, in a folder. Begin with a look at them:
+
+python -m unet_jax.main --config=configs/folder.py --config.data.root=FOLDER --mode=check
+python -m unet_jax.main --config=configs/folder.py --config.data.root=FOLDER
+
+Names, formats, splits and label values: see unet_jax/data/folder.py and the group config.data of configs/default.py.
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.data.name = "folder"
+    config.data.root = "data/folder"
+    config.data.size = (256, 256)
+
+    config.model.features = (16, 32, 64, 128, 256)
+
+    config.augment.flip_horizontal = True
+    config.augment.rotate = 15.0
+    config.augment.scale = 0.2
+    config.augment.shift = 0.05
+    config.augment.brightness = 0.1
+    config.augment.contrast = 0.2
+    config.augment.gamma = 0.2
+
+    config.loss.cross_entropy = 0.5
+    config.loss.dice = 0.5
+
+    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.clip_norm = 1.0
+    config.train.batch_size = 8
+    config.train.epochs = 100.0
+    config.train.eval_every_epochs = 5.0
+    config.train.checkpoint_every_epochs = 5.0
+    return config
