@@ -125,3 +125,23 @@ def test_a_damaged_checkpoint_is_named_with_the_step_before(trained, tmp_path):
     with pytest.raises(UserError, match=r"checkpoints/5 is damaged: .* --step=4"):
         evaluate.evaluate_workdir(copy, 5, None, "validation", None)
     evaluate.evaluate_workdir(copy, 4, None, "validation", None)
+
+
+def test_a_flipped_bit_and_a_missing_file_are_named_with_another_step(trained, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    for step in ("4", "5"):
+        sums = json.loads((copy / "checkpoints" / step / "checksums.json").read_text())
+        files = {str(f.relative_to(copy / "checkpoints" / step)) for f in (copy / "checkpoints" / step).glob("*/**/*")}
+        assert {name for name in files if (copy / "checkpoints" / step / name).is_file()} == sums.keys()
+    files = [file for file in (copy / "checkpoints/5/variables").rglob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{largest.name} is not what was written.* --step=4"):
+        evaluate.evaluate_workdir(copy, 5, None, "validation", None)
+    largest.unlink()
+    with pytest.raises(UserError, match=rf"{largest.name} is missing.* --step=4"):
+        evaluate.evaluate_workdir(copy, 5, None, "validation", None)
+    evaluate.evaluate_workdir(copy, 4, None, "validation", None)

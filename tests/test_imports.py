@@ -22,7 +22,10 @@ ALLOWED = {
     "report": {"data"},
     "trained": {"checkpoint", "data", "errors", "mesh", "models", "predict", "state", "workdir"},
     "log": {"em", "mesh", "workdir", "evaluate"},
-    "main": {"errors", "train", "evaluate"},
+    "check": {"data", "errors", "log", "models", "overlay"},
+    "overlay": {"data", "report"},
+    "predict_files": {"data", "errors", "log", "mesh", "overlay", "predict", "trained"},
+    "main": {"errors", "train", "check", "evaluate", "predict_files"},
 }
 
 

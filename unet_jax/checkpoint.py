@@ -4,7 +4,7 @@ checkpoints/<step>/variables   weights, averaged weights, batch statistics: all 
                    training    optimizer state
                    meta        JSON: what else the loop needs to go on
                    metrics     JSON: the score by which the best is chosen
-checksums/<step>.json          SHA-256 of every file of these, for Orbax restores a flipped bit without a word
+                   checksums.json  SHA-256 of every file of these: Orbax restores a flipped bit without a word
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from unet_jax.errors import UserError
 
 PyTree = Any
 ITEMS = ("variables", "training", "meta", "metrics")
+CHECKSUMS = "checksums.json"
 
 
 class Checkpoints:
@@ -28,7 +29,6 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike):
         self.path = epath.Path(workdir).resolve() / "checkpoints"
-        self._sums = self.path.parent / "checksums"
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(n=2),
@@ -118,20 +118,19 @@ class Checkpoints:
             raise self._damaged(step, _first_line(error)) from error
 
     def _check(self, step: int) -> None:
-        """Compares the files of `step` with their checksums, where it has any."""
+        """Compares the files of `step` with their checksums; those of older versions have none."""
         if step not in self.steps():
             raise UserError(f"{self.path} has no step {step}; it has {', '.join(map(str, self.steps())) or 'none'}")
-        sums = self._sums / f"{step}.json"
+        folder = self.path / str(step)
         try:
-            expected = json.loads(sums.read_text()) if sums.exists() else {}
+            expected = json.loads((folder / CHECKSUMS).read_text()) if (folder / CHECKSUMS).exists() else {}
         except ValueError as error:
-            raise UserError(f"{sums} cannot be read: {error}. Delete it to do without its checksums") from error
+            raise self._damaged(step, f"{CHECKSUMS} cannot be read ({error})") from error
         for name, digest in expected.items():
-            file = self.path / str(step) / name
-            if not file.exists():
-                raise self._damaged(step, f"{file} is missing")
-            if _digest(file) != digest:
-                raise self._damaged(step, f"{file} is not what was written: its checksum differs")
+            if not (folder / name).exists():
+                raise self._damaged(step, f"{name} is missing")
+            if _digest(folder / name) != digest:
+                raise self._damaged(step, f"{name} is not what was written, its checksum differs")
 
     def _damaged(self, step: int, reason: str) -> UserError:
         others = [other for other in self.steps() if other != step]
@@ -141,19 +140,12 @@ class Checkpoints:
         return UserError(f"{self.path / str(step)} is damaged: {reason}. {remedy}")
 
     def _seal(self) -> None:
-        """Writes the checksums of the step just committed, and deletes those of steps that are gone."""
-        steps = {path.name: path for path in self.path.iterdir() if path.name.isdigit()}
-        self._sums.mkdir(exist_ok=True)
-        sealed = {path.stem: path for path in self._sums.glob("*.json")}
-        for name in steps.keys() - sealed.keys():
-            items = [steps[name] / item for item in ITEMS if (steps[name] / item).exists()]
+        """Adds the checksums to the step that is about to be committed: Orbax calls this just before it renames it."""
+        for step in self.path.glob("*.orbax-checkpoint-tmp*"):
+            items = [step / item for item in ITEMS if (step / item).exists()]
             files = [folder / file for item in items for folder, _, found in item.walk() for file in found]
-            sums = {str(file.relative_to(steps[name])): _digest(file) for file in sorted(files)}
-            partial = self._sums / f"{name}.partial"
-            partial.write_text(json.dumps(sums, indent=1))
-            partial.replace(self._sums / f"{name}.json")
-        for name in sealed.keys() - steps.keys():
-            sealed[name].unlink(missing_ok=True)
+            sums = {str(file.relative_to(step)): _digest(file) for file in sorted(files)}
+            (step / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
     def close(self) -> None:
         """Waits until everything is on disk."""

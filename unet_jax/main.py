@@ -1,8 +1,9 @@
-"""Trains U-Nets for semantic segmentation, and scores them.
+"""Trains U-Nets for semantic segmentation, scores them, and predicts files.
 
 python -m unet_jax.main --config=configs/shapes.py                  # train, or go on
-python -m unet_jax.main --config=configs/carla.py --config.train.batch_size=8
+python -m unet_jax.main --config=configs/folder.py --config.data.root=DIR --mode=check   # is all well with the images?
 python -m unet_jax.main --mode=eval --workdir=runs/shapes           # score what was trained
+python -m unet_jax.main --mode=predict --workdir=runs/folder --input=photos --output=masks
 """
 
 import logging
@@ -19,16 +20,49 @@ from unet_jax.errors import UserError, did_you_mean
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to train: a file of configs/. Its fields can be set as --config.FIELD=VALUE."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written. Default: runs/<config name>.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train: train or go on; eval: score a work directory.")
-_STEP = flags.DEFINE_integer("step", None, "eval: the checkpoint to score. Default: the best.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "eval: other images to score, laid out as config.data.root.")
-_TTA = flags.DEFINE_string(
-    "tta", None, "eval: none, flips, dihedral or rotations averaged. Default: as config.eval.tta."
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where a training writes everything. Default for train and check: runs/<config name>."
 )
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "check", "eval", "predict"],
+    "check: look at all images and labels first; train: train or go on; eval: score a work directory; predict: files.",
+)
+_STEP = flags.DEFINE_integer("step", None, "eval, predict: the checkpoint. Default: the best.")
+_TTA = flags.DEFINE_string(
+    "tta", None, "eval, predict: none, flips, dihedral or rotations averaged. Default: as config.eval.tta."
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "eval: other images to score, laid out as config.data.root.")
 _SPLIT = flags.DEFINE_enum(
     "split", "validation", ["train", "validation", "test", "all"], "eval: the part of the images to score."
 )
+_INPUT = flags.DEFINE_string("input", None, "predict: an image file, a folder of them, or a quoted pattern.")
+_OUTPUT = flags.DEFINE_string("output", None, "predict: the folder to write to.")
+_SCALE = flags.DEFINE_enum(
+    "scale",
+    None,
+    ["fit", "native"],
+    "predict: fit resizes each image to config.data.size, as in training; native predicts it as it is, in overlapping "
+    "tiles where it is larger. Default: native if the training images were not resized.",
+)
+_INTERPOLATION = flags.DEFINE_enum(
+    "interpolation", "bilinear", ["bilinear", "nearest"], "predict, fit: of probabilities back to the image's own size."
+)
+_PROBABILITIES = flags.DEFINE_enum(
+    "probabilities", "none", ["none", "png", "npy"], "predict: also 16-bit PNG files, or float32 [H, W, K] NumPy files."
+)
+_THRESHOLD = flags.DEFINE_float(
+    "threshold", 0.5, "predict: the probability above which a sigmoid's class is predicted."
+)
+_ONLY = {  # flag -> the modes that it is for
+    "config": ("train", "check"),
+    "step": ("eval", "predict"),
+    "tta": ("eval", "predict"),
+    "data_dir": ("eval",),
+    "split": ("eval",),
+    **dict.fromkeys(("input", "output", "scale", "interpolation", "probabilities", "threshold"), ("predict",)),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -47,22 +81,47 @@ def _run() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it only feeds data, and would say so at each start
     for name, level in (("absl", logging.ERROR), ("jax", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
-    for flag, mode in ((_CONFIG, "train"), (_STEP, "eval"), (_DATA_DIR, "eval"), (_SPLIT, "eval"), (_TTA, "eval")):
-        if flag.present and mode != _MODE.value:
-            raise UserError(f"--{flag.name} is for --mode={mode}, not for --mode={_MODE.value}")
-    if _MODE.value == "train":
+    mode = _MODE.value
+    for flag, modes in _ONLY.items():
+        if flags.FLAGS[flag].present and mode not in modes:
+            raise UserError(f"--{flag} is for --mode={' and --mode='.join(modes)}, not for --mode={mode}")
+    if mode in ("train", "check"):
         if not _CONFIG.present:
             raise UserError("say what to train: --config=configs/shapes.py (generated images, needs no data)")
-        from unet_jax import train
-
         name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-        train.train(_CONFIG.value, _WORKDIR.value or f"runs/{name}")
-    else:
-        if _WORKDIR.value is None:
-            raise UserError("say what to score: --workdir=runs/shapes, for example")
+        workdir = _WORKDIR.value or f"runs/{name}"
+        if mode == "train":
+            from unet_jax import train
+
+            train.train(_CONFIG.value, workdir)
+        else:
+            from unet_jax import check
+
+            if not check.check(_CONFIG.value, f"{workdir.rstrip('/')}.check.png"):
+                sys.exit(1)
+        return
+    if _WORKDIR.value is None:
+        raise UserError("say what to use: --workdir=runs/shapes, for example")
+    if mode == "eval":
         from unet_jax import evaluate
 
         evaluate.evaluate_workdir(_WORKDIR.value, _STEP.value, _DATA_DIR.value, _SPLIT.value, _TTA.value)
+    else:
+        if _INPUT.value is None or _OUTPUT.value is None:
+            raise UserError("say what to predict, and where to write: --input=FILE_OR_FOLDER --output=FOLDER")
+        from unet_jax import predict_files
+
+        predict_files.predict_files(
+            _WORKDIR.value,
+            _INPUT.value,
+            _OUTPUT.value,
+            step=_STEP.value,
+            tta=_TTA.value,
+            scale=_SCALE.value,
+            interpolation=_INTERPOLATION.value,
+            probabilities=_PROBABILITIES.value,
+            threshold=_THRESHOLD.value,
+        )
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -80,6 +80,20 @@ def to_probability(logits: jax.Array, task: str) -> jax.Array:
     return jax.nn.softmax(logits) if task == "multiclass" else jax.nn.sigmoid(logits)
 
 
+def to_label(probability: np.ndarray, task: str, threshold: float = 0.5) -> np.ndarray:
+    """Probabilities `[..., K]` -> class uint8 `[...]`, or masks uint8 `[..., K]` for a multilabel task.
+
+    Args:
+      probability: of each class; K = 1 for a binary task.
+      task: `multiclass`, `binary` or `multilabel`.
+      threshold: a sigmoid predicts its class where the probability exceeds it.
+    """
+    if task == "multiclass":
+        return probability.argmax(-1).astype(np.uint8)
+    positive = (probability > threshold).astype(np.uint8)
+    return positive[..., 0] if task == "binary" else positive
+
+
 def _view(x: jax.Array, turn: int, mirrored: bool) -> jax.Array:
     x = jnp.rot90(x, turn, (1, 2))
     return x[:, :, ::-1] if mirrored else x

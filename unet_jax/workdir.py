@@ -4,7 +4,6 @@ config.json             the configuration it was trained with
 classes.json            task, class names, palette, channels; size of the first training image before it was resized
 metrics.jsonl           one JSON object a line: step, epoch, train/..., val/...
 checkpoints/<step>/     see checkpoint.py
-checksums/<step>.json   of the files of a checkpoint
 panels/<step>/*.png     image, truth, prediction and error of a few validation images
 history.png             curves
 eval.json               the last `--mode=eval`

@@ -1,0 +1,140 @@
+"""`--mode=check` names each fault; real images pass."""
+
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import tifffile
+from conftest import ROOT
+from PIL import Image
+
+from unet_jax import check
+
+RNG = np.random.default_rng(0)
+
+
+def _bomb(path):
+    """A PNG that claims 40,000 x 40,000 pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+def _broken_folder(root):
+    """Twelve good pairs, and one of each fault; returns what the report has to say about each."""
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True)
+
+    def save(name, image=None, mask=None, image_suffix=".png", mask_suffix=".png"):
+        image = RNG.integers(0, 256, (20, 30, 3), np.uint8) if image is None else image
+        mask = np.pad(np.full((8, 8), 255, np.uint8), ((4, 8), (4, 18))) if mask is None else mask
+        Image.fromarray(image).save(root / f"images/{name}{image_suffix}")
+        Image.fromarray(mask).save(root / f"masks/{name}{mask_suffix}")
+        return root / f"images/{name}{image_suffix}", root / f"masks/{name}{mask_suffix}"
+
+    for k in range(12):
+        save(f"good{k}")
+    faults = {}
+    save("lonely")[1].unlink()
+    faults["images/lonely.png"] = "no mask of that name"
+    save("orphan")[0].unlink()
+    faults["masks/orphan.png"] = "no image of that name"
+    file, _ = save("truncated")
+    file.write_bytes(file.read_bytes()[:700])
+    faults["images/truncated.png"] = "not a readable image"
+    save("text")[0].write_text("this is no image")
+    faults["images/text.png"] = "not a readable image"
+    save("empty")[1].write_bytes(b"")
+    faults["masks/empty.png"] = "not a readable image"
+    save("size", mask=np.zeros((30, 20), np.uint8))
+    faults["images/size.png"] = "is 30x20 pixels but its mask"
+    save("range", mask=np.full((20, 30), 7, np.uint8))
+    faults["masks/range.png"] = "label 7 is not in config.data.labels"
+    save("jpeg", mask_suffix=".jpg")
+    faults["masks/jpeg.jpg"] = "a JPEG mask"
+    save("smooth", mask=np.linspace(0, 255, 600).reshape(20, 30).astype(np.uint8))
+    faults["masks/smooth.png"] = "Smooth edges"
+    save("colored", mask=RNG.integers(0, 2, (20, 30, 3), np.uint8) * 200)
+    faults["masks/colored.png"] = "a coloured mask"
+    _bomb(save("bomb")[0])
+    faults["images/bomb.png"] = "exceeds limit of 500000000 pixels"
+    save("twice")
+    Image.fromarray(RNG.integers(0, 256, (20, 30, 3), np.uint8)).save(root / "images/twice.jpg")
+    faults["images/twice.png"] = "twice.jpg has the same name"
+    save("pages")[0].unlink()
+    stack = np.zeros((3, 20, 30), np.uint8)
+    tifffile.imwrite(root / "images/pages.tif", stack, photometric="minisblack")
+    faults["images/pages.tif"] = "holds 3 pages"
+    save("void", mask=np.full((20, 30), 9, np.uint8))
+    faults["void"] = "every pixel of its label is ignored"
+    return faults
+
+
+def _run(root, *flags, workdir):
+    command = [sys.executable, "-m", "unet_jax.main", f"--config={ROOT / 'configs' / 'folder.py'}", "--mode=check"]
+    command += [f"--config.data.root={root}", f"--workdir={workdir}", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_every_fault_is_named(tmp_path):
+    faults = _broken_folder(tmp_path / "data")
+    # The same image in both splits, by a list.
+    good = [f"good{k}" for k in range(12)]
+    for folder in ("images", "masks"):
+        shutil.copy(tmp_path / f"data/{folder}/good0.png", tmp_path / f"data/{folder}/copy.png")
+    found = sorted({path.stem for path in (tmp_path / "data/images").iterdir()} - {"copy", "lonely", "jpeg"})
+    (tmp_path / "data/train.txt").write_text("\n".join(found))
+    (tmp_path / "data/val.txt").write_text("copy\n")
+    result = _run(
+        tmp_path / "data",
+        "--config.data.lists=('train.txt','val.txt')",
+        "--config.data.labels=('0 background','255 -> 1 cell','9 -> ignore')",
+        workdir=tmp_path / "run",
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    shown = [line for line in result.stdout.splitlines() if line.startswith("FAULT")]
+    for file, message in faults.items():
+        assert any(file in line and message in line for line in shown), (file, message, shown)
+    assert any("in both splits: train good0, validation copy" in line for line in shown)
+    assert len(shown) == len(faults) + 1 >= 12
+    assert not any(f"{name}.png" in line for line in shown for name in good)
+    assert f"{len(shown)} fault(s)" in result.stdout and "OK" not in result.stdout.split()
+    with Image.open(tmp_path / "run.check.png") as sheet:
+        assert sheet.size[0] > 150
+
+
+def test_a_smeared_or_coloured_mask_does_not_spoil_the_guess(tmp_path):
+    _broken_folder(tmp_path / "data")
+    (tmp_path / "data/masks/range.png").unlink()
+    (tmp_path / "data/masks/void.png").unlink()
+    result = _run(tmp_path / "data", workdir=tmp_path / "run")
+    assert result.returncode == 1
+    assert "('0 -> 0 background', '255 -> 1 foreground')" in result.stdout
+
+
+def test_sound_images_are_ok(tmp_path, real_data, capsys):
+    from configs import camvid
+
+    config = camvid.get_config()
+    config.data.root = str(real_data / "camvid/CamVid")
+    assert check.check(config, tmp_path / "sheet.png")
+    out = capsys.readouterr().out
+    assert "42 pairs; 34 for training and 8 for validation" in out and out.rstrip().endswith("OK")
+    assert "480x360: 42 (width x height); resized to 256x192" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("pedestrian"))
+    assert row[1] == "9" and row[3] == "26" and row[5] == "8"
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert np.asarray(sheet).std() > 20
+
+
+def test_every_data_set_can_be_checked(tmp_path, config, capsys):
+    config.data.variant = "multilabel"
+    assert check.check(config, tmp_path / "sheet.png")
+    assert "20 for training and 10 for validation" in capsys.readouterr().out

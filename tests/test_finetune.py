@@ -1,0 +1,98 @@
+"""Beginning with the weights of another training, and keeping some of them."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import unet_jax
+from unet_jax import data, train, workdir
+from unet_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    config = __import__("conftest").config.__wrapped__()
+    config.train.epochs = 1.0
+    path = tmp_path_factory.mktemp("first") / "run"
+    train.train(config, path)
+    return path
+
+
+def _params(path, step=None):
+    return jax.tree.map(np.asarray, unet_jax.load(path, step).variables["params"])
+
+
+def test_the_first_step_begins_with_the_other_weights(first, config, tmp_path, capsys):
+    config.init_from = str(first)
+    config.optimizer.learning_rate, config.optimizer.ema = 1e-30, 0.0
+    config.train.epochs = 0.4  # one step
+    train.train(config, tmp_path / "run")
+    assert f"Begins with the weights of {first}, step" in capsys.readouterr().out
+    for old, new in zip(jax.tree.leaves(_params(first)), jax.tree.leaves(_params(tmp_path / "run")), strict=True):
+        np.testing.assert_allclose(old, new, atol=1e-20)
+
+
+def test_another_number_of_classes_draws_the_head_anew(first, config, tmp_path, capsys):
+    config.init_from = str(first)
+    config.data.variant = "multilabel"
+    config.optimizer.learning_rate, config.train.epochs = 1e-30, 0.4
+    train.train(config, tmp_path / "run")
+    assert "its head has 7 outputs and is drawn anew with 6" in capsys.readouterr().out
+    old, new = _params(first), _params(tmp_path / "run")
+    assert new["head"]["kernel"].shape[-1] == 6 and new["head"]["kernel"].std() > 0.01
+    np.testing.assert_allclose(old["down_0"]["Conv_0"]["kernel"], new["down_0"]["Conv_0"]["kernel"], atol=1e-20)
+
+
+def test_frozen_weights_stay_bit_for_bit_and_survive_a_restart(first, config, tmp_path):
+    config.init_from = str(first)
+    config.optimizer.frozen = ("down", "up_0/bias")
+    config.optimizer.name, config.optimizer.weight_decay, config.optimizer.clip_norm = "adamw", 0.1, 1.0
+    config.optimizer.ema = 0.0
+    config.train.epochs = 4.0
+    train.train(config, tmp_path / "whole")
+    flat = lambda tree: {"/".join(k.key for k in p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    begun, ended = flat(_params(first)), flat(_params(tmp_path / "whole", 10))
+    for name, value in ended.items():
+        assert np.array_equal(value, begun[name]) == name.startswith(("down", "up_0/bias")), name
+    # Going on from the step before needs neither the other work directory nor changes the outcome.
+    shutil.rmtree(tmp_path / "whole/checkpoints/10")
+    moved = first.rename(tmp_path / "moved")
+    try:
+        train.train(config, tmp_path / "whole")
+    finally:
+        moved.rename(first)
+    for name, value in flat(_params(tmp_path / "whole", 10)).items():
+        np.testing.assert_array_equal(value, ended[name])
+
+
+def test_what_does_not_fit_is_named(first, config, tmp_path):
+    config.init_from = str(first)
+    config.model.features = (4, 8, 16)
+    with pytest.raises(UserError, match=r"batch_stats/down_2/BatchNorm_0/mean is \(8,\) there, but \(16,\)"):
+        train.train(config, tmp_path / "run")
+    config.model.features = (4, 8, 8)
+    config.init_from = str(tmp_path / "nothing")
+    with pytest.raises(UserError, match="has no config.json"):
+        train.train(config, tmp_path / "run2")
+    config.init_from = ""
+    for frozen, message in (
+        (("dwn_0",), "Did you mean 'down_0'"),
+        (("",), "no weight begins with"),
+        (("d", "u", "m", "h"), "nothing to train"),
+    ):
+        config.optimizer.frozen = frozen
+        with pytest.raises(UserError, match=message):
+            train.train(config, tmp_path / "run3")
+
+
+def test_files_that_do_not_belong_together_are_named(first, tmp_path):
+    shutil.copytree(first, tmp_path / "run")
+    values = workdir.read_classes(tmp_path / "run")
+    classes = data.Classes.from_json(values)
+    fewer = dataclasses.replace(classes, names=classes.names[:5], palette=classes.palette[:5])
+    workdir.write_json(tmp_path / "run/classes.json", fewer.to_json())
+    with pytest.raises(UserError, match=r"params/head/bias is \(7,\), but the network .* 5 classes .* needs \(5,\)"):
+        unet_jax.load(tmp_path / "run")

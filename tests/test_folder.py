@@ -1,0 +1,250 @@
+"""Own images: pairing, label maps, 16 bits, splits."""
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from unet_jax import data
+from unet_jax.data import images, labels
+from unet_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def _config(root, **fields):
+    from configs import folder
+
+    config = folder.get_config().data
+    config.root = str(root)
+    for name, value in fields.items():
+        config[name] = value
+    return config
+
+
+def _picture(h=20, w=30, channels=3):
+    return RNG.integers(0, 256, (h, w, channels) if channels > 1 else (h, w), np.uint8)
+
+
+def _load(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def _mask(h=20, w=30, values=(0, 255)):
+    mask = np.full((h, w), values[0], np.uint8)
+    for k, value in enumerate(values[1:]):
+        mask[2 + 4 * k : 5 + 4 * k, 3:20] = value
+    return mask
+
+
+def _save(array, path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+
+
+def _fill(root, count=10, mask=lambda k: _mask()):
+    for k in range(count):
+        _save(_picture(), root / f"images/{k}.png")
+        _save(mask(k), root / f"masks/{k}.png")
+    return root
+
+
+def _settled(config):
+    said = []
+    data.settle(config, said.append)
+    return "\n".join(said)
+
+
+def test_files_of_all_kinds_are_paired_by_name(tmp_path):
+    pictures = {"a": _picture(), "b": _picture(), "c": _picture(channels=1), "sub/d": _picture(), "e": _picture()}
+    _save(pictures["a"], tmp_path / "images/a.png")
+    _save(pictures["b"], tmp_path / "images/b.JPG", format="JPEG", quality=95)
+    _save(pictures["c"], tmp_path / "images/c.tif")
+    _save(pictures["sub/d"], tmp_path / "images/sub/d.tiff")
+    _save(np.dstack([pictures["e"], np.full((20, 30), 7, np.uint8)]), tmp_path / "images/e.png")  # alpha is dropped
+    palette = Image.fromarray(_mask(values=(0, 1)))
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    (tmp_path / "masks/sub").mkdir(parents=True)
+    palette.save(tmp_path / "masks/a_mask.gif")
+    palette.save(tmp_path / "masks/b.png")
+    _save(_mask(values=(0, 1)), tmp_path / "masks/c_mask.tif")
+    _save(_mask(values=(0, 1)), tmp_path / "masks/sub/d.png")
+    Image.fromarray(_mask(values=(0, 1)) > 0).save(tmp_path / "masks/e.png")  # 1 bit: read as 0 and 255
+    (tmp_path / "images/.DS_Store").write_text("")
+    (tmp_path / "images/notes.txt").write_text("")
+    config = _config(tmp_path, labels=("0 back", "1 front", "255 -> 1"))
+    assert "3 channel(s) (1 of 5 are grey)" in _settled(config)
+    source = data.load(config, "all")
+    assert list(source.ids) == ["a", "b", "c", "e", "sub/d"] and source.classes.names == ("back", "front")
+    for index, name in enumerate(source.ids):
+        image, label = source.read(index)
+        expected = pictures[name] if pictures[name].ndim == 3 else pictures[name][..., None].repeat(3, -1)
+        if name == "b":
+            assert image.shape == expected.shape
+        else:
+            np.testing.assert_array_equal(image, expected)
+        np.testing.assert_array_equal(label, _mask(values=(0, 1)))
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (20, 30, 3)])
+def test_16_bit_images_are_stretched_over_what_they_hold(shape, tmp_path):
+    deep = [RNG.integers(200, 4000, shape).astype(np.uint16) for _ in range(4)]
+    for k, array in enumerate(deep):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        kind = "rgb" if len(shape) == 3 else "minisblack"
+        tifffile.imwrite(tmp_path / f"images/{k}.tif", array, photometric=kind)
+        _save(_mask(), tmp_path / f"masks/{k}.png")
+    config = _config(tmp_path)
+    said = _settled(config)
+    low, high = config.value_range
+    values = np.sort(np.concatenate([array.ravel() for array in deep]))
+    assert 0.0005 < (values < low).mean() < 0.0015 and 0.0005 < (values > high).mean() < 0.0015
+    assert f"values {low} to {high} become 0 to 255" in said and config.channels == (1 if len(shape) == 2 else 3)
+    image, _ = data.load(config, "all").read(0)
+    expected = np.rint((deep[0].astype(np.float64) - low).clip(0, high - low) / (high - low) * 255)
+    assert abs(image.reshape(shape) - expected).max() <= 1  # float32
+    png = tmp_path / "deep.png"
+    Image.fromarray(deep[0] if len(shape) == 2 else deep[0][..., 0]).save(png)
+    assert images.read_any(png).dtype == np.uint16
+
+
+def test_labels_are_read_as_they_are_written():
+    label_map = labels.parse(("0 background", "255 -> 1 a cell", "7 -> 1", "9->ignore"))
+    assert label_map.ids == {0: 0, 255: 1, 7: 1, 9: 255} and label_map.names == ("background", "a cell")
+    mask = np.array([[0, 255, 7, 9]], np.uint8)
+    assert label_map.apply(mask, "m.png").tolist() == [[0, 1, 1, 255]]
+    assert label_map.apply(np.dstack([mask] * 3), "m.png").tolist() == [[0, 1, 1, 255]]  # grey, saved in colours
+    colors = labels.parse(("0 0 0 road", "128 0 64 car", "255, 255, 255 -> ignore"))
+    assert colors.ids == {(0, 0, 0): 0, (128, 0, 64): 1, (255, 255, 255): 255}
+    assert colors.classes("multiclass", 3).palette == ((0, 0, 0), (128, 0, 64))
+    mask = np.array([[[128, 0, 64], [0, 0, 0], [255, 255, 255]]], np.uint8)
+    assert colors.apply(mask, "m.png").tolist() == [[1, 0, 255]]
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        (("background",), "is no entry"),
+        (("0 a", "0 b"), "0 stands there twice"),
+        (("0 a", "2 b"), r"the classes are \[0, 2\]"),
+        (("0 a",), "at least two"),
+        (("0 a", "1 2 3 b"), "mixes numbers and colours"),
+        (("0 a", "1 a"), "a name is used twice"),
+        ((0, 255), "is no entry"),
+    ],
+)
+def test_labels_without_meaning_are_refused(entries, message):
+    with pytest.raises(UserError, match=message):
+        labels.parse(entries)
+
+
+@pytest.mark.parametrize(
+    "found, expected",
+    [
+        ({0, 255}, ("0 -> 0 background", "255 -> 1 foreground")),
+        ({1, 2}, ("1 -> 0 background", "2 -> 1 foreground")),
+        ({0, 1, 3, 255}, ("0 class 0", "1 class 1", "2 class 2", "3 class 3", "255 -> ignore")),
+        ({0, 128, 255}, ("0 -> 0 class 0", "128 -> 1 class 1", "255 -> 2 class 2")),
+        ({(0, 0, 0), (9, 0, 0), (0, 5, 5)}, ("0 0 0 -> 0 class 0", "0 5 5 -> 1 class 1", "9 0 0 -> 2 class 2")),
+    ],
+)
+def test_labels_are_guessed(found, expected):
+    assert labels.guess(found) == expected
+    labels.parse(expected)
+
+
+def test_a_guess_is_printed_and_kept(tmp_path):
+    config = _config(_fill(tmp_path, mask=lambda k: _mask(values=(0, 255) if k else (0, 0))))
+    said = _settled(config)
+    assert """--config.data.labels="('0 -> 0 background', '255 -> 1 foreground')\"""" in said
+    assert "255 is in 9 of 10 masks" in said
+    assert config.labels == ("0 -> 0 background", "255 -> 1 foreground")
+    with pytest.raises(UserError, match="nothing but 0"):
+        _settled(_config(_fill(tmp_path / "b", mask=lambda k: _mask(values=(0, 0)))))
+    with pytest.raises(UserError, match="smooth edges"):
+        _settled(_config(_fill(tmp_path / "c", mask=lambda k: _picture(channels=1))))
+
+
+def test_palettes_that_differ_are_refused(tmp_path):
+    for k, colors in enumerate(([0, 0, 0, 255, 255, 255], [255, 255, 255, 0, 0, 0])):
+        _save(_picture(), tmp_path / f"images/{k}.png")
+        mask = Image.fromarray(_mask(values=(0, 1)))
+        mask.putpalette(colors)
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        mask.save(tmp_path / f"masks/{k}.png")
+    with pytest.raises(UserError, match="palettes that differ"):
+        _settled(_config(tmp_path))
+    config = _config(tmp_path, labels=("255 255 255 paper", "0 0 0 ink"))
+    _settled(config)
+    first, second = (data.load(config, "all").read(k)[1] for k in (0, 1))
+    np.testing.assert_array_equal(first, 1 - second)  # colours, not indices
+
+
+def test_groups_stay_together_and_few_move_when_images_are_added(tmp_path):
+    for video in range(12):
+        for frame in range(3):
+            _save(_picture(4, 4), tmp_path / f"images/v{video}_{frame}.png")
+            _save(_mask(4, 4), tmp_path / f"masks/v{video}_{frame}.png")
+    config = _config(tmp_path, group="(.*)_", validation=0.25)
+    _settled(config)
+    parts = {split: set(data.load(config, split).ids) for split in ("train", "validation", "all")}
+    videos = {split: {name.split("_")[0] for name in ids} for split, ids in parts.items()}
+    assert len(videos["validation"]) == 3 and not videos["train"] & videos["validation"]
+    assert parts["train"] | parts["validation"] == parts["all"] and len(parts["all"]) == 36
+    for frame in range(3):
+        _save(_picture(4, 4), tmp_path / f"images/v99_{frame}.png")
+        _save(_mask(4, 4), tmp_path / f"masks/v99_{frame}.png")
+    after = {name.split("_")[0] for name in data.load(config, "validation").ids}
+    assert len(after & videos["validation"]) >= 2
+    for pattern, message in (("(", "no regular expression"), ("x(.*)_", "finds nothing in the name 'v0_0'")):
+        with pytest.raises(UserError, match=message):
+            data.load(_config(tmp_path, group=pattern, labels=config.labels, channels=3), "train")
+    with pytest.raises(UserError, match="leave none for validation"):
+        data.load(_config(tmp_path, group="v", labels=config.labels, channels=3), "validation")
+
+
+def test_lists_name_the_splits(tmp_path):
+    _fill(tmp_path, 6)
+    (tmp_path / "train.txt").write_text("0\n1.png\n\n/elsewhere/images/2.png /elsewhere/masks/2.png\n")
+    (tmp_path / "val.txt").write_text("images/5\n")
+    config = _config(tmp_path, lists=("train.txt", "val.txt"))
+    _settled(config)
+    assert list(data.load(config, "train").ids) == ["0", "1", "2"]
+    assert list(data.load(config, "validation").ids) == ["5"]
+    assert list(data.load(config, "all").ids) == ["0", "1", "2", "5"]
+    with pytest.raises(UserError, match="names no file for test"):
+        data.load(config, "test")
+    (tmp_path / "val.txt").write_text("5\n7.png\n")
+    with pytest.raises(UserError, match=r"val.txt, line 2: '7.png' is none of the pairs"):
+        data.load(config, "validation")
+
+
+def test_camvid(real_data):
+    from configs import camvid
+
+    config = camvid.get_config().data
+    config.root = str(real_data / "camvid/CamVid")
+    data.settle(config, lambda text: None)
+    train, validation = (data.load(config, split) for split in ("train", "validation"))
+    assert (len(train), len(validation), len(data.load(config, "all"))) == (34, 8, 42)
+    image, label = train.read(0)
+    raw = _load(real_data / "camvid/CamVid/trainannot" / f"{train.ids[0].split('/')[1]}.png")
+    np.testing.assert_array_equal(label, np.where(raw == 11, 255, raw))
+    assert image.shape == (360, 480, 3)
+
+
+def test_carvana(real_data):
+    from configs import carvana
+
+    config = carvana.get_config().data
+    config.root = str(real_data / "carvana")
+    data.settle(config, lambda text: None)
+    train, validation = (data.load(config, split) for split in ("train", "validation"))
+    cars = [{name.split("_")[0] for name in source.ids} for source in (train, validation)]
+    assert len(train) + len(validation) == 65 and not cars[0] & cars[1] and len(cars[0] | cars[1]) == 13
+    assert train.classes.task == "binary" and train.classes.num_outputs == 1
+    image, label = train.read(0)
+    raw = _load(real_data / "carvana/train_masks" / f"{train.ids[0]}_mask.gif")
+    np.testing.assert_array_equal(label, raw)
+    assert image.shape == (1280, 1918, 3) and 0 < label.mean() < 1

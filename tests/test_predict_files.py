@@ -1,0 +1,185 @@
+"""`--mode=predict`: files in, files out."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import ROOT
+from PIL import Image
+
+import unet_jax
+from unet_jax import predict_files, train
+from unet_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def _train(path, variant, size=(48, 48)):
+    config = __import__("conftest").config.__wrapped__()
+    config.data.variant = variant
+    config.data.size = size
+    config.train.epochs = 1.0
+    train.train(config, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return _train(tmp_path_factory.mktemp("multiclass") / "run", "multiclass")
+
+
+def _load(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def _save(array, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return array
+
+
+def test_a_folder_of_many_sizes(trained, tmp_path):
+    sizes = {"a.png": (48, 48), "sub/b.png": (100, 70), "c.png": (20, 31)}
+    pictures = {
+        name: _save(RNG.integers(0, 256, size, np.uint8), tmp_path / "in" / name) for name, size in sizes.items()
+    }
+    output = tmp_path / "in/out"  # below the inputs, but beside them
+    predict_files.predict_files(trained, str(tmp_path / "in"), output, scale="fit", probabilities="npy")
+    network = unet_jax.load(trained)
+    made = json.loads((output / "predictions.json").read_text())
+    assert (made["scale"], made["interpolation"], made["step"]) == ("fit", "bilinear", network.step)
+    for name, picture in pictures.items():
+        stem = str(output / name).removesuffix(".png")
+        with Image.open(f"{stem}.png") as label:
+            assert label.mode == "P" and label.size == picture.shape[::-1]
+            assert label.getpalette()[3:6] == list(network.classes.palette[1])
+            label = np.asarray(label)
+        probability = np.load(f"{stem}_probability.npy")
+        assert probability.shape == (*picture.shape, 7)
+        np.testing.assert_allclose(probability.sum(-1), 1, atol=1e-5)
+        np.testing.assert_array_equal(label, probability.argmax(-1))
+        shares = made["shares"][str(tmp_path / "in" / name)]
+        assert shares["background"] == pytest.approx((label == 0).mean())
+        assert _load(f"{stem}_overlay.jpg").shape == (*picture.shape, 3)
+    whole = np.asarray(network.predict(pictures["a.png"][None, ..., None])[0])
+    np.testing.assert_allclose(np.load(output / "a_probability.npy"), whole, atol=1e-6)  # as evaluation sees it
+
+
+def test_images_at_the_scale_of_the_training_are_tiled(trained, tmp_path, capsys):
+    """The generated shapes are not resized, so that a larger image is one of more pixels, not of larger things."""
+    picture = _save(RNG.integers(0, 256, (100, 130), np.uint8), tmp_path / "a.png")
+    predict_files.predict_files(trained, str(tmp_path / "a.png"), tmp_path / "out", probabilities="png")
+    assert "at their own size, in tiles of 48x48" in capsys.readouterr().out
+    from unet_jax import predict
+
+    network = unet_jax.load(trained)
+    tiles = predict.Predictor(network.model, network.variables, network.classes, (48, 48))
+    expected = tiles.probability(picture[..., None])
+    np.testing.assert_array_equal(_load(tmp_path / "out/a.png"), expected.argmax(-1))
+    with Image.open(tmp_path / "out/a_probability_circle.png") as written:
+        np.testing.assert_allclose(np.asarray(written) / 65535, expected[..., 2], atol=1e-5)
+
+
+def test_overlapping_masks_are_files_of_their_own(tmp_path):
+    path = _train(tmp_path / "run", "multilabel")
+    picture = _save(RNG.integers(0, 256, (48, 48), np.uint8), tmp_path / "a.png")
+    probability = np.asarray(unet_jax.load(path).predict(picture[None, ..., None])[0])
+    threshold = float(np.median(probability[..., 1]))
+    predict_files.predict_files(path, str(tmp_path / "a.png"), tmp_path / "out", scale="fit", threshold=threshold)
+    with Image.open(tmp_path / "out/a_circle.png") as mask:
+        np.testing.assert_array_equal(np.asarray(mask), (probability[..., 1] > threshold) * 255)
+    assert json.loads((tmp_path / "out/predictions.json").read_text())["threshold"] == threshold
+
+
+def test_a_binary_network_of_own_16_bit_images(tmp_path, capsys):
+    from configs import folder
+
+    config = folder.get_config()
+    config.data.root, config.data.size, config.data.variant = str(tmp_path / "data"), (32, 32), "binary"
+    config.model.features, config.train.batch_size, config.train.epochs = (4, 8), 8, 2.0
+    (tmp_path / "data/images").mkdir(parents=True)
+    for k in range(10):
+        mask = np.zeros((40, 40), np.uint8)
+        mask[10:20, 5 + k : 25] = 255
+        image = RNG.normal(300, 20, (40, 40)) + 500 * (mask > 0)
+        tifffile.imwrite(tmp_path / f"data/images/{k}.tif", image.astype(np.uint16), photometric="minisblack")
+        _save(mask, tmp_path / f"data/masks/{k}.png")
+    train.train(config, tmp_path / "run")
+    predict_files.predict_files(
+        tmp_path / "run", str(tmp_path / "data/images/*.tif"), tmp_path / "out", probabilities="png"
+    )
+    out = capsys.readouterr().out
+    assert "resized to 32x32 and back (bilinear)" in out and "threshold 0.5" in out
+    with (
+        Image.open(tmp_path / "out/3_probability_foreground.png") as written,
+        Image.open(tmp_path / "out/3.png") as label,
+    ):
+        np.testing.assert_array_equal(np.asarray(label), np.asarray(written) > 0.5 * 65535)
+    from unet_jax import evaluate
+
+    result = evaluate.evaluate_workdir(tmp_path / "run", None, None, "validation", None)
+    assert result.confusion.sum() == 2 * 32 * 32
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(inputs="nothing*"), "names no image"),
+        (dict(threshold=0.3), "this network has a softmax"),
+        (dict(threshold=2.0), "must be between 0 and 1"),
+        (dict(output="."), "is where the inputs are"),
+        (dict(output="full"), "is not empty, it holds note.txt"),
+        (dict(tta="flip"), "Did you mean 'flips'"),
+        (dict(inputs="twins"), "would be written to the same file"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_before_any_work(trained, tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    _save(np.zeros((48, 48), np.uint8), tmp_path / "a.png")
+    for name in ("x.png", "x.jpg"):
+        _save(np.zeros((48, 48), np.uint8), tmp_path / "twins" / name)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/note.txt").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        predict_files.predict_files(trained, **{"inputs": "a.png", "output": "out", **change})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_unreadable_files_are_listed_and_the_others_predicted(trained, tmp_path):
+    _save(np.full((48, 48), 255, np.uint8), tmp_path / "in/good.png")
+    (tmp_path / "in/bad.png").write_text("no image")
+    flags = ["--mode=predict", f"--workdir={trained}", f"--input={tmp_path}/in", f"--output={tmp_path}/out"]
+    result = subprocess.run(
+        [sys.executable, "-m", "unet_jax.main", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "1 of 2 files could not be read" in result.stderr and "bad.png: not a readable image" in result.stderr
+    assert "1 of 2 images are predicted" in result.stdout
+    assert (tmp_path / "out/good.png").exists() and not (tmp_path / "out/bad.png").exists()
+
+
+def test_constant_predictions_are_noticed(tmp_path, capsys):
+    path = _train(tmp_path / "run", "multiclass")
+    _save(np.zeros((48, 48), np.uint8), tmp_path / "a.png")
+
+    def predict(bias):
+        network = unet_jax.load(path)
+        network.variables["params"]["head"]["kernel"] = 0 * network.variables["params"]["head"]["kernel"]
+        network.variables["params"]["head"]["bias"] = bias
+        return network
+
+    import jax.numpy as jnp
+
+    fixed = predict(jnp.eye(7)[3])
+    original, predict_files.trained.load = predict_files.trained.load, lambda *_: fixed
+    try:
+        predict_files.predict_files(path, str(tmp_path / "a.png"), tmp_path / "out")
+    finally:
+        predict_files.trained.load = original
+    assert "warning: every pixel of every image is triangle" in capsys.readouterr().out
