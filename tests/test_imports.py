@@ -21,6 +21,9 @@ ALLOWED = {
     "predict": {"data", "errors", "log", "mesh", "resample"},
     "report": {"data"},
     "trained": {"checkpoint", "data", "errors", "mesh", "models", "predict", "workdir"},
+    "weights": {"errors"},
+    "layouts": {"errors", "weights"},
+    "convert": {"checkpoint", "data", "errors", "layouts", "models", "state", "trained", "weights", "workdir"},
     "log": {"em", "mesh", "workdir", "evaluate"},
     "main": {"errors", "train", "evaluate"},
 }
