@@ -5,17 +5,18 @@ import subprocess
 import sys
 import zipfile
 
-import h5py
+import jax
 import numpy as np
 import pytest
-import safetensors.numpy
 from conftest import ROOT
 
 import unet_jax
 from configs import default
-from unet_jax import convert, weights
+from unet_jax import convert, evaluate, train, weights
 from unet_jax.errors import UserError
 
+h5py = pytest.importorskip("h5py")
+save_safetensors = pytest.importorskip("safetensors.numpy").save_file
 torch = pytest.importorskip("torch")
 import torch.nn as nn
 import torch.nn.functional as F
@@ -148,7 +149,7 @@ def _logits_of_torch(model, images):
 def _check_logits(workdir, images, expected):
     """Compares the logits of a work directory with those of the source, which must not be trivial."""
     trained = unet_jax.load(workdir)
-    logits = np.asarray(trained.model.apply(trained.variables, images / np.float32(255)))
+    logits = np.asarray(jax.jit(trained.model.apply)(trained.variables, images / np.float32(255)))
     assert expected.std() > 0.1 and expected.std((0, 1, 2)).min() > 0.01
     difference = np.abs(logits - expected).max()
     print(f"largest difference of the logits {difference:.1e}, of a standard deviation of {expected.std():.2f}")
@@ -169,7 +170,7 @@ def test_pytorch_seed(tmp_path, kind):
     if kind == "pth":
         torch.save(model.state_dict(), file)
     else:
-        safetensors.numpy.save_file({name: value.numpy() for name, value in model.state_dict().items()}, file)
+        save_safetensors({name: value.numpy() for name, value in model.state_dict().items()}, file)
     network, classes = convert.convert(file, tmp_path / "run", default.get_config(), task="multilabel")
     assert network.settings["features"] == (4, 6, 8, 6, 10) and network.channels == 3
     assert classes.task == "multilabel" and len(set(classes.palette)) == 6
@@ -411,7 +412,7 @@ def test_damaged_files_are_named(tmp_path):
         archive.writestr("unet/data.pkl", b"\x80\x02}r\xff\xff\xff\x7f.")  # a memo of 2^31 entries
     refuses("a memo of 2147483647 entries")
 
-    safetensors.numpy.save_file({"e11.weight": np.zeros((4, 3, 3, 3), np.float32)}, tmp_path / "unet.safetensors")
+    save_safetensors({"e11.weight": np.zeros((4, 3, 3, 3), np.float32)}, tmp_path / "unet.safetensors")
     content = (tmp_path / "unet.safetensors").read_bytes()
     (tmp_path / "unet.safetensors").write_bytes(content[:-8])
     refuses("damaged or cut off", "unet.safetensors")
@@ -467,12 +468,41 @@ def test_classes_and_work_directory_must_fit(tmp_path):
         convert.convert(file, run, default.get_config())
 
 
-def test_parameters_of_the_whole_networks(tmp_path):
-    """From shapes alone: torch's meta device holds no arrays."""
-    for build, count in [(TorchSeed, 31_032_070), (Milesial, 31_037_698)]:
-        with torch.device("meta"):
-            model = build(3, (64, 128, 256, 512, 1024), 6 if build is TorchSeed else 2)
-        assert sum(value.numel() for value in model.parameters()) == count
+def _count(monkeypatch, shapes, layers=None):
+    """The parameters of the network that is read from a file with arrays of these shapes."""
+    arrays = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    monkeypatch.setattr(weights, "read", lambda file: weights.Weights(arrays, layers))
+    return sum(array.size for array in jax.tree.leaves(convert.read_network("unet").variables["params"]))
+
+
+@pytest.mark.parametrize("build, outputs, count", [(TorchSeed, 6, 31_032_070), (Milesial, 2, 31_037_698)])
+def test_parameters_of_the_whole_pytorch_networks(monkeypatch, build, outputs, count):
+    with torch.device("meta"):  # shapes without arrays
+        model = build(3, (64, 128, 256, 512, 1024), outputs)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert _count(monkeypatch, shapes) == count
+
+
+@pytest.mark.parametrize(
+    "build, top, outputs, count", [(_keras_isbi, 64, 1, 34_512_193), (_keras_carla, 32, 23, 8_640_471)]
+)
+def test_parameters_of_the_whole_keras_networks(monkeypatch, keras, build, top, outputs, count):
+    widths = [top * 2**level for level in range(5)]
+    model = build(keras, widths, outputs, lambda up, skip: keras.layers.Concatenate(axis=3)([up, skip]))
+    kinds = ("kernel", "bias")
+    shapes = {f"{a.name}/{kind}": w.shape for a in model.layers for kind, w in zip(kinds, a.weights, strict=False)}
+    layers = weights._keras_layers(json.loads(model.to_json()))
+    assert _count(monkeypatch, shapes, layers) == count
+
+
+def test_evaluates_but_does_not_go_on_training(tmp_path, config):
+    torch.save(_randomize(TorchSeed(1, (4, 6), 7)).state_dict(), tmp_path / "unet.pth")
+    run = tmp_path / "run"
+    convert.convert(tmp_path / "unet.pth", run, config)
+    result = evaluate.evaluate_workdir(run, None, None, "validation")
+    assert np.isfinite(result.loss) and result.confusion.sum() == 10 * 48 * 48
+    with pytest.raises(UserError, match="imported_from"):
+        train.train(config, run)
 
 
 def test_command(tmp_path):

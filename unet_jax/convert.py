@@ -53,7 +53,8 @@ def convert(
     Args:
       file: see `weights.read`.
       path: the work directory; it must be empty or not exist.
-      config: what becomes its `config.json`, with `model` as the file has it and no averaged weights.
+      config: what becomes its `config.json`, with `model` as the file has it, no averaged weights, and the file's name
+        as `imported_from`.
       class_names: one for each class, two for a binary task; empty makes them up.
       task: see `make_classes`.
 
@@ -69,13 +70,15 @@ def convert(
     config = config.copy_and_resolve_references()
     config.model.update(network.settings)
     config.optimizer.ema = 0.0
+    with config.unlocked():  # no config file has this field, so that no training goes on here, from random weights
+        config.imported_from = pathlib.Path(file).name
     workdir.check(path, config)
     workdir.claim(path, config, classes.to_json())
     checkpoints = checkpoint.Checkpoints(path)
     imported = state.TrainState(
         step=jnp.zeros((), jnp.int32), **jax.tree.map(jnp.asarray, network.variables), opt_state={}, ema=None
     )
-    checkpoints.save(0, imported, {"imported_from": pathlib.Path(file).name}, None)
+    checkpoints.save(0, imported, {}, None)
     checkpoints.close()
     return network, classes
 
@@ -99,7 +102,7 @@ def read_network(file: str | pathlib.Path) -> Network:
         )
     variables = {}
     for name, (source, lay_out) in layout.table.items():
-        if arrays[source].ndim != (4 if name.endswith("kernel") else 1):
+        if arrays[source].ndim != (4 if name.endswith("kernel") else 1) or not arrays[source].size:
             raise UserError(
                 f"{file}: {source} has the shape {arrays[source].shape}, which no array of {layout.name} has"
             )

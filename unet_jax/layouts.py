@@ -228,10 +228,11 @@ def _keras(layers: Sequence[KerasLayer], file: str) -> Layout:
 
 
 def _letter(layer: KerasLayer, file: str) -> str:
-    for letter, kind, settings in LETTERS:
-        # Settings that came with later versions of Keras are absent in files of older ones.
-        if layer.kind == kind and all(layer.config.get(name, value) == value for name, value in settings.items()):
-            return letter
+    # Settings that came with later versions of Keras are absent in files of older ones.
+    has = lambda settings: all(layer.config.get(name, value) == value for name, value in settings.items())
+    letter = next((letter for letter, kind, settings in LETTERS if layer.kind == kind and has(settings)), None)
+    if letter and (letter != "D" or isinstance(layer.config.get("rate"), int | float)):
+        return letter
     raise UserError(
         f"{file}: layer {layer.name!r}, {layer.kind} as it is set, is in no U-Net of ours (3x3 convolutions with ReLU "
         f"and padding, 2x2 pooling, up-sampling by two). {KNOWN}"

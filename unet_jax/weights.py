@@ -244,7 +244,7 @@ def _input_names(nodes: Any) -> list[str]:
     """The layers that stand in the `inbound_nodes` of Keras 3 (`keras_history`) or Keras 2 (`[name, 0, 0, ...]`)."""
     if isinstance(nodes, dict):
         history = nodes.get("keras_history")
-        return [history[0]] if history else [name for inner in nodes.values() for name in _input_names(inner)]
+        return [str(history[0])] if history else [name for inner in nodes.values() for name in _input_names(inner)]
     if not isinstance(nodes, list):
         return []
     if len(nodes) > 2 and isinstance(nodes[0], str):
