@@ -145,3 +145,12 @@ def test_a_flipped_bit_and_a_missing_file_are_named_with_another_step(trained, t
     with pytest.raises(UserError, match=rf"{largest.name} is missing.* --step=4"):
         evaluate.evaluate_workdir(copy, 5, None, "validation", None)
     evaluate.evaluate_workdir(copy, 4, None, "validation", None)
+
+
+def test_images_of_another_task_are_refused(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    config = workdir.read_json(tmp_path / "run/config.json")
+    config["data"]["variant"] = "multilabel"
+    workdir.write_json(tmp_path / "run/config.json", config)
+    with pytest.raises(UserError, match="multiclass task of 7 classes.* but shapes has a multilabel task of 6"):
+        evaluate.evaluate_workdir(tmp_path / "run", None, None, "validation", None)
