@@ -216,7 +216,7 @@ def test_lists_name_the_splits(tmp_path):
     with pytest.raises(UserError, match="names no file for test"):
         data.load(config, "test")
     (tmp_path / "val.txt").write_text("5\n7.png\n")
-    with pytest.raises(UserError, match=r"val.txt, line 2: '7.png' is none of the pairs"):
+    with pytest.raises(UserError, match=r"val.txt, line 2: '7.png': no image with a mask has that name"):
         data.load(config, "validation")
 
 
@@ -248,3 +248,15 @@ def test_carvana(real_data):
     raw = _load(real_data / "carvana/train_masks" / f"{train.ids[0]}_mask.gif")
     np.testing.assert_array_equal(label, raw)
     assert image.shape == (1280, 1918, 3) and 0 < label.mean() < 1
+
+
+def test_a_folder_without_a_readable_image_is_named(tmp_path):
+    _fill(tmp_path, 3)
+    for file in (tmp_path / "images").iterdir():
+        file.write_text("no image")
+    with pytest.raises(UserError, match=r"not one of 3 files can be read: .*0.png: not a readable image"):
+        _settled(_config(tmp_path))
+    with pytest.raises(UserError, match=r"nowhere' is not a folder"):
+        _settled(_config(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"photos is not a folder; folders in .*: images, masks"):
+        _settled(_config(tmp_path, images=("photos",)))
