@@ -19,7 +19,7 @@ ALLOWED = {
     **{leaf: set() for leaf in ("state", "resample", "em")},
     "augment": {"errors", "resample"},
     "predict": {"data", "errors", "log", "mesh", "resample"},
-    "report": {"data"},
+    "draw": {"data"},
     "trained": {"checkpoint", "data", "errors", "mesh", "models", "predict", "workdir"},
     "log": {"em", "mesh", "workdir", "evaluate"},
     "main": {"errors", "train", "evaluate"},
@@ -73,7 +73,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTensorFlow
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
 from configs import shapes
-from unet_jax import checkpoint, data, evaluate, mesh, optimizer, report, state, train
+from unet_jax import checkpoint, data, draw, evaluate, mesh, optimizer, state, train
 from unet_jax.models import unet
 
 config = shapes.get_config()

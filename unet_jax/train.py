@@ -16,13 +16,13 @@ from unet_jax import (
     augment,
     checkpoint,
     data,
+    draw,
     evaluate,
     log,
     losses,
     mesh,
     optimizer,
     predict,
-    report,
     state,
     workdir,
 )
@@ -133,7 +133,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     train_step = make_train_step(model, tx, config, classes, devices).lower(train_state, batch).compile()
     log.say(f"memory   {_memory(train_step)}; compiled in {time.monotonic() - started:.1f} s")
     eval_step = evaluate.make_eval_step(model, classes, config, devices)
-    panels = report.Panels(images["validation"], config.train.panels, path / "panels")
+    panels = draw.Panels(images["validation"], config.train.panels, path / "panels")
     predict_step = evaluate.make_predict_step(model, classes)
 
     # The loop. Metrics are fetched one step late, so that the device never waits for the host.
@@ -239,7 +239,7 @@ def make_train_step(
 
 def _draw_history(path: epath.Path) -> None:
     if mesh.is_main_process():
-        report.draw_history(workdir.read_metrics(path), path / "history.png")
+        draw.draw_history(workdir.read_metrics(path), path / "history.png")
 
 
 def _input_size(field: str, model: nn.Module, size: Sequence[int], devices: jax.sharding.Mesh) -> tuple[int, int]:

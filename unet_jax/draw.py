@@ -1,4 +1,4 @@
-"""Pictures of a work directory: panels of validation images, and curves."""
+"""Pictures for a work directory and its report: panels of validation images, labels in colour, curves."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +12,7 @@ from unet_jax.data.source import Classes
 
 WRONG = (255, 40, 40)
 IGNORED = (128, 128, 128)
+WRONG_PIXEL, IGNORED_PIXEL = 1, 2  # of an error map
 TILE_HEIGHT = 256  # pixels, at least; small images are enlarged by a whole factor
 MARGIN = 8
 
@@ -62,10 +63,8 @@ def draw_panel(
       weight: of each pixel in the loss, float `[H, W]`, drawn as well; None is none.
     """
     rgb = np.broadcast_to(image, (*label.shape[:2], 3))
-    counted = label != classes.ignore_label
-    wrong = (label != prediction) & counted
-    if classes.task == "multilabel":
-        wrong, counted = wrong.any(-1), counted.any(-1)
+    errors = error_map(label, prediction, classes)
+    wrong, counted = errors == WRONG_PIXEL, errors != IGNORED_PIXEL
     grey = rgb.mean(-1, keepdims=True).repeat(3, -1) * 0.6
     error = np.where(wrong[..., None], WRONG, grey).astype(np.uint8)
     tiles = {
@@ -91,6 +90,18 @@ def colorize(label: np.ndarray, classes: Classes) -> np.ndarray:
         ignored = label == classes.ignore_label
         colors = palette[np.where(ignored, 0, label)]
     return np.where(ignored[..., None], IGNORED, colors).astype(np.uint8)
+
+
+def error_map(label: np.ndarray, prediction: np.ndarray, classes: Classes) -> np.ndarray:
+    """Where a prediction is right (0), wrong (`WRONG_PIXEL`) or not counted (`IGNORED_PIXEL`), uint8 `[H, W]`.
+
+    Labels are `[H, W]`, or `[H, W, K]` of overlapping masks: there one wrong mask makes the pixel wrong.
+    """
+    counted = label != classes.ignore_label
+    wrong = (label != prediction) & counted
+    if classes.task == "multilabel":
+        wrong, counted = wrong.any(-1), counted.any(-1)
+    return np.where(wrong, WRONG_PIXEL, np.where(counted, 0, IGNORED_PIXEL)).astype(np.uint8)
 
 
 def _occurring(label, prediction, classes: Classes) -> list[int]:
