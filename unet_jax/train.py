@@ -115,6 +115,8 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         window = meta["window"]
         log.say(f"Going on from step {first_step} of {path}")
     workdir.rewind_metrics(path, first_step)
+    if mesh.is_main_process():
+        workdir.record_environment(path, first_step, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
 
     # Compilation, and what it tells.
     batches = images["train"].train_batches(batch_size, config.seed, first_step, rows)
