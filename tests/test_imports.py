@@ -20,9 +20,11 @@ ALLOWED = {
     "augment": {"errors", "resample"},
     "predict": {"data", "errors", "log", "mesh", "resample"},
     "draw": {"data"},
+    "page": {"data", "draw"},
+    "report": {"data", "errors", "log", "mesh", "metrics", "page", "predict", "trained", "workdir"},
     "trained": {"checkpoint", "data", "errors", "mesh", "models", "predict", "workdir"},
     "log": {"em", "mesh", "workdir", "evaluate"},
-    "main": {"errors", "train", "evaluate"},
+    "main": {"errors", "train", "evaluate", "log", "report"},
 }
 
 

@@ -1,5 +1,6 @@
 """Pictures for a work directory and its report: panels of validation images, labels in colour, curves."""
 
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,21 @@ IGNORED = (128, 128, 128)
 WRONG_PIXEL, IGNORED_PIXEL = 1, 2  # of an error map
 TILE_HEIGHT = 256  # pixels, at least; small images are enlarged by a whole factor
 MARGIN = 8
+
+# Names in `metrics.jsonl` and what they are called on paper.
+LOSSES = {"train/loss": "training loss", "val/loss": "validation loss"}
+SCORES = {
+    "val/accuracy": "pixel accuracy",
+    "val/miou": "mean IoU",
+    "val/mdice": "mean Dice",
+    "val/v_rand": "V_rand",
+    "val/v_info": "V_info",
+}
+# Ink, lines and curves on a light and on a dark page.
+THEMES = {
+    "light": ("#5b6168", "#dcdedf", ("#1f6f8b", "#c8642b", "#6b7f2a", "#7a5ba6", "#a33b62")),
+    "dark": ("#a3a9b0", "#353a40", ("#6bb8d6", "#ec9a63", "#adc25f", "#b39ddb", "#e58cab")),
+}
 
 
 class Panels:
@@ -149,22 +165,9 @@ def draw_history(rows: Sequence[dict[str, Any]], path: epath.Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    curves = {
-        left: {"train/loss": "training loss", "val/loss": "validation loss"},
-        right: {
-            "val/accuracy": "pixel accuracy",
-            "val/miou": "mean IoU",
-            "val/mdice": "mean Dice",
-            "val/v_rand": "V_rand",
-            "val/v_info": "V_info",
-        },
-    }
-    for axes, names in curves.items():
-        for name, title in names.items():
-            points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
-            if points:
-                epochs, values = zip(*points, strict=True)
-                axes.plot(epochs, values, label=f"{title}: {values[-1]:.4f} at the end", marker=".", markersize=4)
+    for axes, names in {left: LOSSES, right: SCORES}.items():
+        for title, epochs, values in _curves(rows, names):
+            axes.plot(epochs, values, label=f"{title}: {values[-1]:.4f} at the end", marker=".", markersize=4)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -174,3 +177,59 @@ def draw_history(rows: Sequence[dict[str, Any]], path: epath.Path) -> None:
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
+
+
+def draw_curves(rows: Sequence[dict[str, Any]], names: dict[str, str], theme: str) -> str | None:
+    """One figure of curves over epochs as SVG, on a transparent ground; None where there is nothing to draw.
+
+    Losses are drawn on a logarithmic scale where they span more than a decade, scores from 0 to 1.
+
+    Args:
+      rows: the lines of `metrics.jsonl`.
+      names: `LOSSES` or `SCORES`.
+      theme: of `THEMES`.
+    """
+    import matplotlib
+    from matplotlib import ticker
+    from matplotlib.figure import Figure  # without pyplot, which would hold on to it
+
+    curves = _curves(rows, names)
+    if not curves:
+        return None
+    ink, line, colors = THEMES[theme]
+    # Glyphs as paths need no fonts where the page is read; a fixed salt makes equal curves equal files.
+    settings = {"svg.fonttype": "path", "svg.hashsalt": "unet_jax", "font.size": 10, "axes.edgecolor": line}
+    settings |= {"text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(4, 2.9), layout="constrained")  # small, so that its text is large on a phone
+        axes = figure.add_subplot()
+        for (title, epochs, values), color in zip(curves, colors, strict=False):
+            marker = {"marker": "o", "markersize": 2.5} if len(values) <= 40 else {}
+            axes.plot(epochs, values, label=f"{title} {values[-1]:.4f}", color=color, linewidth=1.6, **marker)
+        known = [value for _, _, values in curves for value in values]
+        if names is SCORES:
+            axes.set_ylim(0, 1)
+        elif max(known) > 10 * min(known) > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
+        axes.set_xlim(left=0)
+        axes.set_xlabel("epoch")
+        axes.grid(axis="y", color=line, linewidth=0.8)
+        axes.tick_params(length=0)
+        axes.spines[["left", "right", "top"]].set_visible(False)
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1, columnspacing=1)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return file.getvalue()
+
+
+def _curves(rows: Sequence[dict[str, Any]], names: dict[str, str]) -> list[tuple[str, list, list]]:
+    """(title, epochs, values) of the `names` that occur."""
+    curves = []
+    for name, title in names.items():
+        points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            curves.append((title, *map(list, zip(*points, strict=True))))
+    return curves

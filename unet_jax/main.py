@@ -3,6 +3,7 @@
 python -m unet_jax.main --config=configs/shapes.py                  # train, or go on
 python -m unet_jax.main --config=configs/carla.py --config.train.batch_size=8
 python -m unet_jax.main --mode=eval --workdir=runs/shapes           # score what was trained
+python -m unet_jax.main --mode=report --workdir=runs/shapes         # write its report.html again
 """
 
 import logging
@@ -20,8 +21,13 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to train: a file of configs/. Its fields can be set as --config.FIELD=VALUE."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written. Default: runs/<config name>.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train: train or go on; eval: score a work directory.")
-_STEP = flags.DEFINE_integer("step", None, "eval: the checkpoint to score. Default: the best.")
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "eval", "report"],
+    "train: train or go on; eval: score a work directory; report: write its report.html.",
+)
+_STEP = flags.DEFINE_integer("step", None, "eval, report: the checkpoint to score. Default: the best.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "eval: other images to score, laid out as config.data.root.")
 _TTA = flags.DEFINE_string(
     "tta", None, "eval: none, flips, dihedral or rotations averaged. Default: as config.eval.tta."
@@ -47,9 +53,10 @@ def _run() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it only feeds data, and would say so at each start
     for name, level in (("absl", logging.ERROR), ("jax", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
-    for flag, mode in ((_CONFIG, "train"), (_STEP, "eval"), (_DATA_DIR, "eval"), (_SPLIT, "eval"), (_TTA, "eval")):
-        if flag.present and mode != _MODE.value:
-            raise UserError(f"--{flag.name} is for --mode={mode}, not for --mode={_MODE.value}")
+    uses = ((_CONFIG, "train"), (_STEP, "eval or report"), (_DATA_DIR, "eval"), (_SPLIT, "eval"), (_TTA, "eval"))
+    for flag, modes in uses:
+        if flag.present and _MODE.value not in modes.split(" or "):
+            raise UserError(f"--{flag.name} is for --mode={modes}, not for --mode={_MODE.value}")
     if _MODE.value == "train":
         if not _CONFIG.present:
             raise UserError("say what to train: --config=configs/shapes.py (generated images, needs no data)")
@@ -57,6 +64,12 @@ def _run() -> None:
 
         name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
         train.train(_CONFIG.value, _WORKDIR.value or f"runs/{name}")
+    elif _MODE.value == "report":
+        if _WORKDIR.value is None:
+            raise UserError("say what to report on: --workdir=runs/shapes, for example")
+        from unet_jax import log, report
+
+        log.say(f"Open {report.write(_WORKDIR.value, _STEP.value)} in a browser.")
     else:
         if _WORKDIR.value is None:
             raise UserError("say what to score: --workdir=runs/shapes, for example")

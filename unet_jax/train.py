@@ -23,6 +23,7 @@ from unet_jax import (
     mesh,
     optimizer,
     predict,
+    report,
     state,
     workdir,
 )
@@ -87,8 +88,10 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     if first_step >= total_steps:
         checkpoints.close()
         _draw_history(path)  # it may have been killed just before
+        if not (path / "report.html").exists():
+            report.write(path)
         log.say(
-            f"{path} is finished: {first_step} steps. Look at {path / 'history.png'}, or score it with --mode=eval."
+            f"{path} is finished: {first_step} steps. Look at {path / 'report.html'}, or score it with --mode=eval."
         )
         return
 
@@ -178,10 +181,11 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     checkpoints.close()
     history.close()
     _draw_history(path)
+    report.write(path, images=images["validation"])
     log.say(evaluate.format_table(result))
     log.say(
         f"Finished: {total_steps} steps; best checkpoint: step {best}.\n"
-        f"Look at {path / 'panels' / str(total_steps)} and {path / 'history.png'}; score it again with\n"
+        f"Look at {path / 'report.html'}, in a browser, and {path / 'panels' / str(total_steps)}; score it again with\n"
         f"  python -m unet_jax.main --mode=eval --workdir={path}"
     )
 
