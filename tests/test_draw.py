@@ -1,3 +1,5 @@
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -62,3 +64,13 @@ def test_history_is_drawn_from_whatever_is_there(rows, tmp_path):
     draw.draw_history(rows, tmp_path / "history.png")
     with Image.open(tmp_path / "history.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_curves_are_svg_in_the_colours_of_the_page():
+    rows = [{"step": s, "epoch": s / 2, "train/loss": 10.0**-s, "val/miou": None} for s in range(1, 5)]
+    light, dark = (draw.draw_curves(rows, draw.LOSSES, theme) for theme in ("light", "dark"))
+    for theme, svg in (("light", light), ("dark", dark)):
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+        assert draw.THEMES[theme][2][0] in svg
+    assert light == draw.draw_curves(rows, draw.LOSSES, "light")  # equal curves, equal files
+    assert draw.draw_curves(rows, draw.SCORES, "light") is None  # no score was finite
