@@ -152,5 +152,5 @@ def test_images_of_another_task_are_refused(trained, tmp_path):
     config = workdir.read_json(tmp_path / "run/config.json")
     config["data"]["variant"] = "multilabel"
     workdir.write_json(tmp_path / "run/config.json", config)
-    with pytest.raises(UserError, match="multiclass task of 7 classes.* but shapes has a multilabel task of 6"):
+    with pytest.raises(UserError, match="for a multiclass task of 7 classes.* are for a multilabel task of 6"):
         evaluate.evaluate_workdir(tmp_path / "run", None, None, "validation", None)

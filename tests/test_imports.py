@@ -19,16 +19,17 @@ ALLOWED = {
     **{leaf: set() for leaf in ("state", "resample", "em")},
     "augment": {"errors", "resample"},
     "predict": {"data", "errors", "log", "mesh", "resample"},
-    "report": {"data"},
+    "draw": {"data"},
+    "page": {"data", "draw"},
+    "report": {"data", "errors", "log", "mesh", "metrics", "page", "predict", "trained", "workdir"},
     "trained": {"checkpoint", "data", "errors", "mesh", "models", "predict", "state", "workdir"},
     "weights": {"errors"},
     "layouts": {"errors", "weights"},
     "convert": {"checkpoint", "data", "errors", "layouts", "models", "state", "trained", "weights", "workdir"},
     "log": {"em", "mesh", "workdir", "evaluate"},
-    "check": {"data", "errors", "log", "models", "overlay"},
-    "overlay": {"data", "report"},
-    "predict_files": {"data", "errors", "log", "mesh", "overlay", "predict", "trained"},
-    "main": {"errors", "train", "check", "evaluate", "predict_files"},
+    "check": {"data", "draw", "errors", "log", "models"},
+    "predict_files": {"data", "draw", "errors", "log", "mesh", "predict", "trained"},
+    "main": {"errors", "train", "check", "evaluate", "predict_files", "log", "report"},
 }
 
 
@@ -79,7 +80,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTensorFlow
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
 from configs import shapes
-from unet_jax import checkpoint, data, evaluate, mesh, optimizer, report, state, train
+from unet_jax import checkpoint, data, draw, evaluate, mesh, optimizer, state, train
 from unet_jax.models import unet
 
 config = shapes.get_config()

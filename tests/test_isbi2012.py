@@ -7,7 +7,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from unet_jax import data, evaluate, report, train, workdir
+from unet_jax import data, draw, evaluate, train, workdir
 from unet_jax.errors import UserError
 
 
@@ -199,7 +199,7 @@ def test_the_whole_recipe_in_small(config, tmp_path, variant, padding, capsys):
     assert rows and all(0 <= row["val/v_rand"] <= 1 and 0 <= row["val/pixel_error"] <= 1 for row in rows)
     with Image.open(next((path / "panels").rglob("*.png"))) as picture:
         # Image, truth, prediction, error and weight, each enlarged seven times.
-        assert picture.size[0] == report.MARGIN + 5 * (7 * 56 + report.MARGIN)
+        assert picture.size[0] == draw.MARGIN + 5 * (7 * 56 + draw.MARGIN)
 
     plain = evaluate.evaluate_workdir(path, None, None, "validation", "none")
     assert plain.confusion.sum() == 2 * 40 * 56  # every pixel, though the network has no padding

@@ -41,6 +41,8 @@ def test_help_imports_neither_jax_nor_tensorflow():
         ([], "--config=configs/shapes.py"),
         (["--mode=eval"], "say what to score"),
         (["--mode=eval", "--workdir=/nowhere"], "has no config.json"),
+        (["--mode=report", "--workdir=/nowhere"], "has no config.json"),
+        (["--mode=report", "--workdir=/nowhere", "--split=test"], "--split is for --mode=eval, not for --mode=report"),
         (["--config=configs/shapes.py", "train"], "what is 'train'?"),
         (["--mode=evaluate"], "evaluate"),
     ],

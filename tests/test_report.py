@@ -1,53 +1,318 @@
+"""The report of a work directory: what it tells, and that it works in a browser."""
+
+import json
+import re
+import shutil
+
 import numpy as np
+import optax
 import pytest
-from PIL import Image
+from conftest import config as make_config
+from etils import epath
 
-from unet_jax import report
+from unet_jax import checkpoint, data, evaluate, mesh, metrics, page, report, state, train, workdir
+from unet_jax import trained as trained_network
+from unet_jax.data import pipeline
 from unet_jax.data.source import Classes
+from unet_jax.errors import UserError
+from unet_jax.models import unet
 
-CLASSES = Classes("multiclass", ("sky", "road"), ((10, 20, 250), (90, 200, 90)))
-
-
-def test_a_panel_shows_image_truth_prediction_and_error():
-    image = np.full((64, 64, 3), 200, np.uint8)
-    label = np.zeros((64, 64), np.uint8)
-    label[32:] = 1
-    label[:, :8] = 255
-    prediction = np.zeros((64, 64), np.uint8)
-    prediction[48:] = 1
-    panel = np.asarray(report.draw_panel(image, label, prediction, CLASSES))
-    tile = lambda column: panel[24 : 24 + 256, 8 + column * 264 : 8 + column * 264 + 256][2::4, 2::4]
-    assert (tile(0) == 200).all()
-    assert tile(1)[0, 20].tolist() == [10, 20, 250] and tile(1)[63, 20].tolist() == [90, 200, 90]
-    assert (tile(1)[:, :8] == report.IGNORED).all()
-    assert tile(2)[40, 20].tolist() == [10, 20, 250]
-    wrong = (tile(3) == report.WRONG).all(-1)
-    assert wrong[32:48, 8:].all() and wrong.sum() == 16 * 56  # ignored pixels are never wrong
+NASTY = '<b>&"x"</b>$title'
 
 
-def test_overlapping_masks_blend():
-    classes = Classes("multilabel", ("a", "b"), ((200, 0, 0), (0, 100, 0)), channels=1)
-    label = np.zeros((32, 32, 2), np.uint8)
-    label[10:20, 10:20] = 1
-    assert report.colorize(label, classes)[15, 15].tolist() == [100, 50, 0]
-    panel = report.draw_panel(np.zeros((32, 32, 1), np.uint8), label, label, classes)
-    wrong = (np.asarray(panel) == report.WRONG).all(-1)
-    assert not wrong.any()
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    config = make_config.__wrapped__()
+    config.model.features, config.model.dropout = (4, 8), 0.0  # quick to compile
+    config.augment.rotate = config.augment.brightness = config.optimizer.ema = 0.0
+    config.train.epochs = 2.0
+    path = tmp_path_factory.mktemp("trained") / "run"
+    train.train(config, path)
+    return path
 
 
-def test_loss_weights_are_drawn_beside_the_error():
-    label = np.zeros((64, 64), np.uint8)
-    weight = np.linspace(0, 10, 64 * 64, dtype=np.float32).reshape(64, 64)
-    draw = lambda **extra: np.asarray(report.draw_panel(label[..., None], label, label, CLASSES, **extra))
-    without, panel = draw(), draw(weight=weight)
-    assert panel.shape[1] == without.shape[1] + 264
-    tile = panel[24 : 24 + 256, 8 + 4 * 264 : 8 + 4 * 264 + 256][2::4, 2::4, 0]
-    np.testing.assert_allclose(tile, weight * 25.5, atol=1)
+@pytest.fixture
+def copy(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
 
 
-@pytest.mark.parametrize("rows", [[], [{"step": 1, "epoch": 0.5, "train/loss": 1.0}]])
-def test_history_is_drawn_from_whatever_is_there(rows, tmp_path):
-    rows = [*rows, {"step": 2, "epoch": 1.0, "val/loss": 0.5, "val/accuracy": 0.9, "val/miou": None}]
-    report.draw_history(rows, tmp_path / "history.png")
-    with Image.open(tmp_path / "history.png") as picture:
-        assert picture.size[0] > 1000
+def _change_config(path, **data):
+    values = json.loads((path / "config.json").read_text())
+    values["data"] |= data
+    (path / "config.json").write_text(json.dumps(values))
+
+
+def _without_images(path):
+    _change_config(path, name="carla", variant="carla23", root="/nowhere")
+
+
+def _render(names, counts, **extra):
+    """A page about made-up counts."""
+    palette = tuple((40 * k % 256, 90 * k % 256, 70 * k % 256) for k in range(len(names)))
+    task = "multilabel" if np.ndim(counts) == 3 else "multiclass"
+    values = {"name": "run", "config": make_config.__wrapped__(), "classes": Classes(task, tuple(names), palette)}
+    values |= {"step": 5, "rows": [], "runs": [], "missing": None, "origin": "10 images", "pictures": {}}
+    return page.render(scores=metrics.scores(counts, names), confusion=np.array(counts), **{**values, **extra})
+
+
+def test_training_writes_a_report_and_says_so(trained):
+    text = (trained / "report.html").read_text()
+    assert text.count('<article class="card"') == 10  # the whole split, for it is smaller than 12
+    assert len(text) < 2**20
+    environment = workdir.read_environment(trained)
+    assert len(environment) == 1 and environment[0]["versions"]["jax"] in text
+    assert "http" not in re.sub(r'data:image/[^"]*', "", text)
+
+
+def test_its_scores_are_those_of_eval_mode(copy):
+    images = report._open_images(workdir.read_config(copy))
+    devices = mesh.create(0, 1)
+    measured = report._measure(trained_network.load(copy, devices), devices, images)
+    result = evaluate.evaluate_workdir(copy, None, None, "validation")
+    assert (measured.confusion == result.confusion).all()
+    assert measured.scores == result.scores
+    report.write(copy)
+    text = (copy / "report.html").read_text()
+    assert f"{result.scores['miou']:.4f}" in text and f"{result.scores['iou']['square']:.4f}" in text
+    worst = measured.pictures["worst"]
+    assert [p.scores["miou"] for p in worst] == sorted(p.scores["miou"] for p in worst)
+    for picture in worst:  # what is shown is what was scored
+        known = picture.label != 255
+        assert (picture.prediction == picture.label)[known].mean() == pytest.approx(picture.scores["accuracy"])
+
+
+def test_overlapping_masks_have_a_report(config, tmp_path):
+    path = epath.Path(tmp_path)
+    config.data.variant, config.data.shapes_validation, config.model.features = "multilabel", 3, (4, 8)
+    classes = data.load(config.data, "validation").classes
+    workdir.claim(path, config, classes.to_json())
+    model = unet.create(classes.num_outputs, **config.model)
+    sharding = mesh.replicated(mesh.create(0, 1))
+    untrained = state.create(0, model, (1, 48, 48, classes.channels), optax.identity(), False, sharding)
+    checkpoints = checkpoint.Checkpoints(path)
+    checkpoints.save(1, untrained, {}, None)
+    checkpoints.close()
+    text = report.write(path).read_text()
+    assert "False alarm" in text and text.count('<article class="card"') == 3
+    assert "Curves" not in text  # there was no training
+
+
+@pytest.mark.parametrize(
+    "count, sizes",
+    [(0, (0, 0, 0)), (1, (1, 0, 0)), (2, (2, 0, 0)), (3, (1, 1, 1)), (10, (6, 2, 2)), (12, (6, 3, 3)), (99, (6, 3, 3))],
+)
+def test_no_image_is_shown_twice(count, sizes):
+    scores = [*np.random.default_rng(0).permutation(count) / 100, None]
+    chosen = report.choose(scores, [str(i) for i in range(count + 1)])
+    assert tuple(map(len, chosen.values())) == sizes and tuple(chosen) == ("worst", "median", "best")
+    indices = [index for shown in chosen.values() for index in shown]
+    assert len(set(indices)) == len(indices) and count not in indices
+    assert [scores[i] for i in indices] == sorted(scores[i] for i in indices)
+
+
+def test_ids_decide_between_equal_scores():
+    assert report.choose([0.5, 0.5, 0.1], ["b", "a", "c"]) == {"worst": [2], "median": [1], "best": [0]}
+    middle = report.choose([i / 100 for i in range(100)], [""] * 100)["median"]
+    assert middle == [48, 49, 50]
+
+
+def test_without_its_images_it_tells_what_is_known(copy, capsys):
+    (copy / "eval.json").unlink(missing_ok=True)
+    step = trained_network.load(copy, mesh.create(0, 1)).step
+    row = next(r for r in workdir.read_metrics(copy) if r["step"] == step and "val/miou" in r)
+    _without_images(copy)
+    report.write(copy)
+    assert "shows no images" in capsys.readouterr().out
+    text = (copy / "report.html").read_text()
+    assert "could not be read" in text and "/nowhere" in text and '<article class="card"' not in text
+    assert f"{row['val/miou']:.4f}" in text and 'class="matrix"' not in text
+    scored = {"step": step, "split": "test", "images": 7, "confusion": np.eye(7, dtype=int).tolist()}
+    (copy / "eval.json").write_text(json.dumps(scored))
+    report.write(copy)
+    text = (copy / "report.html").read_text()
+    assert "eval.json, 7 images of the test split" in text and 'class="matrix"' in text
+
+
+def test_an_image_that_vanishes_in_between_does_not_end_in_an_error(copy, monkeypatch):
+    def vanished(*_):
+        raise UserError("image 7 is gone")
+
+    monkeypatch.setattr(pipeline.Pipeline, "eval_batches", vanished)
+    assert "image 7 is gone" in report.write(copy).read_text()
+
+
+def test_a_training_without_a_checkpoint_has_none(copy, tmp_path):
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(UserError, match="stopped before the first one"):
+        report.write(copy)
+    with pytest.raises(UserError, match=r"has no config.json"):
+        report.write(tmp_path / "nothing")
+
+
+def test_an_older_training_has_no_environment(copy):
+    (copy / "environment.json").unlink()
+    report.write(copy)
+    text = (copy / "report.html").read_text()
+    assert "not recorded" in text and "python -m unet_jax.main --config=" in text
+
+
+def test_a_damaged_name_or_message_stays_text():
+    run = {"first_step": 0, "command": f"python -m unet_jax.main --workdir='{NASTY}'", "commit": None}
+    run |= {"devices": NASTY, "platform": NASTY, "versions": {"jax": NASTY}}
+    image = np.zeros((16, 16, 1), np.uint8)
+    label = np.zeros((16, 16), np.uint8)
+    scores = metrics.scores([[256, 0], [0, 0]], (NASTY, "other"))
+    picture = page.Picture(NASTY, scores, image, label, label)
+    config = make_config.__wrapped__()
+    config.data.root = NASTY
+    text = _render(
+        (NASTY, "other"),
+        [[256, 0], [0, 0]],
+        name=NASTY,
+        config=config,
+        runs=[run],
+        missing=NASTY,
+        origin=NASTY,
+        pictures={"worst": [picture], "median": [], "best": []},
+    )
+    assert "<b>&" not in text and '"x"' not in text
+    assert text.count("&lt;b&gt;&amp;&quot;x&quot;&lt;/b&gt;$title") >= 10
+
+
+def test_absent_classes_are_shown_as_absent():
+    text = _render(("a", "b", "c"), [[2, 2, 0], [0, 4, 0], [0, 0, 0]])
+    assert text.count('<span class="absent">absent</span>') == 2
+    assert '<td class="absent" colspan="3">absent</td>' in text
+    assert ">50.0</td>" in text and ">100.0</td>" in text
+
+
+# In a browser.
+
+
+@pytest.fixture(scope="module")
+def browser():
+    for program in ("chromium", "chromedriver"):
+        if shutil.which(program) is None:
+            pytest.skip(f"there is no {program} to open the report in")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,900"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def opened(browser, trained):
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    browser.get((trained / "report.html").as_uri())
+    return browser
+
+
+def _narrow(browser):
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def _fits(browser):
+    return browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_it_opens_without_a_word_and_without_a_network(opened):
+    assert opened.get_log("browser") == []
+    images = opened.execute_script("return [...document.images].map(i => [i.complete, i.naturalWidth])")
+    assert len(images) == 2 + 4 * 10
+    assert all(complete and width > 0 for complete, width in images)
+    messages = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert asked and all(url.startswith(("file:", "data:")) for url in asked)
+
+
+def test_its_controls_work_by_mouse_and_keyboard(opened):
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.common.by import By
+
+    cards = opened.find_elements(By.CSS_SELECTOR, ".card")
+    card, other = cards[:2]
+    layers = (
+        "return [...arguments[0].querySelectorAll('.image ~ img')].filter(i => getComputedStyle(i).display != 'none')"
+    )
+    layer = lambda card: opened.execute_script(f"{layers}.map(i => i.className)", card)
+    opacity = lambda: float(card.find_element(By.CSS_SELECTOR, f".{layer(card)[0]}").value_of_css_property("opacity"))
+    radios = {r.get_attribute("value"): r for r in card.find_elements(By.CSS_SELECTOR, "[type=radio]")}
+    slider = card.find_element(By.CSS_SELECTOR, "[type=range]")
+
+    assert layer(card) == ["error"] and opacity() == 1
+    radios["truth"].click()
+    assert layer(card) == ["truth"] and layer(other) == ["error"]
+    radios["truth"].send_keys(Keys.ARROW_RIGHT)
+    assert layer(card) == ["prediction"]
+    radios["prediction"].send_keys(Keys.TAB)
+    assert opened.switch_to.active_element == slider
+    slider.send_keys(Keys.ARROW_LEFT)
+    assert opacity() == pytest.approx(0.95)
+    handle = slider.size["width"] / 2 - 8
+    ActionChains(opened).move_to_element_with_offset(slider, 0, 0).click_and_hold().move_by_offset(
+        -int(handle / 2), 0
+    ).release().perform()
+    assert opacity() == pytest.approx(0.25, abs=0.1)
+
+    # The controls above the cards move them all.
+    every = opened.find_element(By.CSS_SELECTOR, ".all")
+    every.find_element(By.CSS_SELECTOR, "[value=truth]").click()
+    assert [layer(card) for card in cards] == [["truth"]] * 10
+    every.find_element(By.CSS_SELECTOR, "[type=range]").send_keys(Keys.HOME)
+    assert opacity() == 0
+    opened.find_element(By.CSS_SELECTOR, "summary").send_keys(Keys.ENTER)
+    assert "learning_rate" in opened.find_element(By.CSS_SELECTOR, "details").text
+    assert opened.get_log("browser") == []
+
+
+def test_it_is_readable_on_a_phone(opened):
+    _narrow(opened)
+    assert opened.execute_script("return window.innerWidth") == 390
+    assert _fits(opened)
+    smallest = opened.execute_script(
+        "return Math.min(...[...document.querySelectorAll('main *')].filter(e => e.textContent.trim())"
+        ".map(e => parseFloat(getComputedStyle(e).fontSize)))"
+    )
+    assert smallest >= 14
+
+
+def test_many_classes_scroll_in_their_own_box(opened, tmp_path):
+    names = [f"a rather long name of class {k}" for k in range(23)]
+    counts = np.random.default_rng(0).integers(0, 1000, (23, 23)) + 5000 * np.eye(23, dtype=int)
+    counts[5] = 0
+    (tmp_path / "many.html").write_text(_render(names, counts))
+    opened.get((tmp_path / "many.html").as_uri())
+    _narrow(opened)
+    assert _fits(opened)
+    box = "document.querySelector('.box:has(.matrix)')"
+    assert opened.execute_script(f"return {box}.scrollWidth > {box}.clientWidth")
+
+
+def test_it_follows_the_colours_of_the_reader(opened):
+    looks = []
+    for scheme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        looks.append(
+            opened.execute_async_script(
+                "const [done] = arguments, body = getComputedStyle(document.body);"
+                "setTimeout(() => done([body.backgroundColor, body.color,"  # pictures follow a little later
+                "document.querySelector('picture img').currentSrc]), 200)"
+            )
+        )
+    light, dark = looks
+    brightness = lambda color: sum(map(int, re.findall(r"\d+", color)[:3]))
+    assert brightness(light[0]) > 600 > 200 > brightness(dark[0])
+    assert brightness(light[1]) < 200 < 600 < brightness(dark[1])
+    assert light[2] != dark[2]

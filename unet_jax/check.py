@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from unet_jax import data, log, overlay
+from unet_jax import data, draw, log
 from unet_jax.data import folder
 from unet_jax.errors import UserError
 from unet_jax.models import unet
@@ -137,15 +137,15 @@ def _draw(sources, places, examples, classes, sheet: epath.Path) -> None:
     good = [place for place, example in zip(places, examples, strict=True) if not example.fault]
     chosen = [good[i] for i in np.unique(np.linspace(0, len(good) - 1, min(SHOWN, len(good))).round().astype(int))]
 
-    def draw(place):
+    def small_overlay(place):
         split, index = place
         image, label = sources[split].read(index)
         factor = min(200 / max(image.shape[:2]), 1)
-        picture = Image.fromarray(overlay.overlay(image, label, classes))
+        picture = Image.fromarray(draw.overlay(image, label, classes))
         small = picture.resize([max(1, round(n * factor)) for n in picture.size], Image.Resampling.BOX)
         return f"{split} {sources[split].ids[index]}", np.asarray(small)
 
-    picture = overlay.contact_sheet(folder.each(draw, chosen, "Drawing"), classes)
+    picture = draw.contact_sheet(folder.each(small_overlay, chosen, "Drawing"), classes)
     sheet.parent.mkdir(parents=True, exist_ok=True)
     with sheet.open("wb") as file:
         picture.save(file, "PNG")

@@ -139,10 +139,7 @@ def evaluate_workdir(
     if data_dir is not None:
         config.data.root = data_dir
     source = data.load(config.data, split)
-    kinds = [(c.task, len(c.names), c.channels) for c in (classes, source.classes)]
-    if kinds[0] != kinds[1]:
-        given, held = (f"{task} task of {count} classes, {channels} channel(s)" for task, count, channels in kinds)
-        raise UserError(f"{path} is a network for a {given}, but {config.data.root or config.data.name} has a {held}")
+    trained_network.check_source(path, classes, source)
     weigh = make_weigh(config.loss, classes)
     images = pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib, weigh)
     tta = config.eval.tta if tta is None else tta

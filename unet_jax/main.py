@@ -3,6 +3,7 @@
 python -m unet_jax.main --config=configs/shapes.py                  # train, or go on
 python -m unet_jax.main --config=configs/folder.py --config.data.root=DIR --mode=check   # is all well with the images?
 python -m unet_jax.main --mode=eval --workdir=runs/shapes           # score what was trained
+python -m unet_jax.main --mode=report --workdir=runs/shapes         # write its report.html again
 python -m unet_jax.main --mode=predict --workdir=runs/folder --input=photos --output=masks
 """
 
@@ -26,14 +27,15 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "check", "eval", "predict"],
-    "check: look at all images and labels first; train: train or go on; eval: score a work directory; predict: files.",
+    ["train", "check", "eval", "report", "predict"],
+    "check: look at all images and labels first; train: train or go on; eval: score a work directory; report: write "
+    "its report.html; predict: label image files with it.",
 )
-_STEP = flags.DEFINE_integer("step", None, "eval, predict: the checkpoint. Default: the best.")
+_STEP = flags.DEFINE_integer("step", None, "eval, report, predict: the checkpoint. Default: the best.")
 _TTA = flags.DEFINE_string(
     "tta", None, "eval, predict: none, flips, dihedral or rotations averaged. Default: as config.eval.tta."
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "eval: other images to score, laid out as config.data.root.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "eval, report: other images to score, laid out as config.data.root.")
 _SPLIT = flags.DEFINE_enum(
     "split", "validation", ["train", "validation", "test", "all"], "eval: the part of the images to score."
 )
@@ -57,9 +59,9 @@ _THRESHOLD = flags.DEFINE_float(
 )
 _ONLY = {  # flag -> the modes that it is for
     "config": ("train", "check"),
-    "step": ("eval", "predict"),
+    "step": ("eval", "report", "predict"),
     "tta": ("eval", "predict"),
-    "data_dir": ("eval",),
+    "data_dir": ("eval", "report"),
     "split": ("eval",),
     **dict.fromkeys(("input", "output", "scale", "interpolation", "probabilities", "threshold"), ("predict",)),
 }
@@ -106,6 +108,10 @@ def _run() -> None:
         from unet_jax import evaluate
 
         evaluate.evaluate_workdir(_WORKDIR.value, _STEP.value, _DATA_DIR.value, _SPLIT.value, _TTA.value)
+    elif mode == "report":
+        from unet_jax import log, report
+
+        log.say(f"Open {report.write(_WORKDIR.value, _STEP.value, _DATA_DIR.value)} in a browser.")
     else:
         if _INPUT.value is None or _OUTPUT.value is None:
             raise UserError("say what to predict, and where to write: --input=FILE_OR_FOLDER --output=FOLDER")

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from unet_jax import data, log, mesh, overlay, predict, trained
+from unet_jax import data, draw, log, mesh, predict, trained
 from unet_jax.data import images
 from unet_jax.errors import UserError, check_choice
 
@@ -111,7 +111,7 @@ def predict_files(
                 _save(
                     Image.fromarray(np.ascontiguousarray(kept[..., k])), f"{output / name}_probability_{_safe(one)}.png"
                 )
-        _save(Image.fromarray(overlay.overlay(image, label, classes)), f"{output / name}_overlay.jpg")
+        _save(Image.fromarray(draw.overlay(image, label, classes)), f"{output / name}_overlay.jpg")
         written[str(file)] = _shares(label, classes)
 
     if written:

@@ -1,165 +1,193 @@
-"""Pictures of a work directory: panels of validation images, and curves."""
+"""`report.html` of a work directory: what a training came to, measured anew, on one page that needs no network.
+
+`page.py` sets the page; here is what it tells.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont
 
-from unet_jax.data.pipeline import Pipeline
-from unet_jax.data.source import Classes
+from unet_jax import data, log, mesh, metrics, page, predict, trained, workdir
+from unet_jax.data import pipeline
+from unet_jax.errors import UserError
 
-WRONG = (255, 40, 40)
-IGNORED = (128, 128, 128)
-TILE_HEIGHT = 256  # pixels, at least; small images are enlarged by a whole factor
-MARGIN = 8
+SHOWN = {"worst": 6, "median": 3, "best": 3}  # validation images, at most, in this order
 
 
-class Panels:
-    """Draws the same few images at every evaluation."""
+class Measured(NamedTuple):
+    """What the validation split scored.
 
-    def __init__(self, images: Pipeline, count: int, folder: epath.Path):
-        """Chooses `count` images, spread over the split."""
-        self._classes, self._folder = images.source.classes, folder
-        total = len(images.source)
-        chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)) if count else []
-        self._ids = [images.source.ids[i] for i in chosen]
-        self._examples = [images.read(int(i)) for i in chosen]
+    Attributes:
+      origin: where the scores come from, in words.
+      scores: `metrics.scores`, as far as they are known.
+      confusion: the counts behind them; None where they are not known.
+      pictures: the images to show, by rank.
+    """
 
-    def draw(self, step: int, predict: Callable[[np.ndarray], Any]) -> None:
-        """Writes one PNG per image into `<folder>/<step>/`.
-
-        Args:
-          step: the number of steps taken.
-          predict: uint8 images `[B, H, W, C]` -> predicted labels.
-        """
-        if not self._examples:
-            return
-        folder = self._folder / str(step)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, example in zip(self._ids, self._examples, strict=True):  # one by one, for images may be large
-            prediction = np.asarray(predict(example["image"][None]))[0]
-            picture = draw_panel(**example, prediction=prediction, classes=self._classes)
-            with (folder / f"{name.replace('/', '_')}.png").open("wb") as file:
-                picture.save(file, "PNG")
+    origin: str
+    scores: dict[str, Any]
+    confusion: np.ndarray | None
+    pictures: dict[str, list[page.Picture]]
 
 
-def draw_panel(
-    image: np.ndarray,
-    label: np.ndarray,
-    prediction: np.ndarray,
-    classes: Classes,
-    weight: np.ndarray | None = None,
-) -> Image.Image:
-    """Image, truth, prediction and error side by side, with a legend of the classes that occur.
+def write(
+    path: epath.PathLike,
+    step: int | None = None,
+    data_dir: str | None = None,
+    images: pipeline.Pipeline | None = None,
+) -> epath.Path:
+    """Writes the report of a work directory.
+
+    Where the images can no longer be read, it tells what the work directory knows, and says so.
 
     Args:
-      image: uint8 `[H, W, C]`.
-      label: uint8 `[H, W]` or `[H, W, K]`.
-      prediction: as `label`.
-      classes: names and colours.
-      weight: of each pixel in the loss, float `[H, W]`, drawn as well; None is none.
+      path: the work directory.
+      step: which checkpoint; None is the best.
+      data_dir: where the images are, if not in `config.data.root`.
+      images: of the validation split, where they are at hand; None opens them.
+
+    Returns:
+      the file written, `report.html`.
+
+    Raises:
+      UserError: no work directory or checkpoint, or the report cannot be written.
     """
-    rgb = np.broadcast_to(image, (*label.shape[:2], 3))
-    counted = label != classes.ignore_label
-    wrong = (label != prediction) & counted
-    if classes.task == "multilabel":
-        wrong, counted = wrong.any(-1), counted.any(-1)
-    grey = rgb.mean(-1, keepdims=True).repeat(3, -1) * 0.6
-    error = np.where(wrong[..., None], WRONG, grey).astype(np.uint8)
-    tiles = {
-        "image": rgb,
-        "truth": colorize(label, classes),
-        "prediction": colorize(prediction, classes),
-        f"error ({wrong.sum() / max(counted.sum(), 1):.1%} of pixels)": error,
-    }
-    if weight is not None:
-        grey = (weight[..., None] / max(weight.max(), 1e-9) * 255).repeat(3, -1)
-        tiles[f"loss weight ({weight.min():.1f} to {weight.max():.1f})"] = grey.astype(np.uint8)
-    return _lay_out(tiles, _occurring(label, prediction, classes), classes)
+    path = epath.Path(path)
+    devices = mesh.create(0, 1)
+    network = trained.load(path, devices, step)
+    if data_dir is not None:
+        network.config.data.root = data_dir
+    missing = None
+    try:
+        opened = _open_images(network, path) if images is None else images
+        measured = _measure(network, devices, opened)
+    except UserError as error:
+        missing = str(error)
+        log.say(f"The report shows no images, for they cannot be read: {missing}")
+        measured = _recall(path, network)
+    file = path / "report.html"
+    if mesh.is_main_process():
+        content = page.render(
+            name=path.name or str(path),
+            config=network.config,
+            classes=network.classes,
+            step=network.step,
+            rows=workdir.read_metrics(path),
+            runs=workdir.read_environment(path),
+            missing=missing,
+            **measured._asdict(),
+        )
+        partial = path / "report.html.partial"
+        try:
+            partial.write_text(content)
+            partial.replace(file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be written: {error}") from error
+    return file
 
 
-def colorize(label: np.ndarray, classes: Classes) -> np.ndarray:
-    """Labels uint8 `[H, W]` or `[H, W, K]` in the colours of the palette, uint8 `[H, W, 3]`; overlaps blend."""
-    palette = np.array(classes.palette, np.float32)
-    if classes.task == "multilabel":
-        active = (label == 1).astype(np.float32)
-        colors = active @ palette / np.maximum(active.sum(-1, keepdims=True), 1)
-        ignored = (label == classes.ignore_label).any(-1)
-    else:
-        ignored = label == classes.ignore_label
-        colors = palette[np.where(ignored, 0, label)]
-    return np.where(ignored[..., None], IGNORED, colors).astype(np.uint8)
+def choose(scores: Sequence[float | None], ids: Sequence[str]) -> dict[str, list[int]]:
+    """Which images to show: the worst first, then those about the median, then the best; none twice.
+
+    Args:
+      scores: of each image; one without a score is not shown.
+      ids: of each image; they decide between equal scores.
+
+    Returns:
+      the indices of each rank of `SHOWN`, from the lower score to the higher.
+    """
+    order = sorted((i for i, score in enumerate(scores) if score is not None), key=lambda i: (scores[i], ids[i]))
+    count = len(order)
+    side = min(SHOWN["best"], (count + 1) // 4)  # of a small split mostly the worst
+    worst = min(SHOWN["worst"], count - 2 * side)
+    middle = min(max((count - side) // 2, worst), count - 2 * side)
+    return {"worst": order[:worst], "median": order[middle : middle + side], "best": order[count - side :]}
 
 
-def _occurring(label, prediction, classes: Classes) -> list[int]:
-    """The classes in the truth or the prediction."""
-    if classes.task == "multilabel":
-        return np.flatnonzero(((label == 1) | (prediction == 1)).any((0, 1))).tolist()
-    values = np.union1d(label, prediction)
-    return values[values != classes.ignore_label].tolist()
+def _open_images(network: trained.Trained, path: epath.Path) -> pipeline.Pipeline:
+    config = network.config
+    source = data.load(config.data, "validation")
+    trained.check_source(path, network.classes, source)
+    return pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib)
 
 
-def _lay_out(tiles: dict[str, np.ndarray], shown: Sequence[int], classes: Classes) -> Image.Image:
-    """Captioned tiles in a row, the legend below, wrapped."""
-    height, width = next(iter(tiles.values())).shape[:2]
-    factor = max(1, -(-TILE_HEIGHT // height))
-    height, width = height * factor, width * factor
-    font = ImageFont.load_default(15)
-    entries = [(classes.names[k], classes.palette[k]) for k in shown]
-    total = MARGIN + len(tiles) * (width + MARGIN)
-    places, x, y = [], MARGIN, 0
-    for name, _ in entries:
-        needed = 22 + int(font.getlength(name)) + 2 * MARGIN
-        if x + needed > total and x > MARGIN:
-            x, y = MARGIN, y + 22
-        places.append((x, y))
-        x += needed
-    top = 24 + height + MARGIN
-    canvas = Image.new("RGB", (total, top + y + 22 + MARGIN), (255, 255, 255))
-    pen = ImageDraw.Draw(canvas)
-    for column, (caption, tile) in enumerate(tiles.items()):
-        left = MARGIN + column * (width + MARGIN)
-        pen.text((left, 4), caption, (20, 20, 20), font)
-        picture = Image.fromarray(np.ascontiguousarray(tile)).resize((width, height), Image.Resampling.NEAREST)
-        canvas.paste(picture, (left, 24))
-    for (name, color), (x, y) in zip(entries, places, strict=True):
-        pen.rectangle((x, top + y + 2, x + 15, top + y + 17), tuple(color), (90, 90, 90))
-        pen.text((x + 22, top + y), name, (20, 20, 20), font)
-    return canvas
+def _measure(network: trained.Trained, devices: jax.sharding.Mesh, images: pipeline.Pipeline) -> Measured:
+    """Scores every image of the split by itself, and predicts those to show once more, to hold no others.
+
+    Raises:
+      UserError: an image cannot be read.
+    """
+    config, classes, source = network.config, network.classes, images.source
+    ways = devices.shape["data"]
+    batch_size = -(-config.train.batch_size // ways) * ways  # as `--mode=eval`, so that every logit rounds alike
+    rows = mesh.process_rows(batch_size)
+    step = _make_step(network, devices)
+
+    def run(batch):
+        return jax.device_get(step(network.variables, mesh.put_batch(devices, batch)))
+
+    counts = [
+        run({name: batch[name] for name in ("image", "label")})[1] for batch in images.eval_batches(batch_size, rows)
+    ]
+    counts = np.concatenate(counts)[: len(source)].astype(np.int64)  # the last batch is filled up
+    scores = [metrics.scores(count, classes.names) for count in counts]
+    chosen = choose([score["miou"] for score in scores], source.ids)
+
+    pictures: dict[str, list[page.Picture]] = {rank: [] for rank in chosen}
+    places = [(rank, index) for rank, indices in chosen.items() for index in indices]
+    for start in range(0, len(places), batch_size):
+        part = places[start : start + batch_size]
+        read = [images.read(index) for _, index in part]
+        filled = read + [read[0]] * (batch_size - len(read))
+        batch = {name: np.stack([example[name] for example in filled]) for name in ("image", "label")}
+        predictions, _ = run({name: values[rows] for name, values in batch.items()})
+        for (rank, index), example, prediction in zip(part, read, predictions, strict=False):
+            shown = page.Picture(source.ids[index], scores[index], example["image"], example["label"], prediction)
+            pictures[rank].append(shown)
+    total = counts.sum(0)
+    height, width = config.data.size
+    origin = f"{len(source)} validation image{'s' if len(source) != 1 else ''} of {height}x{width}"
+    if config.eval.tta != "none":
+        origin += f", averaged over test-time augmentation ({config.eval.tta})"
+    return Measured(origin, metrics.scores(total, classes.names), total, pictures)
 
 
-def draw_history(rows: Sequence[dict[str, Any]], path: epath.Path) -> None:
-    """Curves of loss and scores over epochs, from the lines of `metrics.jsonl`."""
-    import matplotlib
+def _make_step(network: trained.Trained, devices: jax.sharding.Mesh) -> Callable:
+    """A jitted function of variables and a batch: predicted labels, and the confusion counts of each example."""
+    model, classes, tta = network.model, network.classes, network.config.eval.tta
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    def step(variables, batch):
+        label = batch["label"]
+        window = predict.surround_image(model, batch["image"], tta)
+        window = jax.lax.with_sharding_constraint(window, mesh.by_example_and_height(devices))
+        logits = predict.logits(model, variables, window, label.shape[1:3], classes.task, tta)
+        # Of logits, as `--mode=eval`: probabilities close to 1 can be equal where logits are not.
+        prediction = metrics.predict_label(logits, classes.task)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    curves = {
-        left: {"train/loss": "training loss", "val/loss": "validation loss"},
-        right: {
-            "val/accuracy": "pixel accuracy",
-            "val/miou": "mean IoU",
-            "val/mdice": "mean Dice",
-            "val/v_rand": "V_rand",
-            "val/v_info": "V_info",
-        },
-    }
-    for axes, names in curves.items():
-        for name, title in names.items():
-            points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
-            if points:
-                epochs, values = zip(*points, strict=True)
-                axes.plot(epochs, values, label=f"{title}: {values[-1]:.4f} at the end", marker=".", markersize=4)
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    left.set_title("loss")
-    right.set_title("validation scores")
-    right.set_ylim(0, 1)
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
+        def count(*example):
+            one = (values[None] for values in example)
+            return metrics.confusion(*one, classes.task, len(classes.names))
+
+        return prediction, jax.vmap(count)(prediction, label, label != classes.ignore_label)
+
+    return jax.jit(step, out_shardings=mesh.replicated(devices))
+
+
+def _recall(path: epath.Path, network: trained.Trained) -> Measured:
+    """The scores that the work directory holds: of `eval.json` if it is of this step, else of the training's log."""
+    names, step = network.classes.names, network.step
+    if (path / "eval.json").exists():
+        held = workdir.read_json(path / "eval.json")
+        if held["step"] == step:
+            confusion = np.array(held["confusion"], np.int64)
+            origin = f"eval.json, {held['images']} images of the {held['split']} split"
+            return Measured(origin, metrics.scores(confusion, names), confusion, {})
+    for row in workdir.read_metrics(path):
+        if row["step"] == step and "val/miou" in row:
+            scores = {name: row.get(f"val/{name}") for name in ("accuracy", "miou", "mdice")}
+            scores |= {kind: {name: row.get(f"val/{kind}/{name}") for name in names} for kind in ("iou", "dice")}
+            return Measured("the validation split, as scored while it trained", scores, None, {})
+    return Measured("", {}, None, {})

@@ -16,6 +16,7 @@ from unet_jax import (
     augment,
     checkpoint,
     data,
+    draw,
     evaluate,
     log,
     losses,
@@ -97,8 +98,10 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     if first_step >= total_steps:
         checkpoints.close()
         _draw_history(path)  # it may have been killed just before
+        if not (path / "report.html").exists():
+            report.write(path)
         log.say(
-            f"{path} is finished: {first_step} steps. Look at {path / 'history.png'}, or score it with --mode=eval."
+            f"{path} is finished: {first_step} steps. Look at {path / 'report.html'}, or score it with --mode=eval."
         )
         return
 
@@ -128,6 +131,8 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         train_state, done = trained.begin_from(config.init_from, train_state)
         log.say(done)
     workdir.rewind_metrics(path, first_step)
+    if mesh.is_main_process():
+        workdir.record_environment(path, first_step, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
 
     # Compilation, and what it tells.
     batches = images["train"].train_batches(batch_size, config.seed, first_step, rows)
@@ -146,7 +151,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     train_step = make_train_step(model, tx, config, classes, devices).lower(train_state, batch).compile()
     log.say(f"memory   {_memory(train_step)}; compiled in {time.monotonic() - started:.1f} s")
     eval_step = evaluate.make_eval_step(model, classes, config, devices)
-    panels = report.Panels(images["validation"], config.train.panels, path / "panels")
+    panels = draw.Panels(images["validation"], config.train.panels, path / "panels")
     predict_step = evaluate.make_predict_step(model, classes)
 
     # The loop. Metrics are fetched one step late, so that the device never waits for the host.
@@ -189,10 +194,11 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     checkpoints.close()
     history.close()
     _draw_history(path)
+    report.write(path, images=images["validation"])
     log.say(evaluate.format_table(result))
     log.say(
         f"Finished: {total_steps} steps; best checkpoint: step {best}.\n"
-        f"Look at {path / 'panels' / str(total_steps)} and {path / 'history.png'}; score it again with\n"
+        f"Look at {path / 'report.html'}, in a browser, and {path / 'panels' / str(total_steps)}; score it again with\n"
         f"  python -m unet_jax.main --mode=eval --workdir={path}"
     )
 
@@ -252,7 +258,7 @@ def make_train_step(
 
 def _draw_history(path: epath.Path) -> None:
     if mesh.is_main_process():
-        report.draw_history(workdir.read_metrics(path), path / "history.png")
+        draw.draw_history(workdir.read_metrics(path), path / "history.png")
 
 
 def _input_size(field: str, model: nn.Module, size: Sequence[int], devices: jax.sharding.Mesh) -> tuple[int, int]:

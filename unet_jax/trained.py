@@ -88,6 +88,18 @@ def load(path: epath.PathLike, devices: jax.sharding.Mesh, step: int | None = No
     return Trained(config, classes, model, variables, step, image_size)
 
 
+def check_source(path: epath.PathLike, classes: data.Classes, source: data.Source) -> None:
+    """Checks that the network of a work directory is for images like those of `source`.
+
+    Raises:
+      UserError: it is for another task, number of classes, or number of channels.
+    """
+    kinds = [(c.task, len(c.names), c.channels) for c in (classes, source.classes)]
+    if kinds[0] != kinds[1]:
+        given, held = (f"{task} task of {count} classes, {channels} channel(s)" for task, count, channels in kinds)
+        raise UserError(f"{path} is a network for a {given}; the images in config.data.root are for a {held}")
+
+
 def begin_from(path: epath.PathLike, fresh: state.TrainState) -> tuple[state.TrainState, str]:
     """A new training's state with the weights of another work directory.
 

@@ -2,15 +2,23 @@
 
 config.json             the configuration it was trained with
 classes.json            task, class names, palette, channels; size of the first training image before it was resized
+environment.json        command, versions and devices of the run, and of every later one that goes on otherwise
 metrics.jsonl           one JSON object a line: step, epoch, train/..., val/...
 checkpoints/<step>/     see checkpoint.py
 panels/<step>/*.png     image, truth, prediction and error of a few validation images
 history.png             curves
+report.html             everything above on one page, for a browser
 eval.json               the last `--mode=eval`
 events.out.tfevents.*   TensorBoard
 """
 
+import importlib.metadata
 import json
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
 # Fields that change how a run is carried out but not what comes out; they may differ when a run goes on.
 FREE_FIELDS = ("mesh.data", "mesh.space", "data.cache_gib", "train.log_every_steps", "eval.tta")
 
+RECORDED_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 # Fields that older work directories do not have, with the JSON values that they were trained with.
 LATER_FIELDS = {
@@ -156,6 +165,64 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
 def read_classes(workdir: epath.Path) -> dict[str, Any]:
     """What `claim` was given as `classes`."""
     return read_json(workdir / "classes.json")
+
+
+def record_environment(workdir: epath.Path, first_step: int, devices: str) -> None:
+    """Adds to `environment.json` what a run is carried out with, unless the run before had the same.
+
+    It holds no names of hosts, users or folders but those that the command was given.
+
+    Args:
+      workdir: the work directory.
+      first_step: where the run begins; 0 for a new training.
+      devices: how many of which kind.
+
+    Raises:
+      UserError: the file cannot be read or written.
+    """
+    path = workdir / "environment.json"
+    runs = read_environment(workdir)
+    run = {
+        "command": _command(),
+        "devices": devices,
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in RECORDED_VERSIONS},
+        },
+    }
+    if not runs or {**runs[-1], "first_step": first_step} != {"first_step": first_step, **run}:
+        write_json(path, {"runs": [*runs, {"first_step": first_step, **run}]})
+
+
+def read_environment(workdir: epath.Path) -> list[dict[str, Any]]:
+    """What the runs of a training were carried out with, first to last; empty where it was not recorded.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = workdir / "environment.json"
+    return read_json(path).get("runs", []) if path.exists() else []
+
+
+def _command() -> str | None:
+    """The command line, if it was one; a notebook has none that could be given again."""
+    program, *flags = sys.argv
+    is_main = pathlib.Path(program).parts[-2:] == (__package__, "main.py")
+    return shlex.join(["python", "-m", f"{__package__}.main", *flags]) if is_main else None
+
+
+def _commit() -> str | None:
+    """The git commit of this code, with `-dirty` where files were changed; None where it is no checkout."""
+    root = pathlib.Path(__file__).parent.parent
+    if not (root / ".git").exists():  # installed code may lie below some other checkout
+        return None
+    describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(describe, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def append_metrics(workdir: epath.Path, row: dict[str, Any]) -> None:
