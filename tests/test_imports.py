@@ -21,6 +21,7 @@ ALLOWED = {
     "predict": {"data", "errors", "log", "mesh", "resample"},
     "report": {"data"},
     "trained": {"checkpoint", "data", "errors", "mesh", "models", "predict", "workdir"},
+    "export": {"errors", "metrics", "models", "predict", "trained"},
     "log": {"em", "mesh", "workdir", "evaluate"},
     "main": {"errors", "train", "evaluate"},
 }
