@@ -26,6 +26,7 @@ ALLOWED = {
     "weights": {"errors"},
     "layouts": {"errors", "weights"},
     "convert": {"checkpoint", "data", "errors", "layouts", "models", "state", "trained", "weights", "workdir"},
+    "export": {"errors", "metrics", "models", "predict", "trained"},
     "log": {"em", "mesh", "workdir", "evaluate"},
     "check": {"data", "draw", "errors", "log", "models"},
     "predict_files": {"data", "draw", "errors", "log", "mesh", "predict", "trained"},

@@ -65,9 +65,9 @@ def test_training_writes_a_report_and_says_so(trained):
 
 
 def test_its_scores_are_those_of_eval_mode(copy):
-    images = report._open_images(workdir.read_config(copy))
     devices = mesh.create(0, 1)
-    measured = report._measure(trained_network.load(copy, devices), devices, images)
+    network = trained_network.load(copy, devices)
+    measured = report._measure(network, devices, report._open_images(network, copy))
     result = evaluate.evaluate_workdir(copy, None, None, "validation")
     assert (measured.confusion == result.confusion).all()
     assert measured.scores == result.scores
