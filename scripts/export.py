@@ -17,7 +17,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # where unet_jax is not installed
 
-from unet_jax.errors import UserError, check_choice  # noqa: E402
+from unet_jax.errors import UserError, check_choice
 
 # What reads a file of each format without this project. {0} is the file, {1} the channels of the images.
 READ = {
