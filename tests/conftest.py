@@ -31,8 +31,25 @@ def real_data():
     return pathlib.Path(folder)
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The work directory of a short training, to be left as it is."""
+    from unet_jax import train
+
+    config = tiny_config()
+    config.train.epochs = 2.0
+    path = tmp_path_factory.mktemp("trained") / "run"
+    train.train(config, path)
+    return path
+
+
 @pytest.fixture
 def config():
+    """See `tiny_config`."""
+    return tiny_config()
+
+
+def tiny_config():
     """A network and a data set so small that a training takes seconds, with everything random switched on."""
     from configs import default
 

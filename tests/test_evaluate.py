@@ -5,19 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from unet_jax import checkpoint, data, evaluate, mesh, train, workdir
+from unet_jax import checkpoint, data, evaluate, mesh, workdir
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 from unet_jax.models import unet
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    config = __import__("conftest").config.__wrapped__()
-    config.train.epochs = 2.0
-    path = tmp_path_factory.mktemp("trained") / "run"
-    train.train(config, path)
-    return path
 
 
 def _evaluate(config, variables, batch_size, variant, devices=None):

@@ -9,12 +9,13 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tiny_config
 from flax import traverse_util
 from PIL import Image
 
 import unet_jax
-from unet_jax import data, export, predict, train, trained
+from unet_jax import data, export, predict
+from unet_jax import trained as trained_network
 from unet_jax.errors import UserError
 from unet_jax.models import unet
 
@@ -66,7 +67,7 @@ assert not {"flax", "unet_jax"} & sys.modules.keys()
 
 def _network(images, task="multiclass", **settings):
     """A network of random weights, normalisation statistics included, that finds each class about equally often."""
-    config = __import__("conftest").config.__wrapped__()
+    config = tiny_config()
     config.model.update({"dropout": 0.0, "norm": "none", "features": (4, 6, 8), **settings})
     names = ("road", "sky") if task == "binary" else ("road", "sky", "pole", "wall")
     classes = data.Classes(task, names, tuple((60 * i, 0, 255) for i in range(len(names))))
@@ -85,7 +86,7 @@ def _network(images, task="multiclass", **settings):
     )
     mean, deviation, head = logits.mean((0, 1, 2)), logits.std((0, 1, 2)), variables["params"]["head"]
     head.update(kernel=head["kernel"] / deviation, bias=(head["bias"] - mean) / deviation)
-    return trained.Trained(config, classes, model, variables, 7)
+    return trained_network.Trained(config, classes, model, variables, 7)
 
 
 @pytest.fixture(scope="module")
@@ -96,19 +97,9 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A work directory after a few steps on generated shapes."""
-    config = __import__("conftest").config.__wrapped__()
-    config.train.epochs = 0.5
-    path = tmp_path_factory.mktemp("export") / "run"
-    train.train(config, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def networks(images, run):
+def networks(images, trained):
     return {
-        "trained": unet_jax.load(run),
+        "trained": unet_jax.load(trained),
         **{name: _network(images, **settings) for name, settings in VARIANTS.items()},
     }
 
@@ -205,7 +196,7 @@ with safe_open("w.safetensors", "numpy") as file:
     classes, config = (json.loads(metadata[name]) for name in ("classes", "config"))
     assert metadata["step"] == "7" and data.Classes.from_json(classes) == network.classes
     weights = dict(np.load(tmp_path / "weights.npz"))
-    assert {name: x.shape for name, x in weights.items()} == trained.shapes(network.variables)
+    assert {name: x.shape for name, x in weights.items()} == trained_network.shapes(network.variables)
     variables = traverse_util.unflatten_dict(weights, sep="/")
     model = unet.create(network.classes.num_outputs, **config["model"], one_cpu=True)
     rebuilt = dataclasses.replace(network, model=model, variables=variables)
@@ -231,10 +222,10 @@ def _script(*flags, cwd):
 
 
 @pytest.mark.parametrize("kind", ["stablehlo", "onnx", "safetensors"])
-def test_the_command_writes_compares_and_says_how_to_read(run, tmp_path, kind):
+def test_the_command_writes_compares_and_says_how_to_read(trained, tmp_path, kind):
     for package in {"onnx": ("onnx", "onnxruntime"), "safetensors": ("safetensors",)}.get(kind, ()):
         pytest.importorskip(package)
-    flags = f"--workdir={run}", f"--format={kind}", "--output=file"
+    flags = f"--workdir={trained}", f"--format={kind}", "--output=file"
     result = _script(*flags, cwd=tmp_path)
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert "100.000% of the labels" in result.stdout and "'file'" in result.stdout
@@ -254,17 +245,17 @@ def test_the_command_writes_compares_and_says_how_to_read(run, tmp_path, kind):
     ],
     ids=str,
 )
-def test_bad_input_ends_with_a_message_and_no_traceback(run, tmp_path, flags, message):
-    result = _script(f"--workdir={run}", "--format=stablehlo", "--output=file", *flags, cwd=tmp_path)
+def test_bad_input_ends_with_a_message_and_no_traceback(trained, tmp_path, flags, message):
+    result = _script(f"--workdir={trained}", "--format=stablehlo", "--output=file", *flags, cwd=tmp_path)
     assert result.returncode == 1 and not list(tmp_path.iterdir())
     assert result.stderr.startswith("error: ") and message in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_work_directory_without_a_checkpoint_is_named(run, tmp_path):
+def test_a_work_directory_without_a_checkpoint_is_named(trained, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     for name in ("config.json", "classes.json"):
-        (empty / name).write_text((run / name).read_text())
+        (empty / name).write_text((trained / name).read_text())
     result = _script(f"--workdir={empty}", "--format=onnx", "--output=file", cwd=tmp_path)
     assert result.returncode == 1 and result.stderr.startswith("error: ") and str(empty) in result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "file").exists()

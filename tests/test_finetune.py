@@ -12,64 +12,55 @@ from unet_jax import data, train, workdir
 from unet_jax.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    config = __import__("conftest").config.__wrapped__()
-    config.train.epochs = 1.0
-    path = tmp_path_factory.mktemp("first") / "run"
-    train.train(config, path)
-    return path
-
-
 def _params(path, step=None):
     return jax.tree.map(np.asarray, unet_jax.load(path, step).variables["params"])
 
 
-def test_the_first_step_begins_with_the_other_weights(first, config, tmp_path, capsys):
-    config.init_from = str(first)
+def test_the_first_step_begins_with_the_other_weights(trained, config, tmp_path, capsys):
+    config.init_from = str(trained)
     config.optimizer.learning_rate, config.optimizer.ema = 1e-30, 0.0
     config.train.epochs = 0.4  # one step
     train.train(config, tmp_path / "run")
-    assert f"Begins with the weights of {first}, step" in capsys.readouterr().out
-    for old, new in zip(jax.tree.leaves(_params(first)), jax.tree.leaves(_params(tmp_path / "run")), strict=True):
+    assert f"Begins with the weights of {trained}, step" in capsys.readouterr().out
+    for old, new in zip(jax.tree.leaves(_params(trained)), jax.tree.leaves(_params(tmp_path / "run")), strict=True):
         np.testing.assert_allclose(old, new, atol=1e-20)
 
 
-def test_another_number_of_classes_draws_the_head_anew(first, config, tmp_path, capsys):
-    config.init_from = str(first)
+def test_another_number_of_classes_draws_the_head_anew(trained, config, tmp_path, capsys):
+    config.init_from = str(trained)
     config.data.variant = "multilabel"
     config.optimizer.learning_rate, config.train.epochs = 1e-30, 0.4
     train.train(config, tmp_path / "run")
     assert "its head has 7 outputs and is drawn anew with 6" in capsys.readouterr().out
-    old, new = _params(first), _params(tmp_path / "run")
+    old, new = _params(trained), _params(tmp_path / "run")
     assert new["head"]["kernel"].shape[-1] == 6 and new["head"]["kernel"].std() > 0.01
     np.testing.assert_allclose(old["down_0"]["Conv_0"]["kernel"], new["down_0"]["Conv_0"]["kernel"], atol=1e-20)
 
 
-def test_frozen_weights_stay_bit_for_bit_and_survive_a_restart(first, config, tmp_path):
-    config.init_from = str(first)
+def test_frozen_weights_stay_bit_for_bit_and_survive_a_restart(trained, config, tmp_path):
+    config.init_from = str(trained)
     config.optimizer.frozen = ("down", "up_0/bias")
     config.optimizer.name, config.optimizer.weight_decay, config.optimizer.clip_norm = "adamw", 0.1, 1.0
     config.optimizer.ema = 0.0
     config.train.epochs = 4.0
     train.train(config, tmp_path / "whole")
     flat = lambda tree: {"/".join(k.key for k in p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
-    begun, ended = flat(_params(first)), flat(_params(tmp_path / "whole", 10))
+    begun, ended = flat(_params(trained)), flat(_params(tmp_path / "whole", 10))
     for name, value in ended.items():
         assert np.array_equal(value, begun[name]) == name.startswith(("down", "up_0/bias")), name
     # Going on from the step before needs neither the other work directory nor changes the outcome.
     shutil.rmtree(tmp_path / "whole/checkpoints/10")
-    moved = first.rename(tmp_path / "moved")
+    moved = trained.rename(tmp_path / "moved")
     try:
         train.train(config, tmp_path / "whole")
     finally:
-        moved.rename(first)
+        moved.rename(trained)
     for name, value in flat(_params(tmp_path / "whole", 10)).items():
         np.testing.assert_array_equal(value, ended[name])
 
 
-def test_what_does_not_fit_is_named(first, config, tmp_path):
-    config.init_from = str(first)
+def test_what_does_not_fit_is_named(trained, config, tmp_path):
+    config.init_from = str(trained)
     config.model.features = (4, 8, 16)
     with pytest.raises(UserError, match=r"batch_stats/down_2/BatchNorm_0/mean is \(8,\) there, but \(16,\)"):
         train.train(config, tmp_path / "run")
@@ -88,8 +79,8 @@ def test_what_does_not_fit_is_named(first, config, tmp_path):
             train.train(config, tmp_path / "run3")
 
 
-def test_files_that_do_not_belong_together_are_named(first, tmp_path):
-    shutil.copytree(first, tmp_path / "run")
+def test_files_that_do_not_belong_together_are_named(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
     values = workdir.read_classes(tmp_path / "run")
     classes = data.Classes.from_json(values)
     fewer = dataclasses.replace(classes, names=classes.names[:5], palette=classes.palette[:5])

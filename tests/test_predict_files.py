@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT
+from conftest import ROOT, tiny_config
 from PIL import Image
 
 import unet_jax
@@ -18,17 +18,12 @@ RNG = np.random.default_rng(0)
 
 
 def _train(path, variant, size=(48, 48)):
-    config = __import__("conftest").config.__wrapped__()
+    config = tiny_config()
     config.data.variant = variant
     config.data.size = size
     config.train.epochs = 1.0
     train.train(config, path)
     return path
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return _train(tmp_path_factory.mktemp("multiclass") / "run", "multiclass")
 
 
 def _load(path):

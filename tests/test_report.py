@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import optax
 import pytest
-from conftest import config as make_config
+from conftest import tiny_config
 from etils import epath
 
-from unet_jax import checkpoint, data, evaluate, mesh, metrics, page, report, state, train, workdir
+from unet_jax import checkpoint, data, evaluate, mesh, metrics, page, report, state, workdir
 from unet_jax import trained as trained_network
 from unet_jax.data import pipeline
 from unet_jax.data.source import Classes
@@ -18,17 +18,6 @@ from unet_jax.errors import UserError
 from unet_jax.models import unet
 
 NASTY = '<b>&"x"</b>$title'
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    config = make_config.__wrapped__()
-    config.model.features, config.model.dropout = (4, 8), 0.0  # quick to compile
-    config.augment.rotate = config.augment.brightness = config.optimizer.ema = 0.0
-    config.train.epochs = 2.0
-    path = tmp_path_factory.mktemp("trained") / "run"
-    train.train(config, path)
-    return path
 
 
 @pytest.fixture
@@ -50,7 +39,7 @@ def _render(names, counts, **extra):
     """A page about made-up counts."""
     palette = tuple((40 * k % 256, 90 * k % 256, 70 * k % 256) for k in range(len(names)))
     task = "multilabel" if np.ndim(counts) == 3 else "multiclass"
-    values = {"name": "run", "config": make_config.__wrapped__(), "classes": Classes(task, tuple(names), palette)}
+    values = {"name": "run", "config": tiny_config(), "classes": Classes(task, tuple(names), palette)}
     values |= {"step": 5, "rows": [], "runs": [], "missing": None, "origin": "10 images", "pictures": {}}
     return page.render(scores=metrics.scores(counts, names), confusion=np.array(counts), **{**values, **extra})
 
@@ -163,7 +152,7 @@ def test_a_damaged_name_or_message_stays_text():
     label = np.zeros((16, 16), np.uint8)
     scores = metrics.scores([[256, 0], [0, 0]], (NASTY, "other"))
     picture = page.Picture(NASTY, scores, image, label, label)
-    config = make_config.__wrapped__()
+    config = tiny_config()
     config.data.root = NASTY
     text = _render(
         (NASTY, "other"),

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from unet_jax import data, draw, log
+from unet_jax import data, draw, mesh
 from unet_jax.data import folder
 from unet_jax.errors import UserError
 from unet_jax.models import unet
@@ -44,7 +44,7 @@ def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
       UserError: no images, or a configuration that says nothing about them.
     """
     config = config.copy_and_resolve_references()
-    data.settle(config.data, log.say)
+    data.settle(config.data, mesh.say)
     sources = {split: data.survey(config.data, split) for split in SPLITS}
     classes = sources["train"].classes
     places = [(split, index) for split in SPLITS for index in range(len(sources[split]))]
@@ -54,14 +54,14 @@ def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
     faults += _duplicates(good)
 
     counts = {split: sum(split == s for s, _ in good) for split in SPLITS}
-    log.say(f"checked   {len(places)} pairs; {counts['train']} for training and {counts['validation']} for validation")
+    mesh.say(f"checked   {len(places)} pairs; {counts['train']} for training and {counts['validation']} for validation")
     _say_sizes(config, classes, good)
     if good:
         _say_labels(classes, good)
         _draw(sources, places, examples, classes, epath.Path(sheet))
     for fault in faults:
-        log.say(f"FAULT     {fault}")
-    log.say(f"{len(faults)} fault(s)" if faults else "OK")
+        mesh.say(f"FAULT     {fault}")
+    mesh.say(f"{len(faults)} fault(s)" if faults else "OK")
     return not faults
 
 
@@ -101,11 +101,11 @@ def _say_sizes(config, classes, good) -> None:
     sizes = collections.Counter(example.size for _, example in good)
     shown = ", ".join(f"{w}x{h}: {count}" for (h, w), count in sizes.most_common(6))
     height, width = config.data.size
-    log.say(f"sizes     {shown}{', ...' if len(sizes) > 6 else ''} (width x height); resized to {width}x{height}")
-    log.say(f"channels  {classes.channels}")
+    mesh.say(f"sizes     {shown}{', ...' if len(sizes) > 6 else ''} (width x height); resized to {width}x{height}")
+    mesh.say(f"channels  {classes.channels}")
     given = [n + sum(around) for n, around in zip(config.data.size, model.margins(config.data.size), strict=True)]
     padded = sum(count for size, count in sizes.items() if any(map(sum, model.margins(size))))
-    log.say(
+    mesh.say(
         f"network   {width}x{height} is "
         + ("taken as it is" if given == [height, width] else f"mirrored up to {given[1]}x{given[0]}")
         + f"; at their own size {padded} of {len(good)} images have to be padded, by mirroring"
@@ -118,18 +118,18 @@ def _say_labels(classes, good) -> None:
     totals = {split: counts.sum(0) for split, counts in pixels.items()}
     holding = {split: (counts > 0).sum(0) for split, counts in pixels.items()}
     width = max(map(len, (*classes.names, "ignored")))
-    log.say(f"{'class':{width}}  id   share of training  in images   share of validation  in images")
+    mesh.say(f"{'class':{width}}  id   share of training  in images   share of validation  in images")
     for row, name in enumerate((*classes.names, "ignored")):
         if name == "ignored" and not any(total[row] for total in totals.values()):
             continue
         index = row if row < len(classes.names) else classes.ignore_label
         (a, b), (c, d) = ((totals[s][row] / max(totals[s].sum(), 1), holding[s][row]) for s in SPLITS)
-        log.say(f"{name:{width}}  {index:3}  {a:17.3%}  {b:9}   {c:19.3%}  {d:9}")
+        mesh.say(f"{name:{width}}  {index:3}  {a:17.3%}  {b:9}   {c:19.3%}  {d:9}")
     for row, name in enumerate(classes.names):
         if not totals["train"][row]:
-            log.say(f"note      no training image holds {name!r}: it cannot be learned")
+            mesh.say(f"note      no training image holds {name!r}: it cannot be learned")
         elif not totals["validation"][row]:
-            log.say(f"note      no validation image holds {name!r}: it will not be scored")
+            mesh.say(f"note      no validation image holds {name!r}: it will not be scored")
 
 
 def _draw(sources, places, examples, classes, sheet: epath.Path) -> None:
@@ -149,4 +149,4 @@ def _draw(sources, places, examples, classes, sheet: epath.Path) -> None:
     sheet.parent.mkdir(parents=True, exist_ok=True)
     with sheet.open("wb") as file:
         picture.save(file, "PNG")
-    log.say(f"look at   {sheet}")
+    mesh.say(f"look at   {sheet}")

@@ -65,7 +65,7 @@ class Log:
         self.restart_clock()
         left = (time.monotonic() - self._began) / (step - self._first_step) * (self._total_steps - step)
         self._write(step, values)
-        say(
+        mesh.say(
             f"step {step}/{self._total_steps}  epoch {step / self._steps_per_epoch:.1f}  "
             f"loss {values['train/loss']:.4f}  {values['train/images_per_sec']:.1f} images/s  "
             f"waiting for data {values['train/data_wait']:.1%}  left {int(left // 60)}:{int(left % 60):02d}"
@@ -81,7 +81,9 @@ class Log:
         self._write(step, values)
         shown = {"loss": "val/loss", "accuracy": "val/accuracy", "mean IoU": "val/miou"}
         shown |= {name: f"val/{name}" for name in em.NAMES if result.em}
-        say("  validation  " + "  ".join(f"{k} {values[v]:.4f}" for k, v in shown.items() if values[v] is not None))
+        mesh.say(
+            "  validation  " + "  ".join(f"{k} {values[v]:.4f}" for k, v in shown.items() if values[v] is not None)
+        )
 
     def _write(self, step, values):
         if self._writer is None:
@@ -94,9 +96,3 @@ class Log:
         """Writes what is left."""
         if self._writer is not None:
             self._writer.close()
-
-
-def say(text: str) -> None:
-    """Prints, on one process."""
-    if mesh.is_main_process():
-        print(text, flush=True)

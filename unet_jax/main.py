@@ -109,9 +109,9 @@ def _run() -> None:
 
         evaluate.evaluate_workdir(_WORKDIR.value, _STEP.value, _DATA_DIR.value, _SPLIT.value, _TTA.value)
     elif mode == "report":
-        from unet_jax import log, report
+        from unet_jax import mesh, report
 
-        log.say(f"Open {report.write(_WORKDIR.value, _STEP.value, _DATA_DIR.value)} in a browser.")
+        mesh.say(f"Open {report.write(_WORKDIR.value, _STEP.value, _DATA_DIR.value)} in a browser.")
     else:
         if _INPUT.value is None or _OUTPUT.value is None:
             raise UserError("say what to predict, and where to write: --input=FILE_OR_FOLDER --output=FOLDER")

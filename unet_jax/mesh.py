@@ -77,6 +77,12 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """Prints, on the main process alone."""
+    if is_main_process():
+        print(text, flush=True)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """One whole copy on every device."""
     return NamedSharding(mesh, P())

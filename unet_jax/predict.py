@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from unet_jax import data, log, mesh, resample
+from unet_jax import data, mesh, resample
 from unet_jax.errors import UserError, check_choice
 
 TTA = ("none", "flips", "dihedral", "rotations")  # 1, 4, 8 and 7 predictions averaged
@@ -199,6 +199,9 @@ class Predictor:
             out = np.empty(shape, np.float32)
         if out.shape != shape:
             raise UserError(f"out must be of shape {shape}, not {out.shape}")
+        (height, width), (rows, columns) = image.shape[:2], self.tile
+        if height < rows or width < columns:
+            mesh.say(f"An image of {height}x{width} pixels is mirrored up to a tile of {rows}x{columns}")
         for rows, band in self.bands(image, progress):
             out[rows] = band
         return out
@@ -218,8 +221,6 @@ class Predictor:
         """
         self._check(image)
         size = image.shape[:2]
-        if any(n < t for n, t in zip(size, self.tile, strict=True)):
-            log.say(f"An image of {size[0]}x{size[1]} pixels is mirrored up to a tile of {self.tile[0]}x{self.tile[1]}")
         starts = [self._starts(n, axis) for axis, n in enumerate(size)]
         weights = [self._weights(starts[axis], axis) for axis in (0, 1)]
         (height, width), left = self.tile, starts[1]

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from unet_jax import data, draw, log, mesh, predict, trained
+from unet_jax import data, draw, mesh, predict, trained
 from unet_jax.data import images
 from unet_jax.errors import UserError, check_choice
 
@@ -78,7 +78,7 @@ def predict_files(
         "fit": f"resized to {width}x{height} and back ({interpolation})",
         "native": f"at their own size, in tiles of {tiles.tile[1]}x{tiles.tile[0]}",
     }
-    log.say(
+    mesh.say(
         f"{path}, step {network.step}: {len(files)} image(s), {how[scale]}; test-time augmentation {tta}"
         + (f"; threshold {threshold}" if sigmoid else "")
     )
@@ -127,7 +127,7 @@ def predict_files(
         }
         (output / "predictions.json").write_text(json.dumps(made, indent=2) + "\n")
         _warn_if_constant(written, classes)
-    log.say(f"{len(written)} of {len(files)} images are predicted in {output}")
+    mesh.say(f"{len(written)} of {len(files)} images are predicted in {output}")
     if failures:
         shown = "".join(f"\n  {failure}" for failure in failures)
         raise UserError(f"{len(failures)} of {len(files)} files could not be read:{shown}")
@@ -210,7 +210,7 @@ def _warn_if_constant(shares: dict[str, dict[str, float]], classes: data.Classes
     if None in said[0] or len(set(said)) > 1:
         return
     everywhere = [name for name, share in zip(classes.names, said[0], strict=True) if share] or ["no class"]
-    log.say(
+    mesh.say(
         f"warning: every pixel of every image is {', '.join(everywhere)}. Are these images like those of the training "
         "(channels, brightness, scale: see --scale)? Does --mode=eval find other classes?"
     )

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from unet_jax import data, log, mesh, metrics, page, predict, trained, workdir
+from unet_jax import data, mesh, metrics, page, predict, trained, workdir
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 
@@ -66,7 +66,7 @@ def write(
         measured = _measure(network, devices, opened)
     except UserError as error:
         missing = str(error)
-        log.say(f"The report shows no images, for they cannot be read: {missing}")
+        mesh.say(f"The report shows no images, for they cannot be read: {missing}")
         measured = _recall(path, network)
     file = path / "report.html"
     if mesh.is_main_process():

@@ -50,7 +50,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
 
     path = epath.Path(path)
     config = config.copy_and_resolve_references()
-    data.settle(config.data, log.say)
+    data.settle(config.data, mesh.say)
     workdir.check(path, config)
 
     # Data.
@@ -100,7 +100,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         _draw_history(path)  # it may have been killed just before
         if not (path / "report.html").exists():
             report.write(path)
-        log.say(
+        mesh.say(
             f"{path} is finished: {first_step} steps. Look at {path / 'report.html'}, or score it with --mode=eval."
         )
         return
@@ -126,10 +126,10 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
                 "were added, removed or renamed. Restore them, or choose another --workdir"
             )
         window = meta["window"]
-        log.say(f"Going on from step {first_step} of {path}")
+        mesh.say(f"Going on from step {first_step} of {path}")
     elif config.init_from:
         train_state, done = trained.begin_from(config.init_from, train_state)
-        log.say(done)
+        mesh.say(done)
     workdir.rewind_metrics(path, first_step)
     if mesh.is_main_process():
         workdir.record_environment(path, first_step, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
@@ -137,8 +137,8 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     # Compilation, and what it tells.
     batches = images["train"].train_batches(batch_size, config.seed, first_step, rows)
     batch = mesh.put_batch(devices, next(batches))
-    log.say(parameter_overview.get_parameter_overview(train_state.params, include_stats=False))
-    log.say(
+    mesh.say(parameter_overview.get_parameter_overview(train_state.params, include_stats=False))
+    mesh.say(
         f"data     {count} training and {len(sources['validation'])} validation images of "
         f"{config.data.size[0]}x{config.data.size[1]}, {len(classes.names)} classes ({classes.task}), "
         f"{'held in memory' if images['train'].cached else 'read anew each epoch'}\n"
@@ -149,7 +149,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     )
     started = time.monotonic()
     train_step = make_train_step(model, tx, config, classes, devices).lower(train_state, batch).compile()
-    log.say(f"memory   {_memory(train_step)}; compiled in {time.monotonic() - started:.1f} s")
+    mesh.say(f"memory   {_memory(train_step)}; compiled in {time.monotonic() - started:.1f} s")
     eval_step = evaluate.make_eval_step(model, classes, config, devices)
     panels = draw.Panels(images["validation"], config.train.panels, path / "panels")
     predict_step = evaluate.make_predict_step(model, classes)
@@ -195,8 +195,8 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     history.close()
     _draw_history(path)
     report.write(path, images=images["validation"])
-    log.say(evaluate.format_table(result))
-    log.say(
+    mesh.say(evaluate.format_table(result))
+    mesh.say(
         f"Finished: {total_steps} steps; best checkpoint: step {best}.\n"
         f"Look at {path / 'report.html'}, in a browser, and {path / 'panels' / str(total_steps)}; score it again with\n"
         f"  python -m unet_jax.main --mode=eval --workdir={path}"
