@@ -68,6 +68,7 @@ def test_what_does_not_fit_is_named(trained, config, tmp_path):
     config.init_from = str(tmp_path / "nothing")
     with pytest.raises(UserError, match="has no config.json"):
         train.train(config, tmp_path / "run2")
+    assert not any((tmp_path / name / "config.json").exists() for name in ("run", "run2"))  # not claimed
     config.init_from = ""
     for frozen, message in (
         (("dwn_0",), "Did you mean 'down_0'"),

@@ -160,6 +160,9 @@ def test_a_guess_is_printed_and_kept(tmp_path):
     assert """--config.data.labels="('0 -> 0 background', '255 -> 1 foreground')\"""" in said
     assert "255 is in 9 of 10 masks" in said
     assert config.labels == ("0 -> 0 background", "255 -> 1 foreground")
+    mixed = _config(_fill(tmp_path / "mixed", mask=lambda k: _mask(values=(0, 1 if k % 2 else 255))))
+    _settled(mixed)
+    assert mixed.labels == ("0 background", "1 foreground", "255 -> 1")
     with pytest.raises(UserError, match="nothing but 0"):
         _settled(_config(_fill(tmp_path / "b", mask=lambda k: _mask(values=(0, 0)))))
     with pytest.raises(UserError, match="smooth edges"):

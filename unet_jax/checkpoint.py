@@ -153,6 +153,12 @@ class Checkpoints:
         self._manager.close()
 
 
+def exists(workdir: epath.PathLike) -> bool:
+    """Whether a work directory has a checkpoint."""
+    path = epath.Path(workdir) / "checkpoints"
+    return path.exists() and any(step.name.isdigit() for step in path.iterdir())
+
+
 def read_variables(
     workdir: epath.PathLike, step: int | None, sharding: jax.sharding.Sharding
 ) -> tuple[int, dict[str, PyTree]]:
@@ -166,13 +172,11 @@ def read_variables(
     Raises:
       UserError: there is none, or it is damaged.
     """
-    if not (epath.Path(workdir) / "checkpoints").exists():
-        raise UserError(f"--workdir={workdir} has no checkpoints: the training was stopped before the first one")
+    if not exists(workdir):
+        raise UserError(f"{workdir} has no checkpoint: the training was stopped before the first one")
     checkpoints = Checkpoints(workdir)
     try:
         step = checkpoints.best_step() if step is None else step
-        if step is None:
-            raise UserError(f"--workdir={workdir} has no checkpoint: the training was stopped before the first one")
         return step, checkpoints.restore_variables(step, sharding)
     finally:
         checkpoints.close()

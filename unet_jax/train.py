@@ -81,9 +81,12 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     image_size = _input_size("config.data.size", model, config.data.size, devices)
     input_size = _input_size("config.augment.crop", model, crop, devices)
     schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)
-    weights = trained.shapes(unet.abstract(model, classes.channels)["params"])
-    optimizer.check_frozen(config.optimizer.frozen, weights)
+    optimizer.check_frozen(config.optimizer.frozen, trained.shapes(unet.abstract(model, classes.channels)["params"]))
     tx = optimizer.make_optimizer(config.optimizer, schedule)
+
+    beginning = None
+    if config.init_from and not checkpoint.exists(path):
+        beginning = trained.read_beginning(config.init_from, model, classes, mesh.replicated(devices))
 
     # What was already done.
     original_size = sources["train"].read(0)[0].shape[:2]
@@ -127,8 +130,9 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
             )
         window = meta["window"]
         mesh.say(f"Going on from step {first_step} of {path}")
-    elif config.init_from:
-        train_state, done = trained.begin_from(config.init_from, train_state)
+    elif beginning is not None:
+        weights, done = beginning
+        train_state = trained.begin(train_state, weights)
         mesh.say(done)
     workdir.rewind_metrics(path, first_step)
     if mesh.is_main_process():

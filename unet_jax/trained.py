@@ -100,25 +100,27 @@ def check_source(path: epath.PathLike, classes: data.Classes, source: data.Sourc
         raise UserError(f"{path} is a network for a {given}; the images in config.data.root are for a {held}")
 
 
-def begin_from(path: epath.PathLike, fresh: state.TrainState) -> tuple[state.TrainState, str]:
-    """A new training's state with the weights of another work directory.
-
-    The head stays as it was drawn where it predicts another number of classes.
+def read_beginning(
+    path: epath.PathLike, model: nn.Module, classes: data.Classes, sharding: jax.sharding.Sharding
+) -> tuple[dict[str, Any], str]:
+    """The weights of another work directory, for a new training to begin with.
 
     Args:
       path: the other work directory; its best checkpoint is taken.
-      fresh: the state of the new training, before its first step.
+      model: the network of the new training.
+      classes: what it predicts.
+      sharding: of every array.
 
     Returns:
-      the state, and what was done.
+      `params` and `batch_stats`, without the head where it predicts another number of classes; and what was done.
 
     Raises:
       UserError: no work directory; a network that differs elsewhere than in its head, of which it names the first.
     """
     workdir.read_config(epath.Path(path))
-    step, saved = checkpoint.read_variables(path, None, fresh.step.sharding)
+    step, saved = checkpoint.read_variables(path, None, sharding)
     given = {"params": saved.get("ema", saved["params"]), "batch_stats": saved.get("batch_stats", {})}
-    found, needed = shapes(given), shapes({"params": fresh.params, "batch_stats": fresh.batch_stats})
+    found, needed = shapes(given), shapes(unet.abstract(model, classes.channels))
     differing = sorted(name for name in found.keys() | needed.keys() if found.get(name) != needed.get(name))
     for name in differing:
         if not name.startswith("params/head/"):
@@ -126,13 +128,19 @@ def begin_from(path: epath.PathLike, fresh: state.TrainState) -> tuple[state.Tra
                 f"config.init_from = {str(path)!r}: {name} is {found.get(name, 'absent')} there, but "
                 f"{needed.get(name, 'absent')} in this network. Set config.model (and config.data.channels) as there"
             )
-    params = {**given["params"], "head": fresh.params["head"]} if differing else given["params"]
-    ema = None if fresh.ema is None else jax.tree.map(jnp.copy, params)
     done = f"Begins with the weights of {path}, step {step}"
     if differing:
+        del given["params"]["head"]
         outputs = [sizes["params/head/bias"][0] for sizes in (found, needed)]
         done += f"; its head has {outputs[0]} outputs and is drawn anew with {outputs[1]}"
-    return fresh.replace(params=params, batch_stats=given["batch_stats"], ema=ema), done
+    return given, done
+
+
+def begin(fresh: state.TrainState, given: dict[str, Any]) -> state.TrainState:
+    """A new state with the weights that `read_beginning` gave; those that it lacks stay as they were drawn."""
+    params = {**fresh.params, **given["params"]}
+    ema = None if fresh.ema is None else jax.tree.map(jnp.copy, params)
+    return fresh.replace(params=params, batch_stats=given["batch_stats"], ema=ema)
 
 
 def check_fits(model: nn.Module, classes: data.Classes, variables: dict[str, Any], name: str) -> None:

@@ -126,7 +126,10 @@ def _guess_labels(pairs: Sequence[pairs_of.Pair], say: Callable[[str], None]) ->
     if len(usual) * 2 < len(seen):
         usual = [set.union(*(found for found, is_colored, _ in seen if is_colored == seen[0][1]))]
     counts = collections.Counter(value for found in usual for value in found)
-    guessed = labels.guess(counts)
+    if counts.keys() == {0, 1, 255} and not any({1, 255} <= found for found in usual):
+        guessed = "0 background", "1 foreground", "255 -> 1"  # some masks were written as 0 and 1, some as 0 and 255
+    else:
+        guessed = labels.guess(counts)
     say(
         "Labels, as guessed from the masks; to change them, or to name the classes, set\n"
         f'  --config.data.labels="{guessed!r}"\n'

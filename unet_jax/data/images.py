@@ -46,7 +46,7 @@ def read(path, mode: str) -> np.ndarray:
       UserError: the file is not a readable 8-bit image; names it.
     """
     with _open(path) as image:
-        deep = _is_deep(image)
+        deep = _is_deep(image) or image.mode.startswith("I;16")
         if deep or image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
             raise UserError(
                 f"{path}: a{' 16-bit' if deep else ''} {image.mode} image; 8-bit grey, RGB or RGBA is needed"
