@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
     config.optimizer.momentum = 0.9  # sgd
     config.optimizer.weight_decay = 0.0  # adamw
     config.optimizer.clip_norm = 0.0  # of the whole gradient; 0 is off
-    config.optimizer.frozen = ()  # beginnings of the names of weights that stay as they are, as ("down_0", "down_1")
+    config.optimizer.frozen = ()  # beginnings of names of weights that stay, as ("down_0",); batch averages go on
     config.optimizer.ema = 0.0  # decay of averaged weights, which are then the ones evaluated; 0 is off
 
     config.train = ConfigDict()

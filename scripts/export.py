@@ -78,11 +78,18 @@ def _export(workdir: str, kind: str, output: pathlib.Path, step: int | None) -> 
         for path in beside:
             path.write_text(json.dumps(export.metadata(trained), indent=2) + "\n")
     except OSError as error:
+        for path in (output, *beside):
+            path.unlink(missing_ok=True)
         raise UserError(f"--output={output} cannot be written: {error}") from error
     print(f"Wrote {output} ({len(data) / 1e6:.1f} MB): {workdir}, step {trained.step}")
     for path in beside:
         print(f"Wrote {path}: config, classes and step")
-    _compare(trained, kind, READ[kind].format(str(output), trained.classes.channels))
+    try:
+        _compare(trained, kind, READ[kind].format(str(output), trained.classes.channels))
+    except UserError:
+        for path in (output, *beside):
+            path.unlink()
+        raise
 
 
 def _compare(trained, kind: str, code: str) -> None:

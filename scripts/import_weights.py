@@ -41,12 +41,17 @@ def import_weights(flags: argparse.Namespace) -> None:
 
     import jax  # late, so that --help answers at once
 
-    from unet_jax import convert
+    from unet_jax import convert, data
 
     for name, level in (("absl", logging.ERROR), ("jax", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
     names = [name.strip() for name in flags.classes.split(",")] if flags.classes else []
     task = "multilabel" if flags.multilabel else ""
+    evaluates = bool(flags.config)
+    if config.data.name == "folder":
+        evaluates &= pathlib.Path(config.data.root).is_dir()
+        if evaluates:
+            data.settle(config.data)  # a work directory keeps what the masks mean
     network, classes = convert.convert(flags.weights, flags.workdir, config, names, task)
     count = sum(array.size for array in jax.tree.leaves(network.variables["params"]))
     differing = {name: value for name, value in network.settings.items() if value != config.model[name]}
@@ -59,7 +64,7 @@ def import_weights(flags: argparse.Namespace) -> None:
         f"Written to {flags.workdir}. Next:\n"
         f"predict   python -m unet_jax.main --mode=predict --workdir={flags.workdir} --input=IMAGES --output=FOLDER"
     )
-    if flags.config:
+    if evaluates:
         print(f"evaluate  python -m unet_jax.main --mode=eval --workdir={flags.workdir}   # on {config.data.name}")
     print(
         f"fine-tune python -m unet_jax.main --config={flags.config or 'configs/NAME.py'} "

@@ -7,11 +7,13 @@ import sys
 import zlib
 
 import numpy as np
+import pytest
 import tifffile
 from conftest import ROOT
 from PIL import Image
 
 from unet_jax import check
+from unet_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
 
@@ -126,7 +128,7 @@ def test_sound_images_are_ok(tmp_path, real_data, capsys):
     config.data.root = str(real_data / "camvid/CamVid")
     assert check.check(config, tmp_path / "sheet.png")
     out = capsys.readouterr().out
-    assert "42 pairs; 34 for training and 8 for validation" in out and out.rstrip().endswith("OK")
+    assert "42 pairs; good are 34 for train, 8 for validation" in out and out.rstrip().endswith("OK")
     assert "480x360: 42 (width x height); resized to 256x192" in out
     row = next(line.split() for line in out.splitlines() if line.startswith("pedestrian"))
     assert row[1] == "9" and row[3] == "26" and row[5] == "8"
@@ -137,4 +139,21 @@ def test_sound_images_are_ok(tmp_path, real_data, capsys):
 def test_every_data_set_can_be_checked(tmp_path, config, capsys):
     config.data.variant = "multilabel"
     assert check.check(config, tmp_path / "sheet.png")
-    assert "20 for training and 10 for validation" in capsys.readouterr().out
+    assert "good are 20 for train, 10 for validation" in capsys.readouterr().out
+
+
+def test_faults_of_every_list_are_told_and_the_test_split_is_read(tmp_path, capsys):
+    from configs import folder
+
+    _broken_folder(tmp_path / "data")
+    for name, lines in (("train", "good0\ngood1"), ("val", "good2\nnothing"), ("test", "good3\nrange")):
+        (tmp_path / f"data/{name}.txt").write_text(lines)
+    config = folder.get_config()
+    config.data.root, config.data.lists = str(tmp_path / "data"), ("train.txt", "val.txt", "test.txt")
+    config.data.labels = ("0 background", "255 -> 1 cell")
+    assert not check.check(config, tmp_path / "sheet.png")
+    out = capsys.readouterr().out
+    assert "val.txt, line 2: 'nothing': no image with a mask has that name" in out
+    assert "range.png: label 7" in out and "good are 2 for train, 1 for validation, 1 for test" in out
+    with pytest.raises(UserError, match="cannot be written"):
+        check.check(config, "/proc/nowhere/sheet.png")

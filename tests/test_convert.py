@@ -504,6 +504,7 @@ def test_evaluates_and_begins_other_trainings_but_does_not_go_on(tmp_path, confi
     imported = workdir.read_config(run)
     with pytest.raises(UserError, match="holds imported weights.*--config.init_from="):
         train.train(imported, run)
+    assert unet_jax.load(run).classes.names[0] == "class 0"  # left as it was
     config.model, config.init_from, config.train.epochs = imported.model, str(run), 0.4
     train.train(config, tmp_path / "finetuned")
     assert f"Begins with the weights of {run}, step 0" in capsys.readouterr().out
@@ -530,3 +531,43 @@ def test_command(tmp_path):
         assert failed.returncode == 1
         assert failed.stderr.startswith("error: ") and message in failed.stderr and "Traceback" not in failed.stderr
     assert not (tmp_path / "marker").exists() and not (tmp_path / "new").exists()
+
+
+def _zip_pickle(path, program, storage=b"\0" * 16):
+    """A file as torch.save makes it, around any pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", program)
+        archive.writestr("x/data/0", storage)
+
+
+STORAGE = b"(Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI4\ntQ"  # a persistent id of four floats
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def test_a_tensor_of_a_tensor_shows_no_foreign_memory(tmp_path):
+    inner = TENSOR + b"(" + STORAGE + b"I3\n(I4\nt(I0\ntI00\nNtR"
+    outer = b"(dVe11.weight\n" + TENSOR + b"(" + inner + b"I0\n(I4\nt(I1\ntI00\nNtRs."
+    _zip_pickle(tmp_path / "a.pth", outer)
+    with pytest.raises(UserError, match="a tensor of no storage"):
+        weights.read(tmp_path / "a.pth")
+    _zip_pickle(tmp_path / "b.pth", b"(dVe11.weight\n" + inner + b"s.")
+    assert weights.read(tmp_path / "b.pth").arrays["e11.weight"].tolist() == [0, 0, 0, 0]
+
+
+def test_copies_without_end_are_refused(tmp_path):
+    _zip_pickle(tmp_path / "a.pth", b"ccollections\nOrderedDict\n((dtR.")
+    with pytest.raises(UserError, match="cannot be read"):
+        weights.read(tmp_path / "a.pth")
+
+
+def test_arrays_of_other_files_are_refused(tmp_path):
+    import h5py
+
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        other["secret"] = np.arange(4.0)
+    layout = h5py.VirtualLayout((4,), float)
+    layout[:] = h5py.VirtualSource(tmp_path / "other.h5", "secret", (4,))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_virtual_dataset("model_weights/conv/conv/kernel:0", layout)
+    with pytest.raises(UserError, match="its weights are in other files"):
+        weights.read(tmp_path / "a.h5")

@@ -263,3 +263,92 @@ def test_a_folder_without_a_readable_image_is_named(tmp_path):
         _settled(_config(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"photos is not a folder; folders in .*: images, masks"):
         _settled(_config(tmp_path, images=("photos",)))
+
+
+def _find(config):
+    from unet_jax.data import pairs
+
+    found, faults = pairs.find(config)
+    return [pair.id for pair in found], faults
+
+
+def test_images_and_masks_in_one_folder_behind_links_and_of_other_formats(tmp_path):
+    for k in range(3):
+        _save(_picture(), tmp_path / f"elsewhere/{k}.png")
+        _save(_mask(), tmp_path / f"elsewhere/{k}_mask.png")
+    _save(_picture(), tmp_path / "data/all/a.b.TIF")
+    _save(_mask(), tmp_path / "data/all/a.b_mask.png")
+    _save(_picture(), tmp_path / "data/all/c.bmp")
+    (tmp_path / "data/all/sub").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/all/sub/circle").symlink_to(tmp_path / "data/all")
+    ids, faults = _find(_config(tmp_path / "data", images=("all",), masks=("all",)))
+    assert ids == ["a.b", "sub/0", "sub/1", "sub/2"]
+    assert len(faults) == 1 and "c.bmp: .bmp files are not read" in faults[0]
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("train/0.png trainm/0.png", ["train/0"]),
+        ("train\\0.png", ["train/0"]),
+        ("/old/place/train/frame.001 /old/place/trainm/frame.001", ["train/frame.001"]),
+        ("frame.001", ["train/frame.001"]),
+        ("a b.png", ["train/a b"]),
+        ("train/9.png", "no image with a mask has that name"),  # never val/9
+        ("0", "2 pairs have that name"),
+    ],
+)
+def test_a_line_of_a_list_names_one_pair_or_none(line, expected, tmp_path):
+    for folder, names in (("train", ("0", "frame.001", "a b")), ("val", ("0", "9"))):
+        for name in names:
+            _save(_picture(), tmp_path / f"{folder}/{name}.png")
+            _save(_mask(), tmp_path / f"{folder}m/{name}.png")
+    (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
+    (tmp_path / "val.txt").write_text("9\n")
+    folders = dict(images=("train", "val"), masks=("trainm", "valm"), lists=("train.txt", "val.txt"))
+    config = _config(tmp_path, **folders, labels=("0 a", "255 -> 1"), channels=3)
+    if isinstance(expected, list):
+        assert list(data.load(config, "train").ids) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            data.load(config, "train")
+    (tmp_path / "train.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(UserError, match="train.txt cannot be read as text"):
+        data.load(config, "train")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(channels=2), "channels = 2 must be 1"),
+        (dict(value_range=(5, 5)), r"value_range = \(5, 5\) must be"),
+        (dict(value_range=(5,)), "value_range"),
+        (dict(group="(b)?."), "finds nothing in the name '0'"),
+        (dict(labels=("0 a", "1 -> car")), "'1 -> car' is no entry"),
+        (dict(labels=("0 0 0 a", "0 0 300 b")), "'0 0 300 b' is no entry"),
+        (dict(variant="binary", labels=("0 a", "255 -> 1 b", "2 c")), "for two classes, but config.data.labels has 3"),
+    ],
+    ids=str,
+)
+def test_settings_without_meaning_are_refused(fields, message, tmp_path):
+    _fill(tmp_path, 3)
+    config = _config(tmp_path, **fields)
+    with pytest.raises(UserError, match=message):
+        _settled(config)
+        data.load(config, "train")
+
+
+def test_void_beyond_the_palette_turned_photos_and_photos_with_previews(tmp_path):
+    _fill(tmp_path, 2)
+    mask = Image.fromarray(_mask(values=(0, 1, 255)))
+    mask.putpalette([k % 256 for k in range(63)])  # 21 colours
+    mask.save(tmp_path / "masks/0.png")
+    mask.save(tmp_path / "masks/1.png")
+    (tmp_path / "images/0.png").unlink()
+    photo, exif = Image.fromarray(_picture()), Image.Exif()
+    exif[0x0112] = 3
+    photo.save(tmp_path / "images/0.jpg", "MPO", save_all=True, append_images=[photo], exif=exif)
+    config = _config(tmp_path)
+    said = _settled(config)
+    assert "255 -> ignore" in config.labels and "1 photo(s) are marked as turned" in said
+    assert set(np.unique(data.load(config, "all").read(0)[1])) == {0, 1, 255}

@@ -29,7 +29,7 @@ ALLOWED = {
     "export": {"errors", "metrics", "models", "predict", "trained"},
     "log": {"em", "mesh", "workdir", "evaluate"},
     "check": {"data", "draw", "errors", "mesh", "models"},
-    "predict_files": {"data", "draw", "errors", "mesh", "predict", "trained"},
+    "predict_files": {"data", "draw", "errors", "mesh", "predict", "trained", "workdir"},
     "main": {"errors", "train", "check", "evaluate", "predict_files", "mesh", "report"},
 }
 

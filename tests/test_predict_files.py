@@ -128,6 +128,8 @@ def test_a_binary_network_of_own_16_bit_images(tmp_path, capsys):
         (dict(threshold=2.0), "must be between 0 and 1"),
         (dict(output="."), "is where the inputs are"),
         (dict(output="full"), "is not empty, it holds note.txt"),
+        (dict(output="full/note.txt"), "cannot be written"),
+        (dict(inputs="clash"), "two outputs would be called x_probability_circle.png"),
         (dict(tta="flip"), "Did you mean 'flips'"),
         (dict(inputs="twins"), "would be written to the same file"),
     ],
@@ -138,12 +140,18 @@ def test_bad_input_is_refused_before_any_work(trained, tmp_path, monkeypatch, ch
     _save(np.zeros((48, 48), np.uint8), tmp_path / "a.png")
     for name in ("x.png", "x.jpg"):
         _save(np.zeros((48, 48), np.uint8), tmp_path / "twins" / name)
+    for name in ("x.png", "x_probability_circle.png"):
+        _save(np.zeros((48, 48), np.uint8), tmp_path / "clash" / name)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/note.txt").write_text("")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message):
         predict_files.predict_files(trained, **{"inputs": "a.png", "output": "out", **change})
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_classes_whose_names_clean_up_alike_keep_files_of_their_own():
+    assert predict_files._suffixes(("a b", "a_b", "c/d")) == ["_0_a_b", "_1_a_b", "_c_d"]
 
 
 def test_unreadable_files_are_listed_and_the_others_predicted(trained, tmp_path):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 SHOWN = 24  # pictures on the contact sheet
-SPLITS = ("train", "validation")
+SPLITS = ("train", "validation")  # and what a third list names, for testing
 
 
 class Example(NamedTuple):
@@ -44,21 +44,31 @@ def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
       UserError: no images, or a configuration that says nothing about them.
     """
     config = config.copy_and_resolve_references()
+    sheet = epath.Path(sheet)
+    try:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        sheet.write_bytes(b"")
+    except OSError as error:
+        raise UserError(f"{sheet} cannot be written: {error}. Choose another --workdir") from error
     data.settle(config.data, mesh.say)
-    sources = {split: data.survey(config.data, split) for split in SPLITS}
+    lists = config.data.lists
+    has_test = len(lists) == 3 and (epath.Path(config.data.root) / lists[2]).exists()
+    splits = (*SPLITS, "test") if has_test else SPLITS
+    sources = {split: data.survey(config.data, split) for split in splits}
     classes = sources["train"].classes
-    places = [(split, index) for split in SPLITS for index in range(len(sources[split]))]
+    places = [(split, index) for split in splits for index in range(len(sources[split]))]
     examples = folder.each(lambda place: _look(sources[place[0]], *place), places, "Checking")
     good = [(split, example) for (split, _), example in zip(places, examples, strict=True) if not example.fault]
-    faults = [*sources["train"].faults, *(example.fault for example in examples if example.fault)]
+    faults = list(dict.fromkeys(fault for source in sources.values() for fault in source.faults))
+    faults += [example.fault for example in examples if example.fault]
     faults += _duplicates(good)
 
-    counts = {split: sum(split == s for s, _ in good) for split in SPLITS}
-    mesh.say(f"checked   {len(places)} pairs; {counts['train']} for training and {counts['validation']} for validation")
+    counts = ", ".join(f"{sum(split == s for s, _ in good)} for {split}" for split in splits)
+    mesh.say(f"checked   {len(places)} pairs; good are {counts}")
     _say_sizes(config, classes, good)
     if good:
         _say_labels(classes, good)
-        _draw(sources, places, examples, classes, epath.Path(sheet))
+        _draw(sources, places, examples, classes, sheet)
     for fault in faults:
         mesh.say(f"FAULT     {fault}")
     mesh.say(f"{len(faults)} fault(s)" if faults else "OK")
@@ -146,7 +156,6 @@ def _draw(sources, places, examples, classes, sheet: epath.Path) -> None:
         return f"{split} {sources[split].ids[index]}", np.asarray(small)
 
     picture = draw.contact_sheet(folder.each(small_overlay, chosen, "Drawing"), classes)
-    sheet.parent.mkdir(parents=True, exist_ok=True)
     with sheet.open("wb") as file:
         picture.save(file, "PNG")
     mesh.say(f"look at   {sheet}")

@@ -95,6 +95,14 @@ class Checkpoints:
         )
         return state.replace(**saved.variables, **saved.training), saved.meta
 
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """The meta saved at `step`.
+
+        Raises:
+          UserError: no such step, or it is damaged.
+        """
+        return self._restore(step, meta=ocp.args.JsonRestore()).meta
+
     def restore_variables(self, step: int, sharding: jax.sharding.Sharding) -> dict[str, PyTree]:
         """What evaluation needs of `step`: `params`, and where they were saved `batch_stats` and `ema`.
 

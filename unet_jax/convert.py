@@ -69,6 +69,8 @@ def convert(
     config = config.copy_and_resolve_references()
     config.model.update(network.settings)
     config.optimizer.ema = 0.0
+    if config.data.name == "folder":
+        config.data.channels = network.channels
     workdir.check(path, config)
     workdir.claim(path, config, classes.to_json())
     checkpoints = checkpoint.Checkpoints(path)

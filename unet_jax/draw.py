@@ -58,7 +58,8 @@ class Panels:
         for name, example in zip(self._ids, self._examples, strict=True):  # one by one, for images may be large
             prediction = np.asarray(predict(example["image"][None]))[0]
             picture = draw_panel(**example, prediction=prediction, classes=self._classes)
-            with (folder / f"{name.replace('/', '_')}.png").open("wb") as file:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with (folder / f"{name}.png").open("wb") as file:
                 picture.save(file, "PNG")
 
 
@@ -129,10 +130,13 @@ def overlay(image: np.ndarray, label: np.ndarray, classes: Classes, opacity: flo
       classes: names and colours.
       opacity: of the colours.
     """
-    shown = (label == 1).any(-1) if classes.task == "multilabel" else label != 0
-    colors = colorize(label, classes).astype(np.float32)
-    mixed = (1 - opacity) * image + opacity * colors
-    return np.where(shown[..., None], mixed, image).astype(np.uint8)
+    mixed = np.empty((*image.shape[:2], 3), np.uint8)
+    for top in range(0, len(image), 512):  # so that a large image is never held in float
+        rows = slice(top, top + 512)
+        shown = (label[rows] == 1).any(-1) if classes.task == "multilabel" else label[rows] != 0
+        colors = colorize(label[rows], classes).astype(np.float32)
+        mixed[rows] = np.where(shown[..., None], (1 - opacity) * image[rows] + opacity * colors, image[rows])
+    return mixed
 
 
 def contact_sheet(pictures: Sequence[tuple[str, np.ndarray]], classes: Classes, columns: int = 6) -> Image.Image:

@@ -96,3 +96,21 @@ class Log:
         """Writes what is left."""
         if self._writer is not None:
             self._writer.close()
+
+
+def tiles(use: str, size: Sequence[int], given: Sequence[int]) -> str:
+    """What the network predicts, and from how much of the image."""
+    shown = f"{use} predicts {size[0]}x{size[1]}"
+    return shown if tuple(size) == tuple(given) else f"{shown} from {given[0]}x{given[1]}, mirrored where needed"
+
+
+def memory(compiled) -> str:
+    """What a compiled step needs on each device, as far as the compiler tells."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return "unknown on this device"
+    held, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    return (
+        f"{(held + temporary) / 2**20:.0f} MiB a step on each device: {held / 2**20:.0f} state and batch, "
+        f"{temporary / 2**20:.0f} activations and gradients"
+    )

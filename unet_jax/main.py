@@ -75,6 +75,9 @@ def main(argv: list[str]) -> None:
         _run()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def _run() -> None:

@@ -282,7 +282,7 @@ def _settings(config: Any, runs: Sequence[dict[str, Any]]) -> str:
     )
     blocks = [f'<details><summary>Configuration</summary><table class="fields">{fields}</table></details>']
     for run in runs:
-        title = "Environment" if len(runs) == 1 else f"Environment from step {run['first_step']}"
+        title = "Environment" if len(runs) == 1 else f"Environment from step {int(run['first_step'])}"
         values = {name: run[name] for name in ("command", "devices", "platform", "commit")} | run["versions"]
         table = "".join(_field(name, "not recorded" if value is None else value) for name, value in values.items())
         blocks.append(f'<details><summary>{title}</summary><table class="fields">{table}</table></details>')

@@ -1,14 +1,14 @@
 """`--mode=predict`: image files of any size in, label files of the same size out; needs the work directory alone."""
 
+import collections
 import glob
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from unet_jax import data, draw, mesh, predict, trained
+from unet_jax import data, draw, mesh, predict, trained, workdir
 from unet_jax.data import images
 from unet_jax.errors import UserError, check_choice
 
@@ -60,10 +60,6 @@ def predict_files(
         check_choice("--tta", tta, predict.TTA)
     output = epath.Path(output)
     files = _find(inputs, output)
-    taken = sorted(file.name for file in output.iterdir()) if output.is_dir() else []
-    if taken:
-        raise UserError(f"--output={output} is not empty, it holds {taken[0]}: choose another folder, or empty it")
-
     network = trained.load(path, mesh.create(0, 1), step)
     config, classes = network.config, network.classes
     sigmoid = classes.task != "multiclass"
@@ -73,6 +69,9 @@ def predict_files(
     height, width = config.data.size
     if scale is None:
         scale = "native" if network.image_size == (height, width) else "fit"
+    label_suffixes = _suffixes(classes.names) if classes.task == "multilabel" else [""]
+    kept_suffixes = [f"_probability{suffix}" for suffix in _suffixes(classes.names[-classes.num_outputs :])]
+    _claim(output, files, [f"{suffix}.png" for suffix in (*label_suffixes, *kept_suffixes)])
     tiles = predict.Predictor(network.model, network.variables, classes, (height, width), tta)
     how = {
         "fit": f"resized to {width}x{height} and back ({interpolation})",
@@ -95,23 +94,24 @@ def predict_files(
             whole = _resize(network.predict(small[None], tta)[0], image.shape, interpolation)
             parts = [(slice(0, len(image)), whole)]
         else:
-            parts = tiles.bands(image)
-        (output / name).parent.mkdir(parents=True, exist_ok=True)
+            parts = tiles.bands(image)  # so that the probabilities of a large image are never held whole
         shape = image.shape[:2]
         label = np.empty((*shape, len(classes.names)) if classes.task == "multilabel" else shape, np.uint8)
-        kept = _make_kept(output / name, (*shape, classes.num_outputs), probabilities)
-        for rows, part in parts:  # so that a large image is never held in float
-            label[rows] = predict.to_label(part, classes.task, threshold)
-            if kept is not None:
-                kept[rows] = part if kept.dtype == np.float32 else np.rint(part * 65535)
-        for suffix, picture in _label_pictures(label, classes).items():
-            _save(picture, f"{output / name}{suffix}.png")
-        if probabilities == "png":
-            for k, one in enumerate(classes.names[-classes.num_outputs :]):
-                _save(
-                    Image.fromarray(np.ascontiguousarray(kept[..., k])), f"{output / name}_probability_{_safe(one)}.png"
-                )
-        _save(Image.fromarray(draw.overlay(image, label, classes)), f"{output / name}_overlay.jpg")
+        try:
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            kept = _make_kept(output / name, (*shape, classes.num_outputs), probabilities)
+            for rows, part in parts:
+                label[rows] = predict.to_label(part, classes.task, threshold)
+                if kept is not None:
+                    kept[rows] = part if probabilities == "npy" else np.rint(part * 65535)
+            for suffix, picture in zip(label_suffixes, _label_pictures(label, classes), strict=True):
+                _save(picture, f"{output / name}{suffix}.png")
+            if probabilities == "png":
+                for k, suffix in enumerate(kept_suffixes):
+                    _save(Image.fromarray(np.ascontiguousarray(kept[..., k])), f"{output / name}{suffix}.png")
+            _save(Image.fromarray(draw.overlay(image, label, classes)), f"{output / name}_overlay.jpg")
+        except OSError as error:
+            raise UserError(f"--output={output}: cannot write what was predicted of {file}: {error}") from error
         written[str(file)] = _shares(label, classes)
 
     if written:
@@ -125,7 +125,7 @@ def predict_files(
             "classes": classes.names,
             "shares": written,
         }
-        (output / "predictions.json").write_text(json.dumps(made, indent=2) + "\n")
+        workdir.write_json(output / "predictions.json", made)
         _warn_if_constant(written, classes)
     mesh.say(f"{len(written)} of {len(files)} images are predicted in {output}")
     if failures:
@@ -141,12 +141,13 @@ def _find(inputs: str, output: epath.Path) -> dict[str, epath.Path]:
     """
     root = epath.Path(inputs)
     if root.is_dir():
-        files = [folder / name for folder, _, names in root.walk() for name in names]
+        files = images.files_below(root)
     elif root.exists():
         files, root = [root], root.parent
     else:
         files = [epath.Path(name) for name in glob.glob(inputs, recursive=True)]
-        root = epath.Path(glob.escape(inputs).split("[")[0].rpartition("/")[0] or ".")  # what is before any wildcard
+        before, slash, _ = glob.escape(inputs).split("[")[0].rpartition("/")  # of what is before any wildcard
+        root = epath.Path(before or slash or ".")
     files = sorted(file for file in files if file.suffix.lower() in images.SUFFIXES and not file.name.startswith("."))
     if not files:
         raise UserError(f"--input={inputs} names no image ({', '.join(images.SUFFIXES)})")
@@ -163,6 +164,33 @@ def _find(inputs: str, output: epath.Path) -> dict[str, epath.Path]:
     return found
 
 
+def _suffixes(names: Sequence[str]) -> list[str]:
+    """What is added to file names for each class; its number too, where the letters alone would be the same."""
+    safe = ["".join(c if c.isalnum() or c in "-." else "_" for c in name) for name in names]
+    return [f"_{one}" if safe.count(one) == 1 else f"_{k}_{one}" for k, one in enumerate(safe)]
+
+
+def _claim(output: epath.Path, files: Mapping[str, epath.Path], suffixes: Sequence[str]) -> None:
+    """Makes the output folder, and sees that nothing will be overwritten.
+
+    Raises:
+      UserError: it cannot be written, holds something, or two images would be written to the same file.
+    """
+    targets = collections.Counter(name + suffix for name in files for suffix in suffixes)
+    (target, count), *_ = targets.most_common(1)
+    if count > 1:
+        raise UserError(f"two outputs would be called {target}: rename an image, or predict them one by one")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        held = sorted(file.name for file in output.iterdir())
+        if held:
+            raise UserError(f"--output={output} is not empty, it holds {held[0]}: choose another folder, or empty it")
+        (output / "predictions.json").write_text("")
+        (output / "predictions.json").unlink()
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written: {error}") from error
+
+
 def _resize(probability, shape: Sequence[int], interpolation: str) -> np.ndarray:
     """Probabilities `[h, w, K]` -> float32 `[*shape[:2], K]`."""
     size, method = (shape[1], shape[0]), INTERPOLATION[interpolation]
@@ -177,18 +205,13 @@ def _make_kept(name: epath.Path, shape: tuple[int, ...], probabilities: str) -> 
     return np.empty(shape, np.uint16) if probabilities == "png" else None
 
 
-def _label_pictures(label: np.ndarray, classes: data.Classes) -> dict[str, Image.Image]:
-    """What is added to the file name -> picture."""
+def _label_pictures(label: np.ndarray, classes: data.Classes) -> list[Image.Image]:
+    """A picture with a palette; of a multilabel task one for each class, 0 and 255."""
     if classes.task == "multilabel":
-        return {f"_{_safe(name)}": Image.fromarray(label[..., k] * 255) for k, name in enumerate(classes.names)}
+        return [Image.fromarray(np.ascontiguousarray(label[..., k]) * 255) for k in range(len(classes.names))]
     picture = Image.fromarray(label)
     picture.putpalette([part for color in classes.palette for part in color])
-    return {"": picture}
-
-
-def _safe(name: str) -> str:
-    """A class name as a part of a file name."""
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in name)
+    return [picture]
 
 
 def _save(picture: Image.Image, file: str) -> None:

@@ -38,6 +38,7 @@ def write(
     step: int | None = None,
     data_dir: str | None = None,
     images: pipeline.Pipeline | None = None,
+    devices: jax.sharding.Mesh | None = None,
 ) -> epath.Path:
     """Writes the report of a work directory.
 
@@ -48,6 +49,7 @@ def write(
       step: which checkpoint; None is the best.
       data_dir: where the images are, if not in `config.data.root`.
       images: of the validation split, where they are at hand; None opens them.
+      devices: a mesh; None is all devices, each with whole images.
 
     Returns:
       the file written, `report.html`.
@@ -56,7 +58,7 @@ def write(
       UserError: no work directory or checkpoint, or the report cannot be written.
     """
     path = epath.Path(path)
-    devices = mesh.create(0, 1)
+    devices = mesh.create(0, 1) if devices is None else devices
     network = trained.load(path, devices, step)
     if data_dir is not None:
         network.config.data.root = data_dir
@@ -181,9 +183,9 @@ def _recall(path: epath.Path, network: trained.Trained) -> Measured:
     names, step = network.classes.names, network.step
     if (path / "eval.json").exists():
         held = workdir.read_json(path / "eval.json")
-        if held["step"] == step:
+        if held["step"] == step and held["split"] == "validation" and held["data_root"] == network.config.data.root:
             confusion = np.array(held["confusion"], np.int64)
-            origin = f"eval.json, {held['images']} images of the {held['split']} split"
+            origin = f"eval.json, {held['images']} validation images, test-time augmentation {held['tta']}"
             return Measured(origin, metrics.scores(confusion, names), confusion, {})
     for row in workdir.read_metrics(path):
         if row["step"] == step and "val/miou" in row:

@@ -50,6 +50,8 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
 
     path = epath.Path(path)
     config = config.copy_and_resolve_references()
+    if (path / "config.json").exists():
+        data.take_settled(config.data, workdir.read_config(path).data)
     data.settle(config.data, mesh.say)
     workdir.check(path, config)
 
@@ -84,20 +86,16 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     optimizer.check_frozen(config.optimizer.frozen, trained.shapes(unet.abstract(model, classes.channels)["params"]))
     tx = optimizer.make_optimizer(config.optimizer, schedule)
 
-    beginning = None
-    if config.init_from and not checkpoint.exists(path):
+    # What was already done, or what to begin with. Nothing is written before all of it has been found in order.
+    examples = {split: hashlib.sha256(repr(list(s.ids)).encode()).hexdigest() for split, s in sources.items()}
+    first_step, beginning = 0, None
+    if checkpoint.exists(path):
+        first_step = _check_done(path, examples, config.data.root)
+    elif config.init_from:
         beginning = trained.read_beginning(config.init_from, model, classes, mesh.replicated(devices))
-
-    # What was already done.
     original_size = sources["train"].read(0)[0].shape[:2]
     workdir.claim(path, config, {**classes.to_json(), "image_size": original_size})
     checkpoints = checkpoint.Checkpoints(path)
-    examples = {split: hashlib.sha256(repr(list(s.ids)).encode()).hexdigest() for split, s in sources.items()}
-    if checkpoints.latest_step() == 0:
-        raise UserError(
-            f"{path} holds imported weights. Begin with them by --config.init_from={path}, in another --workdir"
-        )
-    first_step, window = checkpoints.latest_step() or 0, []
     if first_step >= total_steps:
         checkpoints.close()
         _draw_history(path)  # it may have been killed just before
@@ -109,6 +107,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         return
 
     # Images and state.
+    window = []
     images = {
         split: pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib, weigh)
         for split, source in sources.items()
@@ -123,11 +122,6 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     )
     if first_step:
         train_state, meta = checkpoints.restore(first_step, train_state)
-        if meta["examples"] != examples:
-            raise UserError(
-                f"{path} was trained on other examples than config.data.root = {config.data.root!r} holds now: images "
-                "were added, removed or renamed. Restore them, or choose another --workdir"
-            )
         window = meta["window"]
         mesh.say(f"Going on from step {first_step} of {path}")
     elif beginning is not None:
@@ -146,14 +140,14 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         f"data     {count} training and {len(sources['validation'])} validation images of "
         f"{config.data.size[0]}x{config.data.size[1]}, {len(classes.names)} classes ({classes.task}), "
         f"{'held in memory' if images['train'].cached else 'read anew each epoch'}\n"
-        f"tiles    {_tiles('training', crop, input_size)}; {_tiles('validation', config.data.size, image_size)}\n"
+        f"tiles    {log.tiles('training', crop, input_size)}; {log.tiles('validation', config.data.size, image_size)}\n"
         f"devices  {jax.device_count()} x {jax.devices()[0].device_kind}, mesh data={devices.shape['data']} "
         f"space={devices.shape['space']}; {jax.process_count()} process(es)\n"
         f"steps    {total_steps} of {batch_size} images, {steps_per_epoch:.1f} an epoch"
     )
     started = time.monotonic()
     train_step = make_train_step(model, tx, config, classes, devices).lower(train_state, batch).compile()
-    mesh.say(f"memory   {_memory(train_step)}; compiled in {time.monotonic() - started:.1f} s")
+    mesh.say(f"memory   {log.memory(train_step)}; compiled in {time.monotonic() - started:.1f} s")
     eval_step = evaluate.make_eval_step(model, classes, config, devices)
     panels = draw.Panels(images["validation"], config.train.panels, path / "panels")
     predict_step = evaluate.make_predict_step(model, classes)
@@ -198,7 +192,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     checkpoints.close()
     history.close()
     _draw_history(path)
-    report.write(path, images=images["validation"])
+    report.write(path, images=images["validation"], devices=devices)
     mesh.say(evaluate.format_table(result))
     mesh.say(
         f"Finished: {total_steps} steps; best checkpoint: step {best}.\n"
@@ -260,6 +254,29 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=mesh.replicated(devices))
 
 
+def _check_done(path: epath.Path, examples: dict[str, str], root: str) -> int:
+    """The step from which to go on.
+
+    Raises:
+      UserError: the work directory holds no training, or one on other examples.
+    """
+    checkpoints = checkpoint.Checkpoints(path)
+    try:
+        step = checkpoints.latest_step()
+        if step == 0:
+            raise UserError(
+                f"{path} holds imported weights. Begin with them by --config.init_from={path}, in another --workdir"
+            )
+        if checkpoints.read_meta(step)["examples"] != examples:
+            raise UserError(
+                f"{path} was trained on other examples than config.data.root = {root!r} holds now: images were added, "
+                "removed or renamed. Restore them, or choose another --workdir"
+            )
+    finally:
+        checkpoints.close()
+    return step
+
+
 def _draw_history(path: epath.Path) -> None:
     if mesh.is_main_process():
         draw.draw_history(workdir.read_metrics(path), path / "history.png")
@@ -277,11 +294,6 @@ def _input_size(field: str, model: nn.Module, size: Sequence[int], devices: jax.
     except UserError as error:
         raise UserError(f"{field} = {tuple(size)}, to which the network gives {height} rows: {error}") from error
     return height, width
-
-
-def _tiles(use: str, size: Sequence[int], given: Sequence[int]) -> str:
-    shown = f"{use} predicts {size[0]}x{size[1]}"
-    return shown if tuple(size) == tuple(given) else f"{shown} from {given[0]}x{given[1]}, mirrored where needed"
 
 
 def _steps(field: str, epochs: float, steps_per_epoch: float) -> int:
@@ -302,16 +314,4 @@ def _check_finite(step: int, metrics: dict[str, jax.Array], checkpoints: checkpo
     raise UserError(
         f"step {step}: not finite: {', '.join(f'{name} = {value}' for name, value in values.items())}. {kept}. Try a "
         "lower config.optimizer.learning_rate, config.optimizer.clip_norm=1.0 or config.optimizer.warmup_epochs=1."
-    )
-
-
-def _memory(compiled) -> str:
-    """What a compiled step needs on each device, as far as the compiler tells."""
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return "unknown on this device"
-    held, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    return (
-        f"{(held + temporary) / 2**20:.0f} MiB a step on each device: {held / 2**20:.0f} state and batch, "
-        f"{temporary / 2**20:.0f} activations and gradients"
     )

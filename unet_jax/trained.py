@@ -117,8 +117,12 @@ def read_beginning(
     Raises:
       UserError: no work directory; a network that differs elsewhere than in its head, of which it names the first.
     """
-    workdir.read_config(epath.Path(path))
-    step, saved = checkpoint.read_variables(path, None, sharding)
+    try:
+        workdir.read_config(epath.Path(path))
+        names = data.Classes.from_json(workdir.read_classes(epath.Path(path))).names
+        step, saved = checkpoint.read_variables(path, None, sharding)
+    except UserError as error:
+        raise UserError(f"config.init_from = {str(path)!r}: {error}") from error
     given = {"params": saved.get("ema", saved["params"]), "batch_stats": saved.get("batch_stats", {})}
     found, needed = shapes(given), shapes(unet.abstract(model, classes.channels))
     differing = sorted(name for name in found.keys() | needed.keys() if found.get(name) != needed.get(name))
@@ -133,6 +137,8 @@ def read_beginning(
         del given["params"]["head"]
         outputs = [sizes["params/head/bias"][0] for sizes in (found, needed)]
         done += f"; its head has {outputs[0]} outputs and is drawn anew with {outputs[1]}"
+    elif names != classes.names:
+        done += f"; its head was trained for {', '.join(names)}, and is kept"
     return given, done
 
 

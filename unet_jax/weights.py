@@ -45,6 +45,12 @@ class KerasLayer(NamedTuple):
     inputs: tuple[str, ...]
 
 
+class Storage(NamedTuple):
+    """The bytes that tensors of a state dict are parts of."""
+
+    array: np.ndarray
+
+
 class Weights(NamedTuple):
     """What a file holds.
 
@@ -114,7 +120,10 @@ def _unpickle(file: pathlib.Path, archive: zipfile.ZipFile, folder: str) -> Any:
     """What `data.pkl` describes, made of tensors, containers, numbers and strings alone."""
     storages = {}
 
-    def tensor(storage, offset, size, stride, *_):
+    def tensor(stored, offset, size, stride, *_):
+        if type(stored) is not Storage:  # a tensor shows a part of its storage; a tensor of a tensor would show more
+            raise ValueError("a tensor of no storage")
+        storage = stored.array
         if 0 in size:
             return np.empty(size, storage.dtype)
         # The pickle may claim anything; outside of these limits the view would show foreign memory, or unfold.
@@ -125,7 +134,7 @@ def _unpickle(file: pathlib.Path, archive: zipfile.ZipFile, folder: str) -> Any:
         return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
 
     allowed = {
-        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "OrderedDict"): lambda: OrderedDict(),  # with arguments it could copy without end
         ("torch._utils", "_rebuild_tensor_v2"): tensor,
         ("torch._utils", "_rebuild_parameter"): lambda value, *_: value,
         **{("torch", name): name for name in STORAGES},
@@ -144,7 +153,7 @@ def _unpickle(file: pathlib.Path, archive: zipfile.ZipFile, folder: str) -> Any:
         def persistent_load(self, pid):
             _, kind, key, _, _ = pid
             if key not in storages:
-                storages[key] = np.frombuffer(archive.read(f"{folder}data/{key}"), STORAGES[kind])
+                storages[key] = Storage(np.frombuffer(archive.read(f"{folder}data/{key}"), STORAGES[kind]))
             return storages[key]
 
     described = archive.read(f"{folder}data.pkl")
@@ -169,7 +178,7 @@ def _state_dict(file: pathlib.Path, value: Any) -> dict[str, np.ndarray]:
     arrays = {name: array for name, array in items if isinstance(name, str) and isinstance(array, np.ndarray)}
     if not arrays:
         raise UserError(f"{file} holds no state dict: names with tensors, as torch.save(model.state_dict(), FILE) has")
-    for prefix in PREFIXES:
+    for prefix in PREFIXES * 2:  # one around the other
         if all(name.startswith(prefix) for name in arrays):
             arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
     return arrays
@@ -220,7 +229,7 @@ def _read_datasets(
 
     with h5py.File(opened, "r") as hdf5:
         hdf5.visititems(collect)
-        if any(dataset.external for dataset in datasets.values()):
+        if any(dataset.external or dataset.is_virtual for dataset in datasets.values()):
             raise UserError(f"{file} is refused: its weights are in other files. Save the model again")
         if sum(dataset.nbytes for dataset in datasets.values()) > size:
             raise UserError(f"{file} is refused: {CLOSED_UP}. Save it again there")

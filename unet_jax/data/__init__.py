@@ -12,7 +12,7 @@ from unet_jax.errors import UserError, check_choice
 
 NAMES = ("shapes", "carla", "oxford_iiit_pet", "isbi2012", "folder")
 
-__all__ = ["NAMES", "Classes", "Source", "load", "settle", "survey"]
+__all__ = ["NAMES", "Classes", "Source", "load", "settle", "survey", "take_settled"]
 
 
 def settle(config, say: Callable[[str], None] = print) -> None:
@@ -29,6 +29,18 @@ def settle(config, say: Callable[[str], None] = print) -> None:
         from unet_jax.data import folder
 
         folder.settle(config, say)
+
+
+def take_settled(config, earlier) -> None:
+    """As `settle`, by what was settled earlier for the same data, so that going on does not look at all files again.
+
+    Args:
+      config: `config.data`; changed.
+      earlier: that of a work directory.
+    """
+    for field in ("labels", "channels", "value_range"):
+        if config.name == earlier.name and not config[field]:
+            config[field] = earlier[field]
 
 
 def load(config, split: str) -> Source:

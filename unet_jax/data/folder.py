@@ -35,13 +35,14 @@ def load(config, split: str) -> Source:
     if not config.labels or not config.channels:
         raise UserError("config.data.labels and config.data.channels are not settled")
     label_map = labels.parse(config.labels)
+    _check(config)
     pairs, faults = pairs_of.find(config)
     chosen = pairs_of.split(pairs, config, split, faults)
     if not chosen:
-        raise UserError(
-            f"config.data.root = {config.root!r}: {len(pairs)} pairs leave none for {split}. Add images or groups, or "
-            f"change config.data.validation = {config.validation}"
-        )
+        remedy = f"Add images or groups, or change config.data.validation = {config.validation}"
+        if config.lists:
+            remedy = "".join(f"\n  {fault}" for fault in faults[:10])
+        raise UserError(f"config.data.root = {config.root!r}: {len(pairs)} pairs leave none for {split}. {remedy}")
 
     def read(index):
         pair = chosen[index]
@@ -51,6 +52,14 @@ def load(config, split: str) -> Source:
         return image, label_map.apply(mask, str(pair.mask))
 
     return Source(label_map.classes(task, config.channels), [pair.id for pair in chosen], read, tuple(faults))
+
+
+def _check(config) -> None:
+    """Checks `channels` and `value_range`."""
+    if config.channels not in (0, 1, 3):
+        raise UserError(f"config.data.channels = {config.channels} must be 1 (grey), 3 (colours), or 0 to find out")
+    if config.value_range and not (len(config.value_range) == 2 and 0 <= config.value_range[0] < config.value_range[1]):
+        raise UserError(f"config.data.value_range = {config.value_range} must be (low, high), or () to find out")
 
 
 def check_sizes(image: np.ndarray, mask: np.ndarray, pair: pairs_of.Pair) -> None:
@@ -79,6 +88,7 @@ def settle(config, say: Callable[[str], None]) -> None:
     Raises:
       UserError: no images, or masks that cannot be understood.
     """
+    _check(config)
     if config.labels:
         labels.parse(config.labels)
     if config.labels and config.channels and config.value_range:
@@ -87,7 +97,12 @@ def settle(config, say: Callable[[str], None]) -> None:
     if not config.labels:
         config.labels = _guess_labels(pairs, say)
     if not config.channels or not config.value_range:
-        grey, histogram = _look_at([pair.image for pair in pairs])
+        grey, turned, histogram = _look_at([pair.image for pair in pairs])
+        if turned:
+            say(
+                f"note: {len(turned)} photo(s) are marked as turned (EXIF), as {turned[0]}. Pixels count as stored: "
+                "if the masks were drawn on the turned view, turn the pixels"
+            )
         if not config.channels:
             config.channels = 1 if all(grey) else 3
             mixed = f" ({sum(grey)} of {len(grey)} are grey)" if any(grey) and not all(grey) else ""
@@ -143,11 +158,11 @@ def _guess_labels(pairs: Sequence[pairs_of.Pair], say: Callable[[str], None]) ->
 def _palette(path: epath.Path, mask: np.ndarray) -> dict[int, tuple]:
     """The colours of the indices that occur in a mask with a palette."""
     colors = images.kind(path).palette
-    return {int(i): tuple(colors[i]) for i in np.unique(mask)} if colors is not None else {}
+    return {int(i): tuple(colors[i]) for i in np.unique(mask) if i < len(colors)} if colors is not None else {}
 
 
-def _look_at(files: Sequence[epath.Path]) -> tuple[list[bool], np.ndarray]:
-    """Which of the readable images are grey, and the counts of all values of the 16-bit ones, int64 `[65536]`."""
+def _look_at(files: Sequence[epath.Path]) -> tuple[list[bool], list[epath.Path], np.ndarray]:
+    """Which of the readable images are grey; those turned by EXIF; counts of all 16-bit values, int64 `[65536]`."""
 
     histogram, lock = np.zeros(65536, np.int64), threading.Lock()
 
@@ -157,9 +172,10 @@ def _look_at(files: Sequence[epath.Path]) -> tuple[list[bool], np.ndarray]:
             counts = np.bincount(images.read_any(file).ravel(), minlength=65536)
             with lock:
                 np.add(histogram, counts, out=histogram)
-        return kind.grey
+        return kind.grey, file if kind.orientation != 1 else None
 
-    return _readable(look, files, "Looking at images"), histogram
+    seen = _readable(look, files, "Looking at images")
+    return [grey for grey, _ in seen], [file for _, file in seen if file], histogram
 
 
 def _readable(look: Callable, items: Iterable, title: str) -> list[Any]:

@@ -1,8 +1,7 @@
 """Reading and resizing image files, by Pillow and tifffile alone: it works where TensorFlow is not installed."""
 
 import contextlib
-import zipfile
-import zlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,8 +10,6 @@ from PIL import Image
 
 from unet_jax.errors import UserError, check_choice
 
-# What Pillow and zip archives raise for broken files.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
 RESIZE = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif")
 LIMIT = 500_000_000  # pixels; a file that claims more is taken for a decompression bomb
@@ -25,13 +22,39 @@ def _open(path) -> Iterator[Image.Image]:
     try:
         with path.open("rb") as file, Image.open(file) as image:
             yield image
-    except (*BROKEN, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever damaged files make of it
         raise UserError(f"{path}: not a readable image ({error})") from error
 
 
 def _is_deep(image: Image.Image) -> bool:
     """Whether Pillow would keep the upper 8 of 16 bits, and not say so."""
     return image.mode not in ("I;16", "I;16B") and any(";16" in str(tile) for tile in image.tile)
+
+
+def files_below(folder, above: frozenset = frozenset()) -> list:
+    """All files below a folder, in order; also behind links to folders, but not hidden ones.
+
+    Args:
+      folder: any path object of a folder.
+      above: the folders that led here, so that a circle of links ends.
+
+    Raises:
+      UserError: a folder cannot be read; names it.
+    """
+    place = os.path.realpath(folder)
+    if place in above:
+        return []
+    try:
+        entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error}") from error
+    files = []
+    for entry in entries:
+        if not entry.name.startswith((".", "__MACOSX")):
+            files += files_below(entry, above | {place}) if entry.is_dir() else [entry]
+    return files
 
 
 def read(path, mode: str) -> np.ndarray:
@@ -78,7 +101,7 @@ def read_any(path, indices: bool = False) -> np.ndarray:
     """
     with _open(path) as image:
         pages = getattr(image, "n_frames", 1)
-        if pages > 1:
+        if pages > 1 and image.format != "MPO":  # a photo with previews, as phones write
             raise UserError(f"{path} holds {pages} pages or frames: save each as a file of its own")
         if _is_deep(image) and image.format == "TIFF":
             return _read_deep(path)

@@ -69,13 +69,19 @@ class LabelMap:
             mask = mask[..., 0]
         if mask.ndim == 2 and self.colored:
             mask = np.repeat(mask[..., None], 3, -1)
-        packed = _pack(mask)
-        known = np.array(sorted(_pack(np.array(value))[()] for value in self.ids))
-        table = {_pack(np.array(value))[()]: index for value, index in self.ids.items()}
-        place = np.searchsorted(known, packed).clip(max=len(known) - 1)
-        if (wrong := known[place] != packed).any():
+        if self.colored:
+            packed = _pack(mask)
+            known = np.array(sorted(_pack(np.array(color))[()] for color in self.ids))
+            ids = {_pack(np.array(color))[()]: index for color, index in self.ids.items()}
+            place = np.searchsorted(known, packed).clip(max=len(known) - 1)
+            label = np.where(known[place] == packed, np.array([ids[color] for color in known.tolist()])[place], -1)
+        else:
+            table = np.full(65536, -1, np.int16)
+            table[list(self.ids)] = list(self.ids.values())
+            label = table[mask]
+        if (wrong := label < 0).any():
+            first = sorted(values(mask[wrong][None]))[0]
             found = sorted(values(mask))
-            first = _unpack(packed[wrong][0], self.colored)
             smeared = " Smooth edges or JPEG make such values: save masks as PNG, without smoothing." * (
                 len(found) > len(self.ids) + 3
             )
@@ -83,7 +89,7 @@ class LabelMap:
                 f"{file}: label {show(first)} is not in config.data.labels ({', '.join(map(show, self.ids))}). "
                 f"Values found: {', '.join(map(show, found[:8]))}{', ...' if len(found) > 8 else ''}.{smeared}"
             )
-        return np.array([table[value] for value in known.tolist()], np.uint8)[place]
+        return label.astype(np.uint8)
 
 
 def parse(entries: Sequence[str]) -> LabelMap:
@@ -103,6 +109,8 @@ def parse(entries: Sequence[str]) -> LabelMap:
             raise UserError(f"config.data.labels: {entry!r} is no entry. {HELP}")
         numbers = tuple(map(int, re.findall(r"\d+", match["value"])))
         value = numbers if len(numbers) == 3 else numbers[0]
+        if match["name"].startswith("->") or max(numbers) > (255 if len(numbers) == 3 else 65535):
+            raise UserError(f"config.data.labels: {entry!r} is no entry. {HELP}")
         if match["id"] == "ignore":
             index = IGNORE
         else:

@@ -4,9 +4,10 @@ import collections
 import dataclasses
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from etils import epath
+from PIL import Image
 
 from unet_jax.data import images
 from unet_jax.errors import UserError
@@ -51,6 +52,9 @@ def find(config) -> tuple[list[Pair], list[str]]:
             continue
         image_files, mask_files = (_files(folder, faults) for folder in folders)
         suffix = config.mask_suffix
+        if image_folder == mask_folder and suffix:  # x.png and x_mask.png side by side
+            mask_files = {stem: file for stem, file in mask_files.items() if stem.endswith(suffix)}
+            image_files = {stem: file for stem, file in image_files.items() if not stem.endswith(suffix)}
         mask_of = {
             stem: mask_files.get(stem + suffix) if stem + suffix in mask_files else mask_files.get(stem)
             for stem in image_files
@@ -71,23 +75,22 @@ def find(config) -> tuple[list[Pair], list[str]]:
     if not pairs:
         shown = "".join(f"\n  {fault}" for fault in faults[:10])
         raise UserError(f"config.data.root = {config.root!r} holds no image with a mask. {HELP}{shown}")
-    return pairs, faults
+    return pairs, list(dict.fromkeys(faults))
 
 
 def _files(folder: epath.Path, faults: list[str]) -> dict[str, epath.Path]:
-    """Name relative to `folder`, without suffix -> file, of all images below it; a name met twice is a fault."""
+    """Name relative to `folder`, without suffix -> file, of all images below it; others are faults."""
     found = {}
-    for path, folders, names in folder.walk():
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in sorted(names):
-            file = path / name
-            if name.startswith(".") or file.suffix.lower() not in images.SUFFIXES:
-                continue
-            stem = str(file.relative_to(folder).with_suffix(""))
-            if stem in found:
-                faults.append(f"{file}: {found[stem].name} has the same name; remove or rename one of them")
-            else:
-                found[stem] = file
+    for file in images.files_below(folder):
+        suffix = file.suffix.lower()
+        stem = str(file.relative_to(folder).with_suffix(""))
+        if suffix not in images.SUFFIXES:
+            if suffix in Image.registered_extensions():
+                faults.append(f"{file}: {suffix} files are not read; save it as PNG")
+        elif stem in found:
+            faults.append(f"{file}: {found[stem].name} has the same name; remove or rename one of them")
+        else:
+            found[stem] = file
     return found
 
 
@@ -126,7 +129,7 @@ def _group(name: str, pattern: str) -> str:
         match = re.search(pattern, name)
     except re.error as error:
         raise UserError(f"config.data.group = {pattern!r} is no regular expression: {error}") from error
-    if match is None:
+    if match is None or (match.re.groups and match[1] is None):
         raise UserError(f"config.data.group = {pattern!r} finds nothing in the name {name!r}")
     return match[1] if match.re.groups else match[0]
 
@@ -142,18 +145,22 @@ def _listed(pairs: Sequence[Pair], config, part: str, faults: list[str]) -> list
         return list(chosen.values())
     if part not in files:
         raise UserError("config.data.lists names no file for test: give three of them, or try --split=validation")
-    if not files[part].exists():
-        raise UserError(f"config.data.lists: there is no {files[part]}")
+    try:
+        lines = files[part].read_bytes().decode("utf-8-sig").replace("\\", "/").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config.data.lists: {files[part]} cannot be read as text ({error})") from error
+    stops = {epath.Path(folder).name for folder in config.images}
     by_end = collections.defaultdict(list)
     for pair in pairs:
         for end in _ends(str(pair.image)):
             by_end[end].append(pair)
     chosen = {}
-    for number, line in enumerate(files[part].read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        texts = line.strip(), line.split()[0]  # the second of two paths is the mask; but a name may hold spaces
-        found = next((by_end[end] for text in texts for end in _ends(text) if end in by_end), [])
+        # Of two paths the second is the mask; but a name may hold spaces.
+        ends = [_ends(line.strip(), stops)[0], *_ends(line.split()[0], stops), *_ends(line.strip(), stops)]
+        found = next((by_end[end] for end in ends if end in by_end), [])
         if len(found) == 1:
             chosen[found[0].id] = found[0]
         else:
@@ -162,7 +169,10 @@ def _listed(pairs: Sequence[Pair], config, part: str, faults: list[str]) -> list
     return list(chosen.values())
 
 
-def _ends(path: str) -> list[str]:
-    """A path without suffix, and what is left of it without its first folders, one after another."""
-    parts = epath.Path(path).with_suffix("").parts
-    return ["/".join(parts[i:]) for i in range(len(parts))]
+def _ends(path: str, stops: Collection[str] = ()) -> list[str]:
+    """A path without the suffix of an image, then less and less of its first folders, down to one of `stops`."""
+    parts = path.strip("/").split("/")
+    stem, _, suffix = parts[-1].rpartition(".")
+    parts[-1] = stem if f".{suffix.lower()}" in images.SUFFIXES else parts[-1]
+    last = next((i for i, part in enumerate(parts[:-1]) if part in stops), len(parts) - 1)
+    return ["/".join(parts[i:]) for i in range(last + 1)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from unet_jax.errors import UserError
+from unet_jax.errors import UserError, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Classes:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Classes":
         """The inverse of `to_json` after a round trip through JSON, which knows no tuples."""
-        lists = {"names": tuple(values["names"]), "palette": tuple(map(tuple, values["palette"]))}
+        check_choice("task", values["task"], ("multiclass", "binary", "multilabel"))
+        palette = tuple(tuple(int(part) for part in color) for color in values["palette"])
+        lists = {"names": tuple(map(str, values["names"])), "palette": palette}
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in {**values, **lists}.items() if name in known})
 
