@@ -48,6 +48,7 @@ def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
     try:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         sheet.write_bytes(b"")
+        sheet.unlink()
     except OSError as error:
         raise UserError(f"{sheet} cannot be written: {error}. Choose another --workdir") from error
     data.settle(config.data, mesh.say)
@@ -65,8 +66,8 @@ def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
 
     counts = ", ".join(f"{sum(split == s for s, _ in good)} for {split}" for split in splits)
     mesh.say(f"checked   {len(places)} pairs; good are {counts}")
-    _say_sizes(config, classes, good)
     if good:
+        _say_sizes(config, classes, good)
         _say_labels(classes, good)
         _draw(sources, places, examples, classes, sheet)
     for fault in faults:
