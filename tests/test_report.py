@@ -115,11 +115,13 @@ def test_without_its_images_it_tells_what_is_known(copy, capsys):
     text = (copy / "report.html").read_text()
     assert "could not be read" in text and "/nowhere" in text and '<article class="card"' not in text
     assert f"{row['val/miou']:.4f}" in text and 'class="matrix"' not in text
-    scored = {"step": step, "split": "test", "images": 7, "confusion": np.eye(7, dtype=int).tolist()}
-    (copy / "eval.json").write_text(json.dumps(scored))
-    report.write(copy)
-    text = (copy / "report.html").read_text()
-    assert "eval.json, 7 images of the test split" in text and 'class="matrix"' in text
+    scored = {"step": step, "split": "validation", "images": 7, "tta": "flips", "data_root": "/nowhere"}
+    scored["confusion"] = np.eye(7, dtype=int).tolist()
+    for change, used in (({}, True), ({"split": "test"}, False), ({"data_root": "/elsewhere"}, False)):
+        (copy / "eval.json").write_text(json.dumps(scored | change))
+        text = report.write(copy).read_text()
+        assert ("eval.json, 7 validation images, test-time augmentation flips" in text) == used
+        assert ('class="matrix"' in text) == used
 
 
 def test_an_image_that_vanishes_in_between_does_not_end_in_an_error(copy, monkeypatch):
