@@ -1,5 +1,6 @@
 """The command line, in real processes."""
 
+import concurrent.futures
 import os
 import subprocess
 import sys
@@ -25,39 +26,51 @@ def test_help_imports_neither_jax_nor_tensorflow():
     assert "--workdir" in shown.stdout and "runs/<config name>" in shown.stdout
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--config=configs/shapes.py", "--config.train.bach_size=8"], "Did you mean 'train.batch_size'?"),
-        (["--config", "configs/shapes.py", "--config.batch_size=8"], "Did you mean 'train.batch_size'?"),
-        (["--config=configs/shpes.py"], "Did you mean 'configs/shapes.py'?"),
-        (["--config=setup.cfg"], "error: --config=setup.cfg: "),
-        (["--config=configs/shapes.py", "--split=test"], "--split is for --mode=eval"),
-        (["--config=configs/shapes.py", "--config.train.batch_size=many"], "batch_size=many: invalid literal"),
-        (["--config=configs/shapes.py", "--config.data.size=64"], "must be (height, width)"),
-        (["--config=configs/shapes.py", "--config.model.norm=bach"], "Did you mean 'batch'?"),
-        (["--config=configs/carla.py", "--config.data.root=/nowhere"], "CameraRGB"),
-        (["--config=configs/shapes.py", "--workdir=/proc/nowhere"], "cannot be written"),
-        ([], "--config=configs/shapes.py"),
-        (["--mode=eval"], "say what to use: --workdir="),
-        (["--mode=eval", "--workdir=/nowhere"], "has no config.json"),
-        (["--mode=report", "--workdir=/nowhere"], "has no config.json"),
-        (["--mode=predict", "--workdir=/nowhere"], "--input=FILE_OR_FOLDER"),
-        (["--mode=eval", "--workdir=/nowhere", "--input=x"], "--input is for --mode=predict"),
-        (["--mode=check"], "say what to train"),
-        (["--mode=check", "--config=configs/folder.py", "--config.data.root=/nowhere"], "'/nowhere' is not a folder"),
-        (["--config=configs/shapes.py", "--config.init_from=/nowhere"], "has no config.json"),
-        (["--mode=report", "--workdir=/nowhere"], "has no config.json"),
-        (["--mode=report", "--workdir=/nowhere", "--split=test"], "--split is for --mode=eval, not for --mode=report"),
-        (["--config=configs/shapes.py", "train"], "what is 'train'?"),
-        (["--mode=evaluate"], "evaluate"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input_ends_with_a_message_and_no_traceback(flags, message, tmp_path):
-    if not any(flag.startswith("--workdir") for flag in flags) and "--mode=eval" not in flags:
-        flags = [*flags, f"--workdir={tmp_path / 'run'}"]
-    result = _run(*flags)
+BAD_INPUT = [
+    (["--config=configs/shapes.py", "--config.train.bach_size=8"], "Did you mean 'train.batch_size'?"),
+    (["--config", "configs/shapes.py", "--config.batch_size=8"], "Did you mean 'train.batch_size'?"),
+    (["--config=configs/shpes.py"], "Did you mean 'configs/shapes.py'?"),
+    (["--config=setup.cfg"], "error: --config=setup.cfg: "),
+    (["--config=configs/shapes.py", "--split=test"], "--split is for --mode=eval"),
+    (["--config=configs/shapes.py", "--config.train.batch_size=many"], "batch_size=many: invalid literal"),
+    (["--config=configs/shapes.py", "--config.data.size=64"], "must be (height, width)"),
+    (["--config=configs/shapes.py", "--config.model.norm=bach"], "Did you mean 'batch'?"),
+    (["--config=configs/carla.py", "--config.data.root=/nowhere"], "CameraRGB"),
+    (["--config=configs/shapes.py", "--workdir=/proc/nowhere"], "cannot be written"),
+    ([], "--config=configs/shapes.py"),
+    (["--mode=eval"], "say what to use: --workdir="),
+    (["--mode=eval", "--workdir=/nowhere"], "has no config.json"),
+    (["--mode=report", "--workdir=/nowhere"], "has no config.json"),
+    (["--mode=predict", "--workdir=/nowhere"], "--input=FILE_OR_FOLDER"),
+    (["--mode=eval", "--workdir=/nowhere", "--input=x"], "--input is for --mode=predict"),
+    (["--mode=check"], "say what to train"),
+    (["--mode=check", "--config=configs/folder.py", "--config.data.root=/nowhere"], "'/nowhere' is not a folder"),
+    (["--config=configs/shapes.py", "--config.init_from=/nowhere"], "has no config.json"),
+    (["--mode=report", "--workdir=/nowhere"], "has no config.json"),
+    (["--mode=report", "--workdir=/nowhere", "--split=test"], "--split is for --mode=eval, not for --mode=report"),
+    (["--config=configs/shapes.py", "train"], "what is 'train'?"),
+    (["--mode=evaluate"], "evaluate"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What the command says to each of `BAD_INPUT`; two at a time, for most of it is waiting for imports."""
+    folder = tmp_path_factory.mktemp("bad")
+
+    def run(case):
+        flags, _ = case
+        if not any(flag.startswith("--workdir") for flag in flags) and "--mode=eval" not in flags:
+            flags = [*flags, f"--workdir={folder / 'run'}"]
+        return _run(*flags)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, BAD_INPUT))
+
+
+@pytest.mark.parametrize("index", range(len(BAD_INPUT)), ids=[" ".join(flags) for flags, _ in BAD_INPUT])
+def test_bad_input_ends_with_a_message_and_no_traceback(index, answers):
+    result, (_, message) = answers[index], BAD_INPUT[index]
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr + result.stdout

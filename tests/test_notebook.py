@@ -3,8 +3,6 @@
 import pytest
 from conftest import ROOT
 
-from unet_jax import train
-
 nbclient = pytest.importorskip("nbclient", reason="the notebook needs the extra 'notebook'")
 nbformat = pytest.importorskip("nbformat")
 
@@ -12,16 +10,12 @@ NOTEBOOK = ROOT / "scripts" / "evaluate.ipynb"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["multiclass", "multilabel"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jupyter_client and traitlets
-def test_the_notebook_runs_from_top_to_bottom(variant, config, tmp_path):
-    config.data.variant = variant
-    config.train.epochs = 1.0
-    train.train(config, tmp_path / "run")
+def test_the_notebook_runs_from_top_to_bottom(trained):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert cells[0].source.startswith('WORKDIR = "../runs/shapes"\n') and not any(cell.outputs for cell in cells)
-    cells[0].source = cells[0].source.replace('"../runs/shapes"', repr(str(tmp_path / "run")))
+    cells[0].source = cells[0].source.replace('"../runs/shapes"', repr(str(trained)))
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
     text = "".join(out.get("text", "") for cell in cells for out in cell.outputs)
     assert "mean IoU" in text and "10 images" in text

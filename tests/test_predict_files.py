@@ -167,8 +167,8 @@ def test_unreadable_files_are_listed_and_the_others_predicted(trained, tmp_path)
     assert (tmp_path / "out/good.png").exists() and not (tmp_path / "out/bad.png").exists()
 
 
-def test_constant_predictions_are_noticed(tmp_path, capsys):
-    path = _train(tmp_path / "run", "multiclass")
+def test_constant_predictions_are_noticed(trained, tmp_path, capsys):
+    path = trained
     _save(np.zeros((48, 48), np.uint8), tmp_path / "a.png")
 
     def predict(bias):
