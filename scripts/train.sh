@@ -9,7 +9,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 config=("--config=$root/configs/shapes.py")
 for flag in "$@"; do
   case $flag in
-    --config | --config=* | --mode=eval | --help | --helpfull) config=() ;;
+    --config | --config=* | --mode=eval | --mode=report | --mode=predict | --help | --helpfull) config=() ;;
   esac
 done
 exec "$root/.venv/bin/python" -m unet_jax.main ${config[@]+"${config[@]}"} "$@"
