@@ -23,5 +23,6 @@ def get_config():
     config.data.channels = 3
     config.data.size = (192, 256)
 
-    config.train.batch_size = 4
+    config.optimizer.learning_rate = 2e-3
+    config.train.batch_size = 2
     return config
