@@ -86,6 +86,7 @@ class Checkpoints:
         Raises:
           UserError: no such step, or it is damaged.
         """
+        self._check(step)
         variables, training = jax.tree.map(_abstract, _items(state))
         saved = self._restore(
             step,
@@ -101,6 +102,7 @@ class Checkpoints:
         Raises:
           UserError: no such step, or it is damaged.
         """
+        self._check(step)
         return self._restore(step, meta=ocp.args.JsonRestore()).meta
 
     def restore_variables(self, step: int, sharding: jax.sharding.Sharding) -> dict[str, PyTree]:
@@ -119,7 +121,7 @@ class Checkpoints:
         return self._restore(step, variables=ocp.args.StandardRestore(target)).variables
 
     def _restore(self, step: int, **items):
-        self._check(step)
+        """Reads items of `step`, which `_check` has found whole."""
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # whatever damaged files make of it
