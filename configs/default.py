@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
     config.model.norm = "batch"  # none | batch | group
     config.model.extra_conv = False  # one more 3x3 convolution before the head
     config.model.kernel_init = "he"  # he | paper: of the weights
+    config.model.remat = ()  # levels, top is 0, whose activations are computed again in the backward pass, not kept
     config.model.dtype = "float32"  # of the computation: float32 | bfloat16 (GPU, TPU); weights stay float32
 
     config.augment = ConfigDict()  # all off: 0, False, ()
@@ -76,6 +77,8 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.batch_size = 16  # over all devices
+    config.train.accumulate = 1  # parts of a batch that go through the network one after another, to save memory
+    config.train.nonfinite = "stop"  # a loss, gradient or weight that is not finite: stop | skip (10 in a row at most)
     config.train.epochs = 10.0
     config.train.eval_every_epochs = 1.0  # evaluates, draws panels and saves; also at the end
     config.train.checkpoint_every_epochs = 1.0  # saves in between; what a crash can cost
@@ -88,6 +91,7 @@ def get_config() -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.data = 0  # devices that share the batch; 0 is all that space leaves
-    config.mesh.space = 1  # devices that share the height of each image
+    config.mesh.space = 1  # devices that share the height of each image; 0 is all that data leaves
+    config.mesh.shard_optimizer = False  # whether the devices along data share the optimizer state and averaged weights
 
     return config.lock()

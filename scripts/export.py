@@ -125,13 +125,14 @@ def _rebuild(metadata: dict[str, str], weights: dict):
     """The network of a safetensors file, from nothing else."""
     from flax import traverse_util
 
-    from unet_jax import data, trained
+    from unet_jax import data, mesh, trained
     from unet_jax.models import unet
 
     config, classes = (json.loads(metadata[name]) for name in ("config", "classes"))
     classes = data.Classes.from_json(classes)
     variables = {"batch_stats": {}, **traverse_util.unflatten_dict(weights, sep="/")}
-    return trained.Trained(config, classes, unet.create(classes.num_outputs, **config["model"]), variables, 0)
+    model = unet.create(classes.num_outputs, **config["model"])
+    return trained.Trained(config, classes, model, variables, 0, mesh.create(0, 1))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from flax import traverse_util
 from PIL import Image
 
 import unet_jax
-from unet_jax import data, export, predict
+from unet_jax import data, export, mesh, predict
 from unet_jax import trained as trained_network
 from unet_jax.errors import UserError
 from unet_jax.models import unet
@@ -86,7 +86,7 @@ def _network(images, task="multiclass", **settings):
     )
     mean, deviation, head = logits.mean((0, 1, 2)), logits.std((0, 1, 2)), variables["params"]["head"]
     head.update(kernel=head["kernel"] / deviation, bias=(head["bias"] - mean) / deviation)
-    return trained_network.Trained(config, classes, model, variables, 7)
+    return trained_network.Trained(config, classes, model, variables, 7, mesh.create(0, 1))
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,12 @@ ALLOWED = {
     "errors": set(),
     "models": {"errors", "models"},
     "data": {"errors", "data"},
-    **{leaf: {"errors"} for leaf in ("losses", "metrics", "optimizer", "mesh", "checkpoint", "workdir")},
-    **{leaf: set() for leaf in ("state", "resample", "em")},
+    **{leaf: {"errors"} for leaf in ("losses", "metrics", "optimizer", "mesh", "processes", "signals")},
+    **{leaf: set() for leaf in ("resample", "em")},
+    "checkpoint": {"errors", "mesh"},
+    "workdir": {"errors", "processes"},
+    "state": {"mesh"},
+    "step": {"augment", "data", "losses", "mesh", "predict", "state"},
     "augment": {"errors", "resample"},
     "predict": {"data", "errors", "mesh", "resample"},
     "draw": {"data"},
@@ -27,10 +31,10 @@ ALLOWED = {
     "layouts": {"errors", "weights"},
     "convert": {"checkpoint", "data", "errors", "layouts", "models", "state", "trained", "weights", "workdir"},
     "export": {"errors", "metrics", "models", "predict", "trained"},
-    "log": {"em", "mesh", "workdir", "evaluate"},
+    "log": {"em", "evaluate", "mesh", "workdir"},
     "check": {"data", "draw", "errors", "mesh", "models"},
     "predict_files": {"data", "draw", "errors", "mesh", "predict", "trained", "workdir"},
-    "main": {"errors", "train", "check", "evaluate", "predict_files", "mesh", "report"},
+    "main": {"errors", "train", "check", "evaluate", "plan", "predict_files", "processes", "mesh", "report", "signals"},
 }
 
 
@@ -81,7 +85,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTensorFlow
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
 from configs import shapes
-from unet_jax import checkpoint, data, draw, evaluate, mesh, optimizer, state, train
+from unet_jax import checkpoint, data, draw, evaluate, mesh, optimizer, state, step
 from unet_jax.models import unet
 
 config = shapes.get_config()
@@ -90,10 +94,12 @@ source = data.load(config.data, "train")
 devices = mesh.create(0, 1)
 model = unet.create(source.classes.num_outputs, **config.model)
 tx = optimizer.make_optimizer(config.optimizer, optimizer.make_schedule(config.optimizer, 2, 10))
-made = state.create(0, model, (1, 48, 48, 1), tx, False, mesh.replicated(devices))
+made = state.create(0, model, (1, 48, 48, 1), tx, False, devices)
 images, labels = zip(*(source.read(i) for i in range(2)))
 batch = mesh.put_batch(devices, dict(image=np.stack(images), label=np.stack(labels), mask=np.ones(2, bool)))
-made, values = train.make_train_step(model, tx, config, source.classes, devices)(made, batch)
+layout = state.shardings(made, devices, False)
+train_step = step.make_train_step(model, tx, config, source.classes, devices, layout)
+made, values = train_step(made, batch, mesh.put_everywhere(devices, 0))
 counts, *_ = evaluate.make_eval_step(model, source.classes, config, devices)(made.eval_variables, batch)
 assert counts.sum() == 2 * 48 * 48
 checkpoints = checkpoint.Checkpoints({str(tmp_path)!r})

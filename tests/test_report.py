@@ -54,9 +54,8 @@ def test_training_writes_a_report_and_says_so(trained):
 
 
 def test_its_scores_are_those_of_eval_mode(copy):
-    devices = mesh.create(0, 1)
-    network = trained_network.load(copy, devices)
-    measured = report._measure(network, devices, report._open_images(network, copy))
+    network = trained_network.load(copy)
+    measured = report._measure(network, report._open_images(network, copy))
     result = evaluate.evaluate_workdir(copy, None, None, "validation")
     assert (measured.confusion == result.confusion).all()
     assert measured.scores == result.scores
@@ -76,8 +75,7 @@ def test_overlapping_masks_have_a_report(config, tmp_path):
     classes = data.load(config.data, "validation").classes
     workdir.claim(path, config, classes.to_json())
     model = unet.create(classes.num_outputs, **config.model)
-    sharding = mesh.replicated(mesh.create(0, 1))
-    untrained = state.create(0, model, (1, 48, 48, classes.channels), optax.identity(), False, sharding)
+    untrained = state.create(0, model, (1, 48, 48, classes.channels), optax.identity(), False, mesh.create(0, 1))
     checkpoints = checkpoint.Checkpoints(path)
     checkpoints.save(1, untrained, {}, None)
     checkpoints.close()
@@ -107,7 +105,7 @@ def test_ids_decide_between_equal_scores():
 
 def test_without_its_images_it_tells_what_is_known(copy, capsys):
     (copy / "eval.json").unlink(missing_ok=True)
-    step = trained_network.load(copy, mesh.create(0, 1)).step
+    step = trained_network.load(copy).step
     row = next(r for r in workdir.read_metrics(copy) if r["step"] == step and "val/miou" in r)
     _without_images(copy)
     report.write(copy)

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from unet_jax import workdir
+from unet_jax import processes, workdir
 
 
 def test_the_environment_of_a_run_is_recorded_once(tmp_path, monkeypatch):
@@ -16,7 +16,7 @@ def test_the_environment_of_a_run_is_recorded_once(tmp_path, monkeypatch):
     (run,) = workdir.read_environment(path)
     assert run["first_step"] == 0 and run["devices"] == "8 x cpu"
     assert run["command"] == "python -m unet_jax.main --config=a.py '--config.data.size=(48, 48)'"
-    assert set(run["versions"]) == {"python", *workdir.RECORDED_VERSIONS}
+    assert set(run["versions"]) == set(processes.versions())
     assert "someone" not in (path / "environment.json").read_text()
     workdir.record_environment(path, 30, "1 x gpu")
     assert [run["first_step"] for run in workdir.read_environment(path)] == [0, 30]

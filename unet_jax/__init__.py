@@ -14,6 +14,6 @@ def load(workdir, step: int | None = None):
     Raises:
       UserError: no work directory, or no such checkpoint.
     """
-    from unet_jax import mesh, trained  # here, so that `--help` need not import jax
+    from unet_jax import trained  # here, so that `--help` need not import jax
 
-    return trained.load(workdir, mesh.create(0, 1), step)
+    return trained.load(workdir, step)

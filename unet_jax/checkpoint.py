@@ -17,50 +17,41 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from unet_jax import mesh
 from unet_jax.errors import UserError
 
 PyTree = Any
 ITEMS = ("variables", "training", "meta", "metrics")
 CHECKSUMS = "checksums.json"
+UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Checkpoints:
-    """The checkpoints of one work directory."""
+    """Writes the checkpoints of one work directory; all processes do so together."""
 
     def __init__(self, workdir: epath.PathLike):
-        self.path = epath.Path(workdir).resolve() / "checkpoints"
+        """The steps that are there must be whole, see `newest_good_step`."""
+        self._path, self._saving = _folder(workdir), 0
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(n=2),
                 # Checkpoints between evaluations have no score; a NaN score must not become the best.
-                checkpoint_managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+                checkpoint_managers.BestN(get_metric_fn=_finite_score, n=1, keep_checkpoints_without_metrics=False),
             ]
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
-            best_fn=_score,
+            best_fn=_finite_score,
             create=True,
+            cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         try:
-            self._manager = ocp.CheckpointManager(self.path, options=options)
+            self._manager = ocp.CheckpointManager(self._path, options=options)
         except Exception as error:  # whatever damaged files make of it
-            raise UserError(f"{self.path} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"{self._path} cannot be read: {_first_line(error)}") from error
 
-    def latest_step(self) -> int | None:
-        """The last step saved, or None."""
-        return self._manager.latest_step()
-
-    def best_step(self) -> int | None:
-        """The step with the highest score, or the last one where none has a score."""
-        best = self._manager.best_step()
-        return self.latest_step() if best is None else best
-
-    def steps(self) -> list[int]:
-        """All steps on disk, in order."""
-        return sorted(self._manager.all_steps())
-
-    def save(self, step: int, state, meta: dict[str, Any], score: float | None) -> None:
+    def save(self, step: int, state, meta: dict[str, Any], score: float | None, replace: bool = False) -> None:
         """Starts to save `state`; it may be changed or donated as soon as this returns.
 
         Args:
@@ -68,111 +59,182 @@ class Checkpoints:
           state: a `TrainState`.
           meta: what JSON can hold.
           score: higher is better; None where it was not evaluated.
+          replace: whether `step` was saved before, without its score.
+
+        Raises:
+          UserError: this step, or the one before, cannot be written.
         """
         variables, training = _items(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                variables=ocp.args.StandardSave(variables),
-                training=ocp.args.StandardSave(training),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            metrics=None if score is None else {"score": float(score)},
-        )
+        try:
+            if replace:
+                self._manager.wait_until_finished()
+                self._manager.delete(step)
+            self._manager.wait_until_finished()
+            self._saving = step
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    variables=ocp.args.StandardSave(variables),
+                    training=ocp.args.StandardSave(training),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                metrics=None if score is None else {"score": float(score)},
+            )
+        except Exception as error:
+            raise self._not_saved(error) from error
+
+    def check(self) -> None:
+        """Tells whether the save under way has failed.
+
+        Raises:
+          UserError: it has; the steps before it are as they were.
+        """
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._not_saved(error) from error
+
+    def close(self) -> None:
+        """Waits until everything is on disk.
+
+        Raises:
+          UserError: the last step cannot be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.close()
+        except Exception as error:
+            raise self._not_saved(error) from error
 
     def restore(self, step: int, state) -> tuple[Any, dict[str, Any]]:
         """The state and meta saved at `step`, laid out as the arrays of `state`, which is left alone.
 
         Raises:
-          UserError: no such step, or it is damaged.
+          UserError: it holds another state.
         """
-        self._check(step)
         variables, training = jax.tree.map(_abstract, _items(state))
-        saved = self._restore(
-            step,
+        items = ocp.args.Composite(
             variables=ocp.args.StandardRestore(variables),
             training=ocp.args.StandardRestore(training),
             meta=ocp.args.JsonRestore(),
         )
+        try:
+            saved = self._manager.restore(step, args=items)
+        except Exception as error:  # whatever foreign files make of it
+            raise UserError(f"{self._path / str(step)} cannot be read: {_first_line(error)}") from error
         return state.replace(**saved.variables, **saved.training), saved.meta
 
-    def read_meta(self, step: int) -> dict[str, Any]:
-        """The meta saved at `step`.
-
-        Raises:
-          UserError: no such step, or it is damaged.
-        """
-        self._check(step)
-        return self._restore(step, meta=ocp.args.JsonRestore()).meta
-
-    def restore_variables(self, step: int, sharding: jax.sharding.Sharding) -> dict[str, PyTree]:
-        """What evaluation needs of `step`: `params`, and where they were saved `batch_stats` and `ema`.
-
-        Raises:
-          UserError: no such step, or it is damaged.
-        """
-        self._check(step)
-        try:
-            with ocp.StandardCheckpointer() as reader:
-                stored = reader.metadata(self.path / str(step) / "variables").item_metadata.tree
-        except Exception as error:  # whatever damaged files make of it
-            raise self._damaged(step, _first_line(error)) from error
-        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored)
-        return self._restore(step, variables=ocp.args.StandardRestore(target)).variables
-
-    def _restore(self, step: int, **items):
-        """Reads items of `step`, which `_check` has found whole."""
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # whatever damaged files make of it
-            raise self._damaged(step, _first_line(error)) from error
-
-    def _check(self, step: int) -> None:
-        """Compares the files of `step` with their checksums; those of older versions have none."""
-        if step not in self.steps():
-            raise UserError(f"{self.path} has no step {step}; it has {', '.join(map(str, self.steps())) or 'none'}")
-        folder = self.path / str(step)
-        try:
-            expected = json.loads((folder / CHECKSUMS).read_text()) if (folder / CHECKSUMS).exists() else {}
-        except ValueError as error:
-            raise self._damaged(step, f"{CHECKSUMS} cannot be read ({error})") from error
-        for name, digest in expected.items():
-            if not (folder / name).exists():
-                raise self._damaged(step, f"{name} is missing")
-            if _digest(folder / name) != digest:
-                raise self._damaged(step, f"{name} is not what was written, its checksum differs")
-
-    def _damaged(self, step: int, reason: str) -> UserError:
-        others = [other for other in self.steps() if other != step]
-        remedy = "There is no other step"
-        if others:
-            remedy = f"Evaluate another with --step={others[-1]}, or delete that folder to go on from there"
-        return UserError(f"{self.path / str(step)} is damaged: {reason}. {remedy}")
+    def _not_saved(self, error: Exception) -> UserError:
+        kept = [step for step in steps(self._path.parent) if step != self._saving]
+        remedy = f"Step {kept[-1]} is as it was; the same command goes on from it" if kept else "There is no other step"
+        return UserError(
+            f"{self._path / str(self._saving)} could not be saved: {_first_line(error)}. Is the disk full? {remedy}"
+        )
 
     def _seal(self) -> None:
         """Adds the checksums to the step that is about to be committed: Orbax calls this just before it renames it."""
-        for step in self.path.glob("*.orbax-checkpoint-tmp*"):
-            items = [step / item for item in ITEMS if (step / item).exists()]
-            files = [folder / file for item in items for folder, _, found in item.walk() for file in found]
-            sums = {str(file.relative_to(step)): _digest(file) for file in sorted(files)}
-            (step / CHECKSUMS).write_text(json.dumps(sums, indent=1))
-
-    def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        unfinished = list(self._path.glob(f"{self._saving}{UNFINISHED}*"))
+        step = unfinished[0] if unfinished else self._path / str(self._saving)  # an object store renames nothing
+        items = [step / item for item in ITEMS if (step / item).exists()]
+        files = [folder / file for item in items for folder, _, found in item.walk() for file in found]
+        sums = {str(file.relative_to(step)): _digest(file) for file in sorted(files)}
+        (step / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
 
-def exists(workdir: epath.PathLike) -> bool:
-    """Whether a work directory has a checkpoint."""
-    path = epath.Path(workdir) / "checkpoints"
-    return path.exists() and any(step.name.isdigit() for step in path.iterdir())
+def steps(workdir: epath.PathLike) -> list[int]:
+    """All steps on disk, good or damaged, in order."""
+    path = _folder(workdir)
+    return sorted(int(step.name) for step in path.iterdir() if step.name.isdigit()) if path.exists() else []
+
+
+def fault(workdir: epath.PathLike, step: int) -> str | None:
+    """What is wrong with the files of a step; None if they are those that were written."""
+    folder = _folder(workdir) / str(step)
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, ValueError) as error:
+        if not (folder / CHECKSUMS).exists():
+            return f"{CHECKSUMS} is missing: it was never finished, or files were deleted"
+        return f"{CHECKSUMS} cannot be read ({error})"
+    for name, digest in expected.items():
+        if not (folder / name).exists():
+            return f"{name} is missing"
+        if _digest(folder / name) != digest:
+            return f"{name} is not what was written, its checksum differs"
+    return None
+
+
+def newest_good_step(workdir: epath.PathLike) -> int | None:
+    """The step to go on from, with the damaged ones moved to `damaged/` in the work directory; None if it has none.
+
+    Names each step that is damaged or was not finished. The main process looks, the others are told.
+
+    Raises:
+      UserError: there are steps, but no good one; nothing is moved then.
+    """
+    return mesh.from_main(_newest_good_step, workdir)
+
+
+def _newest_good_step(workdir: epath.PathLike) -> int | None:
+    path = _folder(workdir)
+    found = steps(workdir)
+    faults = {step: reason for step in found if (reason := fault(workdir, step))}
+    good = [step for step in found if step not in faults]
+    unfinished = sorted(folder.name for folder in path.glob(f"*{UNFINISHED}*")) if path.exists() else []
+    for name in unfinished:
+        mesh.say(f"{path / name.partition('.')[0]} was not finished when the run ended, and is left out")
+    if not good:
+        if not faults:
+            return None
+        listed = "".join(f"\n  {path / str(step)}: {reason}" for step, reason in faults.items())
+        raise UserError(
+            f"{workdir} has no step that is whole:{listed}\nPut these files back, or begin anew in another --workdir"
+        )
+    for step, reason in faults.items():
+        aside = path.parent / "damaged" / str(step)
+        while aside.exists():
+            aside = aside.parent / f"{aside.name}_again"
+        aside.parent.mkdir(exist_ok=True)
+        (path / str(step)).rename(aside)
+        mesh.say(f"{path / str(step)} is damaged: {reason}. It is now {aside}; the newest good step is {good[-1]}")
+    return good[-1]
+
+
+def read_meta(workdir: epath.PathLike, step: int) -> dict[str, Any]:
+    """The meta saved at a good `step`."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(_folder(workdir) / str(step) / "meta")
+
+
+def best_step(workdir: epath.PathLike) -> int:
+    """The step with the highest score that is whole, or else the newest that is; names those that are damaged.
+
+    Raises:
+      UserError: there is none.
+    """
+    return mesh.from_main(_best_step, workdir)
+
+
+def _best_step(workdir: epath.PathLike) -> int:
+    found = steps(workdir)
+    if not found:
+        raise UserError(f"{workdir} has no checkpoint: the training was stopped before the first one")
+    order = sorted(found, key=lambda step: (_read_score(workdir, step), step))
+    faults = []
+    for step in reversed(order):
+        reason = fault(workdir, step)
+        if reason is None:
+            for text in faults:
+                mesh.say(f"{text}; step {step} is taken instead")
+            return step
+        faults.append(f"{_folder(workdir) / str(step)} is damaged: {reason}")
+    raise UserError("\n".join([*faults, f"{workdir} has no step that is whole"]))
 
 
 def read_variables(
     workdir: epath.PathLike, step: int | None, sharding: jax.sharding.Sharding
 ) -> tuple[int, dict[str, PyTree]]:
-    """The step and the weights (see `Checkpoints.restore_variables`) of one checkpoint of a work directory.
+    """The step and the weights of one checkpoint: `params`, and where they were saved `batch_stats` and `ema`.
 
     Args:
       workdir: the work directory.
@@ -182,14 +244,24 @@ def read_variables(
     Raises:
       UserError: there is none, or it is damaged.
     """
-    if not exists(workdir):
-        raise UserError(f"{workdir} has no checkpoint: the training was stopped before the first one")
-    checkpoints = Checkpoints(workdir)
-    try:
-        step = checkpoints.best_step() if step is None else step
-        return step, checkpoints.restore_variables(step, sharding)
-    finally:
-        checkpoints.close()
+    found = steps(workdir)
+    if step is None:
+        step = best_step(workdir)
+    elif step not in found:
+        raise UserError(f"{_folder(workdir)} has no step {step}; it has {', '.join(map(str, found)) or 'none'}")
+    elif reason := fault(workdir, step):
+        others = [str(other) for other in found if other != step]
+        remedy = f"Choose another --step: {', '.join(others)}" if others else "There is no other step"
+        raise UserError(f"{_folder(workdir) / str(step)} is damaged: {reason}. {remedy}")
+    folder = _folder(workdir) / str(step) / "variables"
+    with ocp.StandardCheckpointer() as reader:
+        stored = reader.metadata(folder).item_metadata.tree
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored)
+        return step, reader.restore(folder, target)
+
+
+def _folder(workdir: epath.PathLike) -> epath.Path:
+    return epath.Path(workdir).resolve() / "checkpoints"
 
 
 def _digest(file: epath.Path) -> str:
@@ -197,7 +269,16 @@ def _digest(file: epath.Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _score(metrics: dict[str, float]) -> float:
+def _read_score(workdir: epath.PathLike, step: int) -> float:
+    """The score of a step; less than any where it has none, or where the file is damaged."""
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            return _finite_score(reader.restore(_folder(workdir) / str(step) / "metrics"))
+    except Exception:  # no such file, or whatever damage makes of it
+        return -math.inf
+
+
+def _finite_score(metrics: dict[str, float]) -> float:
     score = metrics["score"]
     return score if math.isfinite(score) else -math.inf
 

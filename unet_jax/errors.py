@@ -1,11 +1,19 @@
-"""The one exception that a user can cause: `main` prints it without a traceback and exits with 1."""
+"""The exceptions that end the program without a traceback."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input. The message names the file or field, the value, and the remedy."""
+    """Bad input; exit code 1. The message names the file or field, the value, and the remedy."""
+
+
+class Interrupted(Exception):
+    """A signal ended the work, and what was done is saved; exit code 128 + `signal`."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
 
 
 def check_choice(field: str, value: str, choices: Iterable[str]) -> str:

@@ -67,7 +67,7 @@ def make_eval_step(
     def eval_step(variables, batch):
         label = batch["label"]
         window = predict.surround_image(model, batch["image"], tta)
-        window = jax.lax.with_sharding_constraint(window, mesh.by_example_and_height(devices))
+        window = mesh.split_height(devices, window)
         logits = predict.logits(model, variables, window, label.shape[1:3], classes.task, tta)
         mask = (label != classes.ignore_label) & batch["mask"].reshape(-1, *[1] * (label.ndim - 1))
         prediction = metrics.predict_label(logits, classes.task)
@@ -79,16 +79,16 @@ def make_eval_step(
     return jax.jit(eval_step, out_shardings=mesh.replicated(devices))
 
 
-def make_predict_step(model: nn.Module, classes: data.Classes) -> Callable:
+def make_predict_step(model: nn.Module, classes: data.Classes, devices: jax.sharding.Mesh) -> Callable:
     """A jitted function of variables and uint8 images `[B, H, W, C]`: the predicted labels."""
 
     def predict_step(variables, image):
-        window = predict.surround_image(model, image, "none")
+        window = mesh.split_height(devices, predict.surround_image(model, image, "none"))
         return metrics.predict_label(
             predict.logits(model, variables, window, image.shape[1:3], classes.task), classes.task
         )
 
-    return jax.jit(predict_step)
+    return jax.jit(predict_step, out_shardings=mesh.replicated(devices))
 
 
 def evaluate(
@@ -98,13 +98,16 @@ def evaluate(
     devices: jax.sharding.Mesh,
     loss_weights: Mapping[str, float],
     classes: data.Classes,
-) -> Evaluation:
-    """Scores `variables` on all `batches`.
+    stopped: Callable[[], int] = lambda: 0,
+) -> Evaluation | None:
+    """Scores `variables` on all `batches`; gives up, with None, once `stopped()`.
 
     Counts are added as integers. Losses are added per example in float64, so that the batch size does not show.
     """
     confusion, collected, slices = 0, [], []
     for batch in batches:
+        if mesh.largest(stopped()):
+            return None
         counts, terms, cells = jax.device_get(eval_step(variables, mesh.put_batch(devices, batch)))
         confusion = confusion + counts.astype(np.int64)
         collected.append(terms)
@@ -133,9 +136,8 @@ def evaluate_workdir(
     path = epath.Path(path)
     if tta is not None:
         check_choice("--tta", tta, predict.TTA)
-    devices = mesh.create(0, 1)
-    trained = trained_network.load(path, devices, step)
-    config, classes = trained.config, trained.classes
+    trained = trained_network.load(path, step)
+    config, classes, devices = trained.config, trained.classes, trained.devices
     if data_dir is not None:
         config.data.root = data_dir
     source = data.load(config.data, split)
@@ -149,7 +151,7 @@ def evaluate_workdir(
     result = evaluate(
         make_eval_step(trained.model, classes, config, devices, tta),
         trained.variables,
-        images.eval_batches(batch_size, mesh.process_rows(batch_size)),
+        images.eval_batches(batch_size, mesh.process_rows(devices, batch_size)),
         devices,
         loss_weights,
         classes,

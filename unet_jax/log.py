@@ -16,8 +16,22 @@ if TYPE_CHECKING:
     from unet_jax.evaluate import Evaluation
 
 
+MAX_SKIPPED = 10  # steps in a row that config.train.nonfinite = "skip" forgives
+
+
+_NOTHING_KEPT = {"window": [], "skipped": 0, "in_a_row": 0}
+
+
 class Log:
-    """Collects the metrics of steps; prints, and writes them to `metrics.jsonl` and TensorBoard."""
+    """Collects the metrics of steps; prints, and writes them to `metrics.jsonl` and TensorBoard.
+
+    Attributes:
+      kept: what a checkpoint has to hold so that the lines stay exact: `window`, the losses since the last line;
+        `skipped`, the steps whose update was skipped, and `in_a_row`, how many of them came last.
+      blown_up: what was not finite, once that cannot be forgiven; empty as long as all is well.
+      last_evaluation: the one added last.
+      waited: seconds waiting for data since the clock was started.
+    """
 
     def __init__(
         self,
@@ -27,12 +41,15 @@ class Log:
         steps_per_epoch: float,
         total_steps: int,
         first_step: int,
-        window: Sequence[float],
+        kept: Mapping | None,
     ):
-        """Begins at `first_step`, with the losses of `window` not yet told."""
-        self.window = list(window)  # losses since the last line; kept in checkpoints, so that lines stay exact
-        self.waited = 0.0  # seconds waiting for data since the clock was started
+        """Begins at `first_step`, with `kept` of the run before."""
+        self.kept = {name: (kept or {}).get(name, new) for name, new in _NOTHING_KEPT.items()}
+        self.blown_up = ""
+        self.last_evaluation: Evaluation | None = None
+        self.waited = 0.0
         self._every, self._batch_size = config.train.log_every_steps, config.train.batch_size
+        self._skips = config.train.nonfinite == "skip"
         self._path, self._schedule = path, schedule
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         self._began, self._first_step = time.monotonic(), first_step
@@ -47,32 +64,54 @@ class Log:
         """Leaves out of images/s what is not training."""
         self.waited, self._clock, self._timed_steps = 0.0, time.monotonic(), 0
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes one step's metrics, already on the host or not."""
-        self.window.append(float(metrics["loss"]))
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> int:
+        """Takes one step's metrics, already on the host or not; returns the signal that came with them, or 0."""
+        values = {name: float(value) for name, value in metrics.items()}
+        signal = int(values.pop("signal"))
+        if self._is_finite(step, values):
+            self.kept["window"] = [*self.kept["window"], values["loss"]]
         self._timed_steps += 1
-        if step % self._every and step != self._total_steps:
-            return
-        seconds = max(time.monotonic() - self._clock, 1e-9)
-        values = {
-            "train/loss": math.fsum(self.window) / len(self.window),
-            "train/grad_norm": float(metrics["grad_norm"]),
+        if step % self._every == 0 or step == self._total_steps:
+            self._add_line(step, values)
+        return signal
+
+    def _is_finite(self, step: int, values: Mapping[str, float]) -> bool:
+        """Whether the step's update was made; sets `blown_up` where the training cannot go on."""
+        if all(map(math.isfinite, values.values())):
+            self.kept["in_a_row"] = 0
+            return True
+        shown = f"step {step}: not finite: {', '.join(f'{name} = {value}' for name, value in values.items())}"
+        if self._skips:
+            self.kept |= {"skipped": self.kept["skipped"] + 1, "in_a_row": self.kept["in_a_row"] + 1}
+            mesh.say(f"{shown}. Its update is skipped, the {self.kept['skipped']}. so far")
+        if not self._skips or self.kept["in_a_row"] == MAX_SKIPPED:
+            self.blown_up = shown + (f", the {MAX_SKIPPED}. step in a row" if self._skips else "")
+        return False
+
+    def _add_line(self, step, values):
+        window, seconds = self.kept["window"], max(time.monotonic() - self._clock, 1e-9)
+        line = {
+            "train/loss": math.fsum(window) / len(window) if window else math.nan,
+            "train/grad_norm": values["grad_norm"],
             "train/learning_rate": float(self._schedule(step - 1)),
             "train/images_per_sec": self._timed_steps * self._batch_size / seconds,
             "train/data_wait": self.waited / seconds,
         }
-        self.window = []
+        if self._skips:
+            line["train/skipped"] = self.kept["skipped"]
+        self.kept["window"] = []
         self.restart_clock()
         left = (time.monotonic() - self._began) / (step - self._first_step) * (self._total_steps - step)
-        self._write(step, values)
+        self._write(step, line)
         mesh.say(
             f"step {step}/{self._total_steps}  epoch {step / self._steps_per_epoch:.1f}  "
-            f"loss {values['train/loss']:.4f}  {values['train/images_per_sec']:.1f} images/s  "
-            f"waiting for data {values['train/data_wait']:.1%}  left {int(left // 60)}:{int(left % 60):02d}"
+            f"loss {line['train/loss']:.4f}  {line['train/images_per_sec']:.1f} images/s  "
+            f"waiting for data {line['train/data_wait']:.1%}  left {int(left // 60)}:{int(left % 60):02d}"
         )
 
     def add_evaluation(self, step: int, result: "Evaluation") -> None:
         """Takes the scores of the validation split."""
+        self.last_evaluation = result
         values = {"val/loss": result.loss, "val/accuracy": result.scores["accuracy"]}
         values |= {"val/miou": result.scores["miou"], "val/mdice": result.scores["mdice"]}
         values |= {f"val/iou/{name}": iou for name, iou in result.scores["iou"].items()}

@@ -58,23 +58,50 @@ def terms(
     Returns:
       `cross_entropy` and `dice`.
     """
-    label = jnp.where(mask, label, 0).astype(jnp.int32)  # any legal class: masked pixels weigh nothing
-    weights = jnp.asarray(class_weights or (1.0,) * max(2, logits.shape[-1]), jnp.float32)
+    label, mask, weight = _weigh_pixels(label, mask, task, logits.shape[-1], class_weights, pixel_weights)
     if task == "multiclass":
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        weight = mask * weights[label]
     else:
-        if task == "binary":
-            label, mask = label[..., None], mask[..., None]
         loss = optax.sigmoid_binary_cross_entropy(logits, label)
-        weight = mask * (weights[label] if task == "binary" else weights)
-    if pixel_weights is not None:
-        weight = weight * (pixel_weights if task == "multiclass" else pixel_weights[..., None])
     pixels = tuple(range(1, loss.ndim))
     return {
         "cross_entropy": ((loss * weight).sum(pixels), weight.sum(pixels)),
         "dice": _dice(logits, label, mask, task),
     }
+
+
+def totals(
+    label: jax.Array,
+    mask: jax.Array,
+    task: str,
+    num_outputs: int,
+    class_weights: Sequence[float] = (),
+    pixel_weights: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """The sums of the weights of all terms: they do not depend on the logits, so that parts of a batch can share them.
+
+    Args:
+      num_outputs: K of the logits; the others are as `terms` takes them.
+    """
+    _, mask, weight = _weigh_pixels(label, mask, task, num_outputs, class_weights, pixel_weights)
+    return {"cross_entropy": weight.sum(), "dice": _counted(mask).sum()}
+
+
+def _weigh_pixels(label, mask, task, num_outputs, class_weights, pixel_weights):
+    """Label and mask in the shape of the loss, and the weight of each of its elements in the cross-entropy."""
+    label = jnp.where(mask, label, 0).astype(jnp.int32)  # any legal class: masked pixels weigh nothing
+    weights = jnp.asarray(class_weights or (1.0,) * max(2, num_outputs), jnp.float32)
+    if task == "binary":
+        label, mask = label[..., None], mask[..., None]
+    weight = mask * (weights if task == "multilabel" else weights[label])
+    if pixel_weights is not None:
+        weight = weight * (pixel_weights if task == "multiclass" else pixel_weights[..., None])
+    return label, mask, weight
+
+
+def _counted(mask: jax.Array) -> jax.Array:
+    """1 for each image with any counted pixel, float32 `[B]`."""
+    return mask.any(tuple(range(1, mask.ndim))).astype(jnp.float32)
 
 
 def _dice(logits: jax.Array, label: jax.Array, mask: jax.Array, task: str, smooth: float = 1.0) -> Term:
@@ -94,15 +121,21 @@ def _dice(logits: jax.Array, label: jax.Array, mask: jax.Array, task: str, smoot
     overlap = jnp.where(truth, probability, 0).sum((1, 2))
     total = probability.sum((1, 2)) + truth.sum((1, 2))
     loss = 1 - (2 * overlap + smooth) / (total + smooth)  # [B, K]
-    counted = mask.any(tuple(range(1, mask.ndim))).astype(jnp.float32)
+    counted = _counted(mask)
     return loss.mean(-1) * counted, counted
 
 
-def combine(values: Mapping[str, Term], weights: Mapping[str, float]):
-    """The weighted sum of the means of the terms; works on JAX and NumPy arrays alike."""
+def combine(values: Mapping[str, Term], weights: Mapping[str, float], totals: Mapping | None = None):
+    """The weighted sum of the means of the terms; works on JAX and NumPy arrays alike.
+
+    Args:
+      values: `terms`.
+      weights: of each term.
+      totals: what to divide by, if `values` are a part of a batch; None is what they sum up to.
+    """
     total = 0.0
     for name, weight in weights.items():
         if weight:
             sums, counts = values[name]
-            total = total + weight * sums.sum() / counts.sum().clip(1e-12)
+            total = total + weight * sums.sum() / (counts.sum() if totals is None else totals[name]).clip(1e-12)
     return total

@@ -2,6 +2,7 @@
 
 python -m unet_jax.main --config=configs/shapes.py                  # train, or go on
 python -m unet_jax.main --config=configs/folder.py --config.data.root=DIR --mode=check   # is all well with the images?
+python -m unet_jax.main --config=configs/carla.py --mode=plan       # memory, FLOPs and traffic of a step, without data
 python -m unet_jax.main --mode=eval --workdir=runs/shapes           # score what was trained
 python -m unet_jax.main --mode=report --workdir=runs/shapes         # write its report.html again
 python -m unet_jax.main --mode=predict --workdir=runs/folder --input=photos --output=masks
@@ -16,7 +17,8 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from unet_jax.errors import UserError, did_you_mean
+from unet_jax import processes, signals
+from unet_jax.errors import Interrupted, UserError, did_you_mean
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to train: a file of configs/. Its fields can be set as --config.FIELD=VALUE."
@@ -27,9 +29,20 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "check", "eval", "report", "predict"],
-    "check: look at all images and labels first; train: train or go on; eval: score a work directory; report: write "
-    "its report.html; predict: label image files with it.",
+    ["train", "check", "plan", "eval", "report", "predict"],
+    "check: look at all images and labels first; plan: what a training step needs on the devices here; train: train or "
+    "go on; eval: score a work directory; report: write its report.html; predict: label image files with it.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "train, eval: HOST:PORT of process 0, where several processes work together and are not found by themselves (as "
+    "they are on TPU pods, Slurm, Open MPI and Kubernetes).",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "train, eval: how many processes work together.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "train, eval: which of them this is, from 0.")
+_MEMORY_GIB = flags.DEFINE_float(
+    "memory_gib", None, "plan: GiB of a device, to find the largest batch that fits. Default: what the device tells."
 )
 _STEP = flags.DEFINE_integer("step", None, "eval, report, predict: the checkpoint. Default: the best.")
 _TTA = flags.DEFINE_string(
@@ -58,7 +71,9 @@ _THRESHOLD = flags.DEFINE_float(
     "threshold", 0.5, "predict: the probability above which a sigmoid's class is predicted."
 )
 _ONLY = {  # flag -> the modes that it is for
-    "config": ("train", "check"),
+    "config": ("train", "check", "plan"),
+    **dict.fromkeys(("coordinator", "num_processes", "process_id"), ("train", "eval")),
+    "memory_gib": ("plan",),
     "step": ("eval", "report", "predict"),
     "tta": ("eval", "predict"),
     "data_dir": ("eval", "report"),
@@ -68,60 +83,75 @@ _ONLY = {  # flag -> the modes that it is for
 
 
 def main(argv: list[str]) -> None:
-    """Runs the chosen mode; bad input ends with exit code 1 and one message."""
-    try:
-        if len(argv) > 1:
-            raise UserError(f"what is {argv[1]!r}? Flags begin with --")
-        _run()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-
-
-def _run() -> None:
-    # Imports stay here, so that --help answers at once.
+    """Runs the chosen mode; bad input ends with exit code 1, a signal with 128 + its number, and one message."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it only feeds data, and would say so at each start
     for name, level in (("absl", logging.ERROR), ("jax", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
+    signals.end_at_once()
+    try:
+        _check_flags(argv)
+        if _MODE.value in _ONLY["coordinator"]:
+            with processes.together(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
+                _run()
+        else:
+            _run()
+    except (UserError, Interrupted) as error:
+        text, code = processes.describe(error)
+        print(text, file=sys.stderr)
+        sys.exit(code)
+
+
+def _check_flags(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"what is {argv[1]!r}? Flags begin with --")
     mode = _MODE.value
     for flag, modes in _ONLY.items():
         if flags.FLAGS[flag].present and mode not in modes:
             raise UserError(f"--{flag} is for --mode={' and --mode='.join(modes)}, not for --mode={mode}")
-    if mode in ("train", "check"):
-        if not _CONFIG.present:
-            raise UserError("say what to train: --config=configs/shapes.py (generated images, needs no data)")
-        name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-        workdir = _WORKDIR.value or f"runs/{name}"
-        if mode == "train":
-            from unet_jax import train
-
-            train.train(_CONFIG.value, workdir)
-        else:
-            from unet_jax import check
-
-            if not check.check(_CONFIG.value, f"{workdir.rstrip('/')}.check.png"):
-                sys.exit(1)
-        return
-    if _WORKDIR.value is None:
+    if mode in _ONLY["config"] and not _CONFIG.present:
+        raise UserError("say what to train: --config=configs/shapes.py (generated images, needs no data)")
+    if mode not in _ONLY["config"] and _WORKDIR.value is None:
         raise UserError("say what to use: --workdir=runs/shapes, for example")
-    if mode == "eval":
+    if mode == "predict" and (_INPUT.value is None or _OUTPUT.value is None):
+        raise UserError("say what to predict, and where to write: --input=FILE_OR_FOLDER --output=FOLDER")
+
+
+def _run() -> None:
+    # Imports stay here, so that --help answers at once.
+    mode, workdir = _MODE.value, _WORKDIR.value
+    if mode in _ONLY["config"]:
+        name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+        workdir = workdir or f"runs/{name}"
+    if mode == "train":
+        from unet_jax import train
+
+        processes.check_same({"workdir": workdir, "config": _CONFIG.value.to_dict()})
+        train.train(_CONFIG.value, workdir)
+    elif mode == "check":
+        from unet_jax import check
+
+        if not check.check(_CONFIG.value, f"{workdir.rstrip('/')}.check.png"):
+            sys.exit(1)
+    elif mode == "plan":
+        from unet_jax import plan
+
+        plan.plan(_CONFIG.value, _MEMORY_GIB.value)
+    elif mode == "eval":
         from unet_jax import evaluate
 
-        evaluate.evaluate_workdir(_WORKDIR.value, _STEP.value, _DATA_DIR.value, _SPLIT.value, _TTA.value)
+        settings = (workdir, _STEP.value, _DATA_DIR.value, _SPLIT.value, _TTA.value)
+        processes.check_same({"eval": settings})
+        evaluate.evaluate_workdir(*settings)
     elif mode == "report":
         from unet_jax import mesh, report
 
-        mesh.say(f"Open {report.write(_WORKDIR.value, _STEP.value, _DATA_DIR.value)} in a browser.")
+        mesh.say(f"Open {report.write(workdir, _STEP.value, _DATA_DIR.value)} in a browser.")
     else:
-        if _INPUT.value is None or _OUTPUT.value is None:
-            raise UserError("say what to predict, and where to write: --input=FILE_OR_FOLDER --output=FOLDER")
         from unet_jax import predict_files
 
         predict_files.predict_files(
-            _WORKDIR.value,
+            workdir,
             _INPUT.value,
             _OUTPUT.value,
             step=_STEP.value,

@@ -1,13 +1,18 @@
-"""Devices and processes: the mesh, and how batches and states lie on it. No other module knows of them."""
+"""Devices and processes: the mesh, how batches and states lie on it, and what processes tell each other."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unet_jax.errors import UserError
+
+PyTree = Any
 
 
 def create(data: int, space: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -15,21 +20,34 @@ def create(data: int, space: int, devices: Sequence[jax.Device] | None = None) -
 
     Args:
       data: devices along the batch; 0 = all that `space` leaves.
-      space: devices along the height of each image.
-      devices: which to use; None is all.
+      space: devices along the height of each image; 0 = all that `data` leaves.
+      devices: which to use; None is all, of all processes.
 
     Raises:
       UserError: the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
-    if space < 1 or count % space or (data or count // space) * space != count:
+    shape = {"data": data, "space": space}
+    open_axis = next((axis for axis, ways in shape.items() if ways == 0), None)
+    if open_axis is not None:
+        shape[open_axis] = count // max(data, space, 1)
+    if min(shape.values()) < 1 or math.prod(shape.values()) != count:
         raise UserError(
             f"config.mesh.data={data}, config.mesh.space={space} do not divide {count} devices: their product must be "
-            f"{count}, and data=0 takes all that space leaves"
+            f"{count}, and one of them may be 0, for all that the other leaves"
         )
-    shape, axis_types = (count // space, space), (AxisType.Auto,) * 2
-    return jax.make_mesh(shape, ("data", "space"), axis_types=axis_types, devices=devices)
+    axis_types = (AxisType.Auto,) * 2
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axis_types, devices=devices)
+
+
+def create_for_evaluation(space: int) -> Mesh:
+    """A mesh of all devices that splits images over as many of them as training did, as far as these allow it.
+
+    Args:
+      space: `config.mesh.space` of the training, perhaps on other devices.
+    """
+    return create(0, math.gcd(space, jax.device_count()) if space else 1)
 
 
 def is_one_cpu(mesh: Mesh) -> bool:
@@ -37,18 +55,22 @@ def is_one_cpu(mesh: Mesh) -> bool:
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
-def check_batch_size(mesh: Mesh, batch_size: int) -> None:
-    """Checks that the devices can share a batch evenly.
+def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Checks that the devices can share each part of a batch evenly.
 
     Raises:
       UserError: they cannot; names the nearest sizes that they can.
     """
-    ways = mesh.shape["data"]
+    if accumulate < 1:
+        raise UserError(f"config.train.accumulate = {accumulate} must be 1 or more")
+    ways = mesh.shape["data"] * accumulate
     if batch_size < 1 or batch_size % ways:
         below, above = batch_size // ways * ways, -(-max(batch_size, 1) // ways) * ways
         nearest = " or ".join(str(n) for n in sorted({below, above}) if n > 0)
+        parts = f" in {accumulate} parts (config.train.accumulate)" if accumulate > 1 else ""
         raise UserError(
-            f"config.train.batch_size = {batch_size} cannot be shared by {ways} devices evenly: use {nearest}"
+            f"config.train.batch_size = {batch_size} cannot be shared by {mesh.shape['data']} devices evenly{parts}: "
+            f"use {nearest}"
         )
 
 
@@ -66,10 +88,10 @@ def check_height(mesh: Mesh, height: int) -> None:
         )
 
 
-def process_rows(batch_size: int) -> slice:
-    """The rows of each global batch that this process feeds."""
-    share = batch_size // jax.process_count()
-    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of each global batch that the devices of this process hold, int `[b]`, in order."""
+    indices = by_example(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
 def is_main_process() -> bool:
@@ -83,6 +105,28 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def wait_for_all(name: str) -> None:
+    """Waits until all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def from_main(function: Callable[..., int | None], *args) -> int | None:
+    """What `function` returns on the main process, which alone calls it, told to all."""
+    if jax.process_count() == 1:
+        return function(*args)
+    value = function(*args) if is_main_process() else None
+    told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if value is None else value)))
+    return None if told == -1 else told
+
+
+def largest(value: int) -> int:
+    """The largest `value` of all processes, told to all."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """One whole copy on every device."""
     return NamedSharding(mesh, P())
@@ -93,12 +137,50 @@ def by_example(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P("data"))
 
 
-def by_example_and_height(mesh: Mesh) -> NamedSharding:
-    """Examples over `data`, the height of images over `space`."""
-    return NamedSharding(mesh, P("data", "space"))
+def split_height(mesh: Mesh, image: jax.Array) -> jax.Array:
+    """Within a jitted function: `[B, H, W, ...]` with its height over `space`, and its examples over `data`.
+
+    A batch that `data` cannot share lies whole on each of its devices.
+    """
+    examples = "data" if image.shape[0] % mesh.shape["data"] == 0 else None
+    return jax.lax.with_sharding_constraint(image, NamedSharding(mesh, P(examples, "space")))
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Makes global arrays of the rows that each process holds."""
+def split_largest_axis(mesh: Mesh, tree: PyTree) -> PyTree:
+    """Shardings that share each array among the devices along `data`, by its largest axis that they can divide.
+
+    What they cannot divide lies whole on every device: scalars, and few small arrays.
+    """
+    ways = mesh.shape["data"]
+
+    def split(array):
+        axes = [axis for axis, length in enumerate(array.shape) if length % ways == 0]
+        largest = max(axes, key=lambda axis: array.shape[axis], default=None)
+        return NamedSharding(mesh, P(*("data" if axis == largest else None for axis in range(array.ndim))))
+
+    return jax.tree.map(split, tree)
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Makes global arrays `[B, ...]` of the rows `[b, ...]` that each process holds, see `process_rows`."""
     sharding = by_example(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), sharding)
+    ways = mesh.shape["data"]
+    batch_size = len(next(iter(batch.values()))) * ways // len(process_rows(mesh, ways))
+    place = {row: place for place, row in enumerate(process_rows(mesh, batch_size).tolist())}
+
+    def put(values):
+        def piece(index):
+            start, stop, _ = index[0].indices(batch_size)
+            return values[place[start] : place[start] + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, piece)
+
+    return {name: put(np.asarray(values)) for name, values in batch.items()}
+
+
+def put_everywhere(mesh: Mesh, value: int) -> jax.Array:
+    """An int32 `[devices]` array whose elements are the `value` of the process of each device."""
+    sharding = NamedSharding(mesh, P(("data", "space")))
+    return jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.full(1, value, np.int32))

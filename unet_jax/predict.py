@@ -173,11 +173,12 @@ class Predictor:
         self._margins = margins(model, self.tile, tta)
         self._classes = classes
         self._variables = jax.device_put(variables, mesh.replicated(self._devices))
-        self._step = jax.jit(
-            lambda variables, image: to_probability(
-                logits(model, variables, as_float(image), self.tile, classes.task, tta), classes.task
-            )
-        )
+
+        def probability(variables, image):
+            window = mesh.split_height(self._devices, as_float(image))
+            return to_probability(logits(model, variables, window, self.tile, classes.task, tta), classes.task)
+
+        self._step = jax.jit(probability, out_shardings=mesh.replicated(self._devices))
 
     def probability(self, image: np.ndarray, out: np.ndarray | None = None, progress: bool = False) -> np.ndarray:
         """Class probabilities of every pixel.

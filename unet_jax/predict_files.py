@@ -60,7 +60,7 @@ def predict_files(
         check_choice("--tta", tta, predict.TTA)
     output = epath.Path(output)
     files = _find(inputs, output)
-    network = trained.load(path, mesh.create(0, 1), step)
+    network = trained.load(path, step)
     config, classes = network.config, network.classes
     sigmoid = classes.task != "multiclass"
     if threshold != 0.5 and not sigmoid:
@@ -72,7 +72,7 @@ def predict_files(
     label_suffixes = _suffixes(classes.names) if classes.task == "multilabel" else [""]
     kept_suffixes = [f"_probability{suffix}" for suffix in _suffixes(classes.names[-classes.num_outputs :])]
     _claim(output, files, [f"{suffix}.png" for suffix in (*label_suffixes, *kept_suffixes)])
-    tiles = predict.Predictor(network.model, network.variables, classes, (height, width), tta)
+    tiles = predict.Predictor(network.model, network.variables, classes, (height, width), tta, devices=network.devices)
     how = {
         "fit": f"resized to {width}x{height} and back ({interpolation})",
         "native": f"at their own size, in tiles of {tiles.tile[1]}x{tiles.tile[0]}",

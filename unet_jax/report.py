@@ -49,7 +49,7 @@ def write(
       step: which checkpoint; None is the best.
       data_dir: where the images are, if not in `config.data.root`.
       images: of the validation split, where they are at hand; None opens them.
-      devices: a mesh; None is all devices, each with whole images.
+      devices: see `trained.load`.
 
     Returns:
       the file written, `report.html`.
@@ -58,14 +58,13 @@ def write(
       UserError: no work directory or checkpoint, or the report cannot be written.
     """
     path = epath.Path(path)
-    devices = mesh.create(0, 1) if devices is None else devices
-    network = trained.load(path, devices, step)
+    network = trained.load(path, step, devices)
     if data_dir is not None:
         network.config.data.root = data_dir
     missing = None
     try:
         opened = _open_images(network, path) if images is None else images
-        measured = _measure(network, devices, opened)
+        measured = _measure(network, opened)
     except UserError as error:
         missing = str(error)
         mesh.say(f"The report shows no images, for they cannot be read: {missing}")
@@ -116,17 +115,17 @@ def _open_images(network: trained.Trained, path: epath.Path) -> pipeline.Pipelin
     return pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib)
 
 
-def _measure(network: trained.Trained, devices: jax.sharding.Mesh, images: pipeline.Pipeline) -> Measured:
+def _measure(network: trained.Trained, images: pipeline.Pipeline) -> Measured:
     """Scores every image of the split by itself, and predicts those to show once more, to hold no others.
 
     Raises:
       UserError: an image cannot be read.
     """
-    config, classes, source = network.config, network.classes, images.source
+    config, classes, devices, source = network.config, network.classes, network.devices, images.source
     ways = devices.shape["data"]
     batch_size = -(-config.train.batch_size // ways) * ways  # as `--mode=eval`, so that every logit rounds alike
-    rows = mesh.process_rows(batch_size)
-    step = _make_step(network, devices)
+    rows = mesh.process_rows(devices, batch_size)
+    step = _make_step(network)
 
     def run(batch):
         return jax.device_get(step(network.variables, mesh.put_batch(devices, batch)))
@@ -157,14 +156,14 @@ def _measure(network: trained.Trained, devices: jax.sharding.Mesh, images: pipel
     return Measured(origin, metrics.scores(total, classes.names), total, pictures)
 
 
-def _make_step(network: trained.Trained, devices: jax.sharding.Mesh) -> Callable:
+def _make_step(network: trained.Trained) -> Callable:
     """A jitted function of variables and a batch: predicted labels, and the confusion counts of each example."""
-    model, classes, tta = network.model, network.classes, network.config.eval.tta
+    model, classes, devices, tta = network.model, network.classes, network.devices, network.config.eval.tta
 
     def step(variables, batch):
         label = batch["label"]
         window = predict.surround_image(model, batch["image"], tta)
-        window = jax.lax.with_sharding_constraint(window, mesh.by_example_and_height(devices))
+        window = mesh.split_height(devices, window)
         logits = predict.logits(model, variables, window, label.shape[1:3], classes.task, tta)
         # Of logits, as `--mode=eval`: probabilities close to 1 can be equal where logits are not.
         prediction = metrics.predict_label(logits, classes.task)

@@ -1,5 +1,6 @@
 """The training state and its creation on a mesh."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+
+from unet_jax import mesh
 
 PyTree = Any
 
@@ -42,7 +45,8 @@ def create(
     image_shape: tuple[int, ...],
     optimizer: optax.GradientTransformation,
     ema: bool,
-    sharding: jax.sharding.Sharding,
+    devices: jax.sharding.Mesh,
+    shard_optimizer: bool = False,
 ) -> TrainState:
     """A new state, drawn where it will live.
 
@@ -52,8 +56,18 @@ def create(
       image_shape: `[B, H, W, C]` of any image batch that the network takes.
       optimizer: makes `opt_state`.
       ema: whether to keep averaged weights.
-      sharding: of every array of the state.
+      devices: the mesh; every array lies whole on each device.
+      shard_optimizer: whether `opt_state` and `ema` are shared among the devices along `data` instead (as stage 1 of
+        ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054).
     """
+    init = make_init(seed, model, image_shape, optimizer, ema)
+    return jax.jit(init, out_shardings=shardings(jax.eval_shape(init), devices, shard_optimizer))()
+
+
+def make_init(
+    seed: int, model: nn.Module, image_shape: tuple[int, ...], optimizer: optax.GradientTransformation, ema: bool
+) -> Callable[[], TrainState]:
+    """The function that draws a new state; the arguments are those of `create`."""
 
     def init():
         variables = model.init(jax.random.key(seed), jnp.zeros(image_shape))
@@ -66,4 +80,14 @@ def create(
             ema=jax.tree.map(jnp.copy, params) if ema else None,
         )
 
-    return jax.jit(init, out_shardings=sharding)()
+    return init
+
+
+def shardings(state: TrainState, devices: jax.sharding.Mesh, shard_optimizer: bool) -> TrainState:
+    """Where each array of a state lies; the arguments are as `create` takes them."""
+    whole = jax.tree.map(lambda _: mesh.replicated(devices), state)
+    if not shard_optimizer:
+        return whole
+    return whole.replace(
+        opt_state=mesh.split_largest_axis(devices, state.opt_state), ema=mesh.split_largest_axis(devices, state.ema)
+    )

@@ -1,13 +1,13 @@
-"""Training: `train` reads from top to bottom; `make_train_step` is the step."""
+"""Training: `train` reads from top to bottom; the step is in `step.py`."""
 
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from signal import Signals
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from etils import epath
 from flax import linen as nn
@@ -22,17 +22,18 @@ from unet_jax import (
     losses,
     mesh,
     optimizer,
-    predict,
     report,
+    signals,
     state,
+    step,
     trained,
     workdir,
 )
 from unet_jax.data import pipeline
-from unet_jax.errors import UserError
+from unet_jax.errors import Interrupted, UserError, check_choice
 from unet_jax.models import unet
 
-if TYPE_CHECKING:  # the step runs where it is not installed
+if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 
@@ -44,7 +45,9 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
       path: the work directory.
 
     Raises:
-      UserError: anything that the user can put right, before any training; or loss or gradients that are not finite.
+      UserError: anything that the user can put right, before any training; loss or gradients that are not finite; a
+        checkpoint that cannot be written.
+      Interrupted: by SIGTERM or SIGINT; all that was done is saved.
     """
     from clu import parameter_overview
 
@@ -53,51 +56,37 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     if (path / "config.json").exists():
         data.take_settled(config.data, workdir.read_config(path).data)
     data.settle(config.data, mesh.say)
-    workdir.check(path, config)
+    if mesh.is_main_process():
+        workdir.check(path, config)
 
     # Data.
     sources = {split: data.load(config.data, split) for split in ("train", "validation")}
     classes = sources["train"].classes
     count, batch_size = len(sources["train"]), config.train.batch_size
-    loss_weights = losses.term_weights(config.loss)
-    losses.check(loss_weights, config.loss.class_weights, len(classes.names))
     weigh = evaluate.make_weigh(config.loss, classes)
     evaluate.check(config.eval, classes)
 
-    # Devices and steps.
+    # Devices, steps, network and optimizer.
     devices = mesh.create(config.mesh.data, config.mesh.space)
-    mesh.check_batch_size(devices, batch_size)
-    rows = mesh.process_rows(batch_size)
+    rows = mesh.process_rows(devices, batch_size)
     steps_per_epoch = count / batch_size
     total_steps = _steps("epochs", config.train.epochs, steps_per_epoch)
     eval_every = _steps("eval_every_epochs", config.train.eval_every_epochs, steps_per_epoch)
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"config.seed = {config.seed} is not in 0..2**31-1")
-    if config.train.log_every_steps < 1 or config.train.panels < 0:
-        raise UserError("config.train.log_every_steps must be 1 or more, config.train.panels 0 or more")
     save_every = _steps("checkpoint_every_epochs", config.train.checkpoint_every_epochs, steps_per_epoch)
-
-    # Network and optimizer.
-    model = unet.create(classes.num_outputs, **config.model, one_cpu=mesh.is_one_cpu(devices))
-    crop = augment.check(config.augment, config.data.size)
-    image_size = _input_size("config.data.size", model, config.data.size, devices)
-    input_size = _input_size("config.augment.crop", model, crop, devices)
-    schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)
-    optimizer.check_frozen(config.optimizer.frozen, trained.shapes(unet.abstract(model, classes.channels)["params"]))
-    tx = optimizer.make_optimizer(config.optimizer, schedule)
+    parts = prepare(config, classes, devices, steps_per_epoch, total_steps)
 
     # What was already done, or what to begin with. Nothing is written before all of it has been found in order.
     examples = {split: hashlib.sha256(repr(list(s.ids)).encode()).hexdigest() for split, s in sources.items()}
-    first_step, beginning = 0, None
-    if checkpoint.exists(path):
-        first_step = _check_done(path, examples, config.data.root)
+    first_step, meta, beginning = checkpoint.newest_good_step(path), None, None
+    if first_step is not None:
+        meta = _check_done(path, first_step, examples, config.data.root)
     elif config.init_from:
-        beginning = trained.read_beginning(config.init_from, model, classes, mesh.replicated(devices))
-    original_size = sources["train"].read(0)[0].shape[:2]
-    workdir.claim(path, config, {**classes.to_json(), "image_size": original_size})
-    checkpoints = checkpoint.Checkpoints(path)
-    if first_step >= total_steps:
-        checkpoints.close()
+        beginning = trained.read_beginning(config.init_from, parts.model, classes, mesh.replicated(devices))
+    first_step = first_step or 0
+    if mesh.is_main_process():
+        original_size = sources["train"].read(0)[0].shape[:2]
+        workdir.claim(path, config, {**classes.to_json(), "image_size": original_size})
+    if first_step >= total_steps and meta["evaluated"]:
         _draw_history(path)  # it may have been killed just before
         if not (path / "report.html").exists():
             report.write(path)
@@ -107,29 +96,29 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         return
 
     # Images and state.
-    window = []
     images = {
         split: pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib, weigh)
         for split, source in sources.items()
     }
     train_state = state.create(
         seed=config.seed,
-        model=model,
-        image_shape=(1, *model.smallest_input, classes.channels),
-        optimizer=tx,
+        model=parts.model,
+        image_shape=(1, *parts.model.smallest_input, classes.channels),
+        optimizer=parts.tx,
         ema=config.optimizer.ema > 0,
-        sharding=mesh.replicated(devices),
+        devices=devices,
+        shard_optimizer=config.mesh.shard_optimizer,
     )
-    if first_step:
+    checkpoints = checkpoint.Checkpoints(path)
+    if meta is not None:
         train_state, meta = checkpoints.restore(first_step, train_state)
-        window = meta["window"]
         mesh.say(f"Going on from step {first_step} of {path}")
     elif beginning is not None:
         weights, done = beginning
         train_state = trained.begin(train_state, weights)
         mesh.say(done)
-    workdir.rewind_metrics(path, first_step)
     if mesh.is_main_process():
+        workdir.rewind_metrics(path, first_step)
         workdir.record_environment(path, first_step, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
 
     # Compilation, and what it tells.
@@ -140,141 +129,160 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         f"data     {count} training and {len(sources['validation'])} validation images of "
         f"{config.data.size[0]}x{config.data.size[1]}, {len(classes.names)} classes ({classes.task}), "
         f"{'held in memory' if images['train'].cached else 'read anew each epoch'}\n"
-        f"tiles    {log.tiles('training', crop, input_size)}; {log.tiles('validation', config.data.size, image_size)}\n"
+        f"tiles    {log.tiles('training', parts.crop, parts.input_size)}; "
+        f"{log.tiles('validation', config.data.size, parts.image_size)}\n"
         f"devices  {jax.device_count()} x {jax.devices()[0].device_kind}, mesh data={devices.shape['data']} "
         f"space={devices.shape['space']}; {jax.process_count()} process(es)\n"
         f"steps    {total_steps} of {batch_size} images, {steps_per_epoch:.1f} an epoch"
     )
     started = time.monotonic()
-    train_step = make_train_step(model, tx, config, classes, devices).lower(train_state, batch).compile()
+    layout = jax.tree.map(lambda array: array.sharding, train_state)
+    train_step = step.make_train_step(parts.model, parts.tx, config, classes, devices, layout)
+    train_step = train_step.lower(train_state, batch, mesh.put_everywhere(devices, 0)).compile()
     mesh.say(f"memory   {log.memory(train_step)}; compiled in {time.monotonic() - started:.1f} s")
-    eval_step = evaluate.make_eval_step(model, classes, config, devices)
+    eval_step = evaluate.make_eval_step(parts.model, classes, config, devices)
     panels = draw.Panels(images["validation"], config.train.panels, path / "panels")
-    predict_step = evaluate.make_predict_step(model, classes)
+    predict_step = evaluate.make_predict_step(parts.model, classes, devices)
+    history = log.Log(config, path, parts.schedule, steps_per_epoch, total_steps, first_step, meta)
+
+    def conclude(done: int, told: int, replace: bool = False) -> int:
+        """Evaluates the state after `done` steps if it is time, unless told to stop, and saves it; the signal, or 0."""
+        score, result = None, None
+        evaluates = done == total_steps or done % eval_every == 0
+        if evaluates and not told:
+            variables = train_state.eval_variables
+            validation = images["validation"].eval_batches(batch_size, rows)
+            result = evaluate.evaluate(
+                eval_step, variables, validation, devices, parts.loss_weights, classes, lambda: deferred.received
+            )
+        if result is not None:
+            score = result.scores["miou"]
+            history.add_evaluation(done, result)
+            panels.draw(done, lambda image: predict_step(variables, image))
+        told = told or mesh.largest(deferred.received)
+        evaluated = not evaluates or result is not None
+        if evaluated or not replace:
+            kept = {**history.kept, "examples": examples, "evaluated": evaluated}
+            checkpoints.save(done, train_state, kept, score, replace)
+        history.restart_clock()
+        return told
 
     # The loop. Metrics are fetched one step late, so that the device never waits for the host.
-    history = log.Log(config, path, schedule, steps_per_epoch, total_steps, first_step, window)
-    pending = None
-    for step in range(first_step + 1, total_steps + 1):
-        train_state, metrics = train_step(train_state, batch)
-        if pending is not None:
-            _check_finite(*pending, checkpoints)
-            history.add(*pending)
-        pending = step, metrics
-        if step < total_steps:
-            waiting = time.monotonic()
-            rows_of_batch = next(batches)
-            history.waited += time.monotonic() - waiting
-            batch = mesh.put_batch(devices, rows_of_batch)
+    pending, told = None, 0
+    with signals.Deferred() as deferred:
+        if meta is not None and not meta["evaluated"]:
+            told = conclude(first_step, 0, replace=True)
+        for done in range(first_step + 1, total_steps + 1):
+            if told:
+                break
+            train_state, metrics = train_step(train_state, batch, mesh.put_everywhere(devices, deferred.received))
+            if pending is not None:
+                told = history.add(*pending)
+                _check(history, checkpoints, path)
+            pending = done, metrics
+            if done < total_steps:
+                waiting = time.monotonic()
+                rows_of_batch = next(batches)
+                history.waited += time.monotonic() - waiting
+                batch = mesh.put_batch(devices, rows_of_batch)
+            if told or done == total_steps or done % eval_every == 0 or done % save_every == 0:
+                told = max(told, history.add(*pending))
+                _check(history, checkpoints, path)
+                pending = None
+                told = conclude(done, told)
+        checkpoints.close()
+        history.close()
+    if told:
+        raise Interrupted(f"{Signals(told).name}: {path} is saved; the same command goes on from there", told)
 
-        last = step == total_steps
-        evaluates, saves = last or step % eval_every == 0, last or step % save_every == 0
-        if evaluates or saves:
-            _check_finite(*pending, checkpoints)
-            history.add(*pending)
-            pending, score = None, None
-            if evaluates:
-                result = evaluate.evaluate(
-                    eval_step,
-                    train_state.eval_variables,
-                    images["validation"].eval_batches(batch_size, rows),
-                    devices,
-                    loss_weights,
-                    classes,
-                )
-                score = result.scores["miou"]
-                history.add_evaluation(step, result)
-                panels.draw(step, lambda image: predict_step(train_state.eval_variables, image))  # noqa: B023
-            checkpoints.save(step, train_state, {"window": history.window, "examples": examples}, score)
-            history.restart_clock()
-
-    best = checkpoints.best_step()
-    checkpoints.close()
-    history.close()
     _draw_history(path)
     report.write(path, images=images["validation"], devices=devices)
-    mesh.say(evaluate.format_table(result))
+    mesh.say(evaluate.format_table(history.last_evaluation))
     mesh.say(
-        f"Finished: {total_steps} steps; best checkpoint: step {best}.\n"
+        f"Finished: {total_steps} steps; best checkpoint: step {checkpoint.best_step(path)}.\n"
         f"Look at {path / 'report.html'}, in a browser, and {path / 'panels' / str(total_steps)}; score it again with\n"
         f"  python -m unet_jax.main --mode=eval --workdir={path}"
     )
 
 
-def make_train_step(
-    model: nn.Module,
-    tx: optax.GradientTransformation,
+class Parts(NamedTuple):
+    """What a configuration makes, beside images and state; sizes are (height, width)."""
+
+    model: nn.Module
+    schedule: optax.Schedule
+    tx: optax.GradientTransformation
+    loss_weights: dict[str, float]
+    crop: tuple[int, int]  # what a training step predicts
+    input_size: tuple[int, int]  # from which
+    image_size: tuple[int, int]  # from which an evaluation predicts a whole image
+
+
+def prepare(
     config: "ConfigDict",
     classes: data.Classes,
     devices: jax.sharding.Mesh,
-) -> Callable:
-    """A jitted function (state, batch) -> (state, metrics); the state is donated.
+    steps_per_epoch: float,
+    total_steps: int,
+) -> Parts:
+    """Makes network, optimizer and schedule, and checks that everything fits together.
 
-    Every random draw is a function of (seed, step, position in the global batch).
+    Raises:
+      UserError: a setting has no meaning, or the devices cannot share batches or images.
     """
+    mesh.check_batch_size(devices, config.train.batch_size, config.train.accumulate)
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"config.seed = {config.seed} is not in 0..2**31-1")
+    if config.train.log_every_steps < 1 or config.train.panels < 0:
+        raise UserError("config.train.log_every_steps must be 1 or more, config.train.panels 0 or more")
+    check_choice("config.train.nonfinite", config.train.nonfinite, ("stop", "skip"))
     loss_weights = losses.term_weights(config.loss)
-    class_weights = tuple(config.loss.class_weights)
-    settings, ema_decay, seed = dict(config.augment), config.optimizer.ema, config.seed
-
-    def train_step(train_state, batch):
-        step_key = jax.random.fold_in(jax.random.key(seed), train_state.step)
-        positions = jnp.arange(batch["image"].shape[0])
-        augment_keys, dropout_keys = (
-            jax.vmap(lambda i, use=use: jax.random.fold_in(jax.random.fold_in(step_key, use), i))(positions)
-            for use in (0, 1)
-        )
-        examples = {name: batch[name] for name in batch if name != "mask"}
-        examples["image"] = predict.as_float(batch["image"])
-        crop = settings["crop"] or batch["image"].shape[1:3]
-        margins = predict.margins(model, crop)
-        examples = augment.augment(augment_keys, examples, settings, margins, classes.ignore_label)
-        image = jax.lax.with_sharding_constraint(examples["image"], mesh.by_example_and_height(devices))
-        label, pixel_weights = examples["label"], examples.get("weight")
-
-        def loss_fn(params):
-            variables = {"params": params, "batch_stats": train_state.batch_stats}
-            logits, updates = model.apply(variables, image, dropout_keys, mutable=["batch_stats"])
-            logits = logits[:, : crop[0], : crop[1]]
-            mask = label != classes.ignore_label
-            terms = losses.terms(logits, label, mask, classes.task, class_weights, pixel_weights)
-            return losses.combine(terms, loss_weights), updates.get("batch_stats", {})
-
-        (loss, batch_stats), gradients = jax.value_and_grad(loss_fn, has_aux=True)(train_state.params)
-        updates, opt_state = tx.update(gradients, train_state.opt_state, train_state.params)
-        params = optax.apply_updates(train_state.params, updates)
-        ema = train_state.ema
-        if ema is not None:  # the decay rises from 0.1, so that the first weights are soon forgotten
-            decay = jnp.minimum(ema_decay, (1 + train_state.step) / (10 + train_state.step))
-            ema = optax.incremental_update(params, ema, 1 - decay)
-        train_state = state.TrainState(train_state.step + 1, params, batch_stats, opt_state, ema)
-        # The norm of the new weights tells whether this state, not the one before, is good.
-        norms = {"grad_norm": optax.tree.norm(gradients), "param_norm": optax.tree.norm(params)}
-        return train_state, {"loss": loss, **norms}
-
-    return jax.jit(train_step, donate_argnums=0, out_shardings=mesh.replicated(devices))
+    losses.check(loss_weights, config.loss.class_weights, len(classes.names))
+    model = unet.create(classes.num_outputs, **config.model, one_cpu=mesh.is_one_cpu(devices))
+    crop = augment.check(config.augment, config.data.size)
+    schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)
+    optimizer.check_frozen(config.optimizer.frozen, trained.shapes(unet.abstract(model, classes.channels)["params"]))
+    return Parts(
+        model=model,
+        schedule=schedule,
+        tx=optimizer.make_optimizer(config.optimizer, schedule),
+        loss_weights=loss_weights,
+        crop=crop,
+        input_size=_input_size("config.augment.crop", model, crop, devices),
+        image_size=_input_size("config.data.size", model, config.data.size, devices),
+    )
 
 
-def _check_done(path: epath.Path, examples: dict[str, str], root: str) -> int:
-    """The step from which to go on.
+def _check_done(path: epath.Path, done: int, examples: dict[str, str], root: str) -> dict:
+    """What was saved beside the state after `done` steps.
 
     Raises:
       UserError: the work directory holds no training, or one on other examples.
     """
-    checkpoints = checkpoint.Checkpoints(path)
-    try:
-        step = checkpoints.latest_step()
-        if step == 0:
-            raise UserError(
-                f"{path} holds imported weights. Begin with them by --config.init_from={path}, in another --workdir"
-            )
-        if checkpoints.read_meta(step)["examples"] != examples:
-            raise UserError(
-                f"{path} was trained on other examples than config.data.root = {root!r} holds now: images were added, "
-                "removed or renamed. Restore them, or choose another --workdir"
-            )
-    finally:
-        checkpoints.close()
-    return step
+    if done == 0:
+        raise UserError(
+            f"{path} holds imported weights. Begin with them by --config.init_from={path}, in another --workdir"
+        )
+    meta = checkpoint.read_meta(path, done)
+    if meta["examples"] != examples:
+        raise UserError(
+            f"{path} was trained on other examples than config.data.root = {root!r} holds now: images were added, "
+            "removed or renamed. Restore them, or choose another --workdir"
+        )
+    return {"evaluated": True, **meta}  # older ones do not say
+
+
+def _check(history: log.Log, checkpoints: checkpoint.Checkpoints, path: epath.Path) -> None:
+    """Stops a training that has blown up, before its state can replace a good one, or that cannot be saved."""
+    checkpoints.check()
+    if not history.blown_up:
+        return
+    checkpoints.close()
+    good = checkpoint.steps(path)
+    kept = f"The last good checkpoint is {path / 'checkpoints' / str(good[-1])}" if good else "None was saved yet"
+    raise UserError(
+        f"{history.blown_up}. {kept}. Try a lower config.optimizer.learning_rate, config.optimizer.clip_norm=1.0 or "
+        "config.optimizer.warmup_epochs=1; config.train.nonfinite=skip forgives single steps"
+    )
 
 
 def _draw_history(path: epath.Path) -> None:
@@ -301,17 +309,3 @@ def _steps(field: str, epochs: float, steps_per_epoch: float) -> int:
     if not 0 < epochs < math.inf:
         raise UserError(f"config.train.{field} = {epochs} must be positive")
     return max(1, round(epochs * steps_per_epoch))
-
-
-def _check_finite(step: int, metrics: dict[str, jax.Array], checkpoints: checkpoint.Checkpoints) -> None:
-    """Stops a training that has blown up, before its state can replace a good one."""
-    values = {name: float(value) for name, value in metrics.items()}
-    if all(map(math.isfinite, values.values())):
-        return
-    good = checkpoints.latest_step()
-    checkpoints.close()
-    kept = f"The last good checkpoint is {checkpoints.path / str(good)}" if good else "No checkpoint was saved yet"
-    raise UserError(
-        f"step {step}: not finite: {', '.join(f'{name} = {value}' for name, value in values.items())}. {kept}. Try a "
-        "lower config.optimizer.learning_rate, config.optimizer.clip_norm=1.0 or config.optimizer.warmup_epochs=1."
-    )

@@ -23,6 +23,7 @@ class Trained:
       model: the network.
       variables: its weights, averaged ones where they were on; whole on every device.
       step: of the checkpoint.
+      devices: the mesh that it lies on.
       image_size: (height, width) of the first training image before it was resized; None where it was not recorded.
     """
 
@@ -31,17 +32,20 @@ class Trained:
     model: nn.Module
     variables: dict[str, Any]
     step: int
+    devices: jax.sharding.Mesh
     image_size: tuple[int, int] | None = None
 
     def __post_init__(self):
-        model, task = self.model, self.classes.task
+        model, task, devices = self.model, self.classes.task, self.devices
 
         def probability(variables, images, tta):
-            window = predict.surround_image(model, images, tta)
+            window = mesh.split_height(devices, predict.surround_image(model, images, tta))
             logits = predict.logits(model, variables, window, images.shape[1:3], task, tta)
             return predict.to_probability(logits, task)
 
-        object.__setattr__(self, "_probability", jax.jit(probability, static_argnames="tta"))
+        object.__setattr__(
+            self, "_probability", jax.jit(probability, static_argnames="tta", out_shardings=mesh.replicated(devices))
+        )
 
     def predict(self, images, tta: str = "none") -> jax.Array:
         """Class probabilities of whole images; compiled once for each shape.
@@ -65,13 +69,14 @@ class Trained:
         return self._probability(self.variables, images, tta)
 
 
-def load(path: epath.PathLike, devices: jax.sharding.Mesh, step: int | None = None) -> Trained:
+def load(path: epath.PathLike, step: int | None = None, devices: jax.sharding.Mesh | None = None) -> Trained:
     """Loads a trained network from its work directory alone.
 
     Args:
       path: the work directory.
-      devices: where to put the weights, whole on each.
       step: which checkpoint; None is the best.
+      devices: the mesh to put the weights on, whole on each device; None is all devices, with images split over as many
+        of them as training did, as far as these allow it.
 
     Raises:
       UserError: no work directory, or no such checkpoint; or one of another network than `config.json` describes.
@@ -80,12 +85,13 @@ def load(path: epath.PathLike, devices: jax.sharding.Mesh, step: int | None = No
     config = workdir.read_config(path)
     values = workdir.read_classes(path)
     classes = data.Classes.from_json(values)
+    devices = mesh.create_for_evaluation(config.mesh.space) if devices is None else devices
     model = unet.create(classes.num_outputs, **config.model, one_cpu=mesh.is_one_cpu(devices))
     step, saved = checkpoint.read_variables(path, step, mesh.replicated(devices))
     variables = {"params": saved.get("ema", saved["params"]), "batch_stats": saved.get("batch_stats", {})}
     check_fits(model, classes, variables, f"{path}, step {step}")
     image_size = tuple(values["image_size"]) if "image_size" in values else None
-    return Trained(config, classes, model, variables, step, image_size)
+    return Trained(config, classes, model, variables, step, devices, image_size)
 
 
 def check_source(path: epath.PathLike, classes: data.Classes, source: data.Source) -> None:

@@ -12,7 +12,6 @@ eval.json               the last `--mode=eval`
 events.out.tfevents.*   TensorBoard
 """
 
-import importlib.metadata
 import json
 import pathlib
 import platform
@@ -23,15 +22,23 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from unet_jax import processes
 from unet_jax.errors import UserError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 # Fields that change how a run is carried out but not what comes out; they may differ when a run goes on.
-FREE_FIELDS = ("mesh.data", "mesh.space", "data.cache_gib", "train.log_every_steps", "eval.tta")
-
-RECORDED_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+FREE_FIELDS = (
+    "mesh.data",
+    "mesh.space",
+    "mesh.shard_optimizer",
+    "model.remat",
+    "data.cache_gib",
+    "train.log_every_steps",
+    "train.nonfinite",
+    "eval.tta",
+)
 
 # Fields that older work directories do not have, with the JSON values that they were trained with.
 LATER_FIELDS = {
@@ -53,6 +60,10 @@ LATER_FIELDS = {
     "data.value_range": [],
     "data.lists": [],
     "data.group": "",
+    "model.remat": [],
+    "mesh.shard_optimizer": False,
+    "train.accumulate": 1,
+    "train.nonfinite": "stop",
 }
 
 
@@ -187,10 +198,7 @@ def record_environment(workdir: epath.Path, first_step: int, devices: str) -> No
         "devices": devices,
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "commit": _commit(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in RECORDED_VERSIONS},
-        },
+        "versions": processes.versions(),
     }
     if not runs or {**runs[-1], "first_step": first_step} != {"first_step": first_step, **run}:
         write_json(path, {"runs": [*runs, {"first_step": first_step, **run}]})
@@ -226,9 +234,17 @@ def _commit() -> str | None:
 
 
 def append_metrics(workdir: epath.Path, row: dict[str, Any]) -> None:
-    """Adds a line to `metrics.jsonl`."""
-    with (workdir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Adds a line to `metrics.jsonl`.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    path = workdir / "metrics.jsonl"
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:

@@ -81,14 +81,14 @@ class Pipeline:
         example = {"image": images.resize_image(image, self._size, self._resize), "label": label}
         return example if self._weigh is None else {**example, "weight": self._weigh(label)}
 
-    def train_batches(self, batch_size: int, seed: int, start_step: int, rows: slice) -> Iterator[Batch]:
+    def train_batches(self, batch_size: int, seed: int, start_step: int, rows: np.ndarray) -> Iterator[Batch]:
         """Endless training batches.
 
         Args:
           batch_size: of the global batch.
           seed: of the order.
           start_step: the step whose batch comes first.
-          rows: the part of each global batch that this process feeds.
+          rows: of each global batch, those that this process feeds, int `[b]`.
 
         Yields:
           the fields of `read`, each `[b, ...]`, and `mask` bool `[b]`, all true.
@@ -105,17 +105,17 @@ class Pipeline:
         start = start_step * batch_size
         order = tf.data.Dataset.range(start // count, np.iinfo(np.int64).max).flat_map(shuffled)
         order = order.skip(start % count).batch(batch_size, drop_remainder=True)
-        return self._fetch(order.map(lambda index: index[rows.start : rows.stop]))
+        return self._fetch(order.map(lambda index: tf.gather(index, rows)), len(rows))
 
-    def eval_batches(self, batch_size: int, rows: slice) -> Iterator[Batch]:
+    def eval_batches(self, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
         """Every example once, in order; the last batch is filled up with examples whose `mask` is false."""
         tf = _tensorflow()
         padded = np.full(-(-len(self.source) // batch_size) * batch_size, -1, np.int64)
         padded[: len(self.source)] = np.arange(len(self.source))
-        return self._fetch(tf.data.Dataset.from_tensor_slices(padded.reshape(-1, batch_size)[:, rows]))
+        return self._fetch(tf.data.Dataset.from_tensor_slices(padded.reshape(-1, batch_size)[:, rows]), len(rows))
 
-    def _fetch(self, indices) -> Iterator[Batch]:
-        """Examples for a dataset of index batches `[b]`; index -1 gives the first example, masked."""
+    def _fetch(self, indices, count: int) -> Iterator[Batch]:
+        """Examples for a dataset of index batches `[count]`; index -1 gives the first example, masked."""
         tf = _tensorflow()
         if self.cached:
 
@@ -129,7 +129,7 @@ class Pipeline:
         failures: list[Exception] = []
         read = self._tf_read(tf, failures)
         batches = indices.unbatch().map(read, num_parallel_calls=tf.data.AUTOTUNE)
-        batches = batches.batch(indices.element_spec.shape[0])
+        batches = batches.batch(count)
         try:
             yield from batches.prefetch(2).as_numpy_iterator()
         except tf.errors.OpError:

@@ -40,6 +40,8 @@ class UNet(nn.Module):
       extra_conv: whether one more 3x3 convolution stands before the head.
       kernel_init: `he` (truncated He-normal; Glorot-uniform where no ReLU follows) or `paper` (N(0, sqrt(2/N))
         everywhere).
+      remat: levels, 0 is the top, whose blocks keep no activations but compute them again in the backward pass (Chen et
+        al. 2016, arXiv:1604.06174); the result is the same.
       one_cpu: whether it runs on a single CPU, where convolutions take another form; the result is the same.
       dtype: of the computation; parameters, normalisation statistics and logits stay float32.
     """
@@ -53,6 +55,7 @@ class UNet(nn.Module):
     norm: str = "none"
     extra_conv: bool = False
     kernel_init: str = "he"
+    remat: Sequence[int] = ()
     one_cpu: bool = False
     dtype: str = "float32"
 
@@ -67,9 +70,11 @@ class UNet(nn.Module):
             dtype=self.dtype,
         )
         block = partial(ConvBlock, conv=conv, norm=self.norm, dtype=self.dtype)
+        lean = partial(nn.remat(ConvBlock, static_argnums=2), **block.keywords)
+        blocks = [lean if level in self.remat else block for level in range(len(self.features))]
         upper = self.features[:-1]
-        self.down = [block(width, 2) for width in self.features]
-        self.merge = [block(width, 2) for width in upper]
+        self.down = [make(width, 2) for make, width in zip(blocks, self.features, strict=True)]
+        self.merge = [make(width, 2) for make, width in zip(blocks, upper, strict=False)]
         if self.upsample.startswith("transposed"):
             kernel_size = int(self.upsample[-1])
             self.up = [TransposedConv(width, kernel_size, up_init, dtype=self.dtype) for width in upper]
@@ -101,7 +106,7 @@ class UNet(nn.Module):
         lowest = len(self.down) - 1
         skips = []
         for level, block in enumerate(self.down):
-            x = skip = block(x, train=keys is not None)
+            x = skip = block(x, keys is not None)
             if keys is not None and self.dropout > 0 and level >= lowest - 1:
                 level_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, level)
                 x = ops.dropout(x, level_keys, self.dropout)
@@ -119,12 +124,12 @@ class UNet(nn.Module):
             elif self.upsample == "bilinear":
                 b, h, w, c = x.shape
                 x = jax.image.resize(x, (b, 2 * h, 2 * w, c), "bilinear")
-            x = up(x, train=train)
+            x = up(x, train)
             skip = center_crop(skips.pop(), x.shape[1:3])
-            x = merge(jnp.concatenate([x, skip], axis=-1), train=train)
+            x = merge(jnp.concatenate([x, skip], axis=-1), train)
         assert not skips, f"{len(skips)} skips were not consumed"
         if self.extra is not None:
-            x = self.extra(x, train=train)
+            x = self.extra(x, train)
         return self.head(x).astype(jnp.float32)
 
     def output_size(self, size: Sequence[int]) -> tuple[int, int]:
@@ -244,6 +249,9 @@ def create(num_outputs: int, **settings) -> UNet:
     check_choice("config.model.dtype", settings["dtype"], ("float32", "bfloat16"))
     if not 2 <= len(settings["features"]) <= 10 or not all(isinstance(n, int) and n > 0 for n in settings["features"]):
         raise UserError(f"config.model.features = {settings['features']} needs 2 to 10 positive widths, top to bottom")
+    levels = range(len(settings["features"]))
+    if not set(settings["remat"]) <= set(levels):
+        raise UserError(f"config.model.remat = {settings['remat']} must be levels of the network, 0 to {levels[-1]}")
     if not 0 <= settings["dropout"] < 1:
         raise UserError(f"config.model.dropout = {settings['dropout']} is not in [0, 1)")
     return UNet(num_outputs, **settings)
