@@ -68,12 +68,12 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
 
     # Devices, steps, network and optimizer.
     devices = mesh.create(config.mesh.data, config.mesh.space)
-    rows = mesh.process_rows(devices, batch_size)
     steps_per_epoch = count / batch_size
     total_steps = _steps("epochs", config.train.epochs, steps_per_epoch)
     eval_every = _steps("eval_every_epochs", config.train.eval_every_epochs, steps_per_epoch)
     save_every = _steps("checkpoint_every_epochs", config.train.checkpoint_every_epochs, steps_per_epoch)
     parts = prepare(config, classes, devices, steps_per_epoch, total_steps)
+    rows = mesh.process_rows(devices, batch_size)
 
     # What was already done, or what to begin with. Nothing is written before all of it has been found in order.
     examples = {split: hashlib.sha256(repr(list(s.ids)).encode()).hexdigest() for split, s in sources.items()}
