@@ -1,0 +1,247 @@
+#!/usr/bin/env bash
+# Usage: scripts/tpu_pod.sh [settings] -- FLAGS of unet_jax.main
+#   scripts/tpu_pod.sh --zone=us-east5-b --spot -- --config=configs/carla.py --config.data.root=gs://B/carla \
+#     --workdir=gs://B/runs/carla
+#
+# Trains on all hosts of a Cloud TPU node: creates the node if it is not there, copies the last commit of this checkout,
+# installs it, and runs python -m unet_jax.main on every worker. Where the node is preempted it is deleted and created
+# again, and the training goes on in the same work directory. The end is that of the training: its exit code is passed
+# on. Ctrl-C or SIGTERM tells the workers to save and end. Called again, it goes on, on the node that is there. What was
+# in the folder unet_jax of the workers is replaced.
+#
+#   --name=unet-jax             of the node
+#   --type=v6e-16               accelerator type; v6e-16 are 4 hosts of 4 chips
+#   --version=v2-alpha-tpuv6e   runtime; of v5e v2-alpha-tpuv5-lite, v5p v2-alpha-tpuv5, older tpu-ubuntu2204-base
+#   --zone=ZONE                 default: gcloud's compute/zone
+#   --project=PROJECT           default: gcloud's project
+#   --spot                      cheaper, and preempted at any time
+#   --delete                    delete the node when the training has ended, well or not; otherwise it stays, and costs
+#   --poll=30                   seconds between looks at the node
+#   --dry-run                   print the commands of a first run; gcloud is not needed
+#
+# Needs gcloud, logged in, and a bucket that the workers may write: work directory and images are gs:// paths, for every
+# worker must see them. Lives as long as its connections do: begin it in tmux, on a machine that stays on.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+# ---- Settings
+
+name=unet-jax type=v6e-16 version=v2-alpha-tpuv6e zone='' project='' spot='' delete='' poll=30 dry_run=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --name=?*) name=${1#*=} ;;
+    --type=?*) type=${1#*=} ;;
+    --version=?*) version=${1#*=} ;;
+    --zone=?*) zone=${1#*=} ;;
+    --project=?*) project=${1#*=} ;;
+    --spot) spot=yes ;;
+    --delete) delete=yes ;;
+    --poll=?*) poll=${1#*=} ;;
+    --dry-run) dry_run=yes ;;
+    --help)
+      awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
+      exit
+      ;;
+    --)
+      shift
+      break
+      ;;
+    *) fail "what is $1? Settings are --name=VALUE, see --help; flags of the training follow after --" ;;
+  esac
+  shift
+done
+[[ $poll =~ ^[0-9]+$ ]] || fail "--poll=$poll is not a number of seconds"
+
+workdir=''
+previous=''
+for flag in "$@"; do
+  case $flag in --workdir=*) workdir=${flag#*=} ;; esac
+  if [ "$previous" = --workdir ]; then workdir=$flag; fi
+  previous=$flag
+done
+[ -n "$workdir" ] || fail "say where to write: -- --workdir=gs://BUCKET/runs/NAME, which every worker can see"
+[[ $workdir == gs://?* ]] || fail "--workdir=$workdir: every worker must see it, and of the next node too:" \
+  "use gs://BUCKET/runs/NAME"
+if [ -z "$dry_run" ] && ! command -v gcloud >/dev/null; then
+  fail "there is no gcloud in PATH: install the Google Cloud CLI, or look with --dry-run"
+fi
+
+# ---- One command each
+
+quote() { # the arguments as a shell reads them, quoted where they must be
+  local word escaped="'\\''" line=''
+  for word in "$@"; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=@%+,-]*) line+="'${word//\'/$escaped}' " ;;
+      *) line+="$word " ;;
+    esac
+  done
+  printf '%s' "${line% }"
+}
+
+run() { # or print
+  if [ -n "$dry_run" ]; then
+    quote "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+tpu() { # VERB [ARGUMENT ...]
+  run gcloud compute tpus tpu-vm "$@" ${zone:+"--zone=$zone"} ${project:+"--project=$project"}
+}
+
+on_workers() { # COMMAND
+  # Without signs of life the connection to a worker that is gone would last for ever.
+  tpu ssh "$name" --worker=all "--command=$1" \
+    --ssh-flag="-o ServerAliveInterval=30" --ssh-flag="-o ServerAliveCountMax=6"
+}
+
+# ---- Steps
+
+look() { # sets `state`: READY, PREEMPTED, ...; empty where there is no such node
+  local nodes
+  nodes=$(tpu list '--format=value(name.basename(),state)') || return
+  state=$(awk -v name="$name" '$1 == name { print $2 }' <<<"$nodes")
+}
+
+create() {
+  tpu create "$name" "--accelerator-type=$type" "--version=$version" ${spot:+--spot}
+}
+
+delete() {
+  tpu delete "$name" --quiet
+}
+
+copy() {
+  run git -C "$root" archive --format=tar.gz "--output=$archive" HEAD &&
+    tpu scp "$archive" "$name:unet_jax.tar.gz" --worker=all
+}
+
+# What an interrupted call of this script has left running holds the TPU. The brackets keep pkill from finding itself.
+end_old() {
+  on_workers "pkill -KILL -f '[u]net_jax[.]main' || true"
+}
+
+# The images have Python 3.10. uv brings a newer one without administrator's rights; install.sh finds it in .venv.
+install() {
+  on_workers 'set -e
+mkdir -p unet_jax
+find unet_jax -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
+tar -xzf unet_jax.tar.gz -C unet_jax
+cd unet_jax
+if [ ! -x .venv/bin/python ] && ! python3 -c "import sys; sys.exit(sys.version_info < (3, 11))"; then
+  python3 -m pip install --quiet --user uv
+  python3 -m uv venv --quiet --seed --python=3.11 .venv
+fi
+scripts/install.sh tpu'
+}
+
+train() { # FLAG ...
+  local pid code=0 command
+  command="cd unet_jax && exec .venv/bin/python -u -m unet_jax.main $(quote "$@")"
+  if [ -n "$dry_run" ]; then
+    on_workers "$command"
+    return
+  fi
+  # In the background, where Ctrl-C does not reach it: it must not cut the connections to workers that save.
+  trap 'told=yes' INT TERM HUP
+  on_workers "$command" </dev/null &
+  pid=$!
+  wait "$pid" || code=$?
+  if [ -n "$told" ]; then
+    echo "Telling the workers to save and end ..." >&2
+    on_workers "pkill -TERM -f '[u]net_jax[.]main'" || true
+    code=0
+    wait "$pid" || code=$?
+  fi
+  trap - INT TERM HUP
+  return "$code"
+}
+
+end() { # CODE
+  if [ -n "$delete" ]; then
+    delete
+  else
+    echo "The node $name is still there, and costs. To delete it:" >&2
+    dry_run=yes delete >&2
+  fi
+  exit "$1"
+}
+
+# ---- The whole
+
+if [ -n "$dry_run" ]; then
+  archive=unet_jax.tar.gz
+  create
+  copy
+  end_old
+  install
+  train "$@"
+  if [ -n "$delete" ]; then delete; fi
+  exit
+fi
+
+if [ -n "$(git -C "$root" status --porcelain)" ]; then
+  echo "Changes that are not committed stay here; the workers get the last commit." >&2
+fi
+archive=$(mktemp)
+trap 'rm -f "$archive"' EXIT
+
+told=''
+state=''
+ours='' # has this call created the node before?
+while true; do
+  look || fail "gcloud cannot list the nodes, see above"
+  case $state in
+    READY) ;;
+    PREEMPTED | TERMINATED) # for good: such a node can only be deleted
+      echo "The node $name is $state and is created again." >&2
+      delete || sleep "$poll"
+      ours=yes
+      continue
+      ;;
+    '')
+      if ! create; then
+        # What could be created once lacks capacity now; the first time it may be the settings.
+        [ -n "$ours" ] || fail "the node could not be created, see above"
+        echo "No node yet; trying again." >&2
+        sleep "$poll"
+        continue
+      fi
+      ours=yes
+      ;;
+    CREATING | STARTING | RESTARTING | REPAIRING | REIMAGING | DELETING)
+      echo "The node $name is $state; waiting." >&2
+      sleep "$poll"
+      continue
+      ;;
+    *) fail "the node $name is $state: start or delete it by gcloud compute tpus tpu-vm" ;;
+  esac
+
+  code=0
+  { copy && end_old && install && train "$@"; } || code=$?
+  if [ "$code" -eq 0 ] || [ -n "$told" ]; then end "$code"; fi
+
+  # The node's state may come after its processes have ended, so look three times. 143: something has told the training
+  # to save and end, as a host does when it is shut down; it was not us.
+  lost=''
+  for _ in 1 2 3; do
+    sleep "$poll"
+    if look && [ "$state" != READY ]; then
+      lost=yes
+      break
+    fi
+  done
+  if [ -z "$lost" ] && [ "$code" -ne 143 ]; then
+    echo "error: the training ended with exit code $code; when that is mended the same command goes on" >&2
+    end "$code"
+  fi
+  echo "The training was interrupted and goes on." >&2
+done
