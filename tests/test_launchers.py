@@ -144,6 +144,30 @@ def test_local_cluster_dry_run_and_bad_usage():
     assert "Usage: " in _run(SCRIPTS / "local_cluster.sh", "--help").stdout
 
 
+@pytest.mark.slow
+def test_two_local_processes_train(tmp_path):
+    """The real training; the project is copied only to have an installed Python where the script looks for it."""
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    shutil.copy(ROOT / "setup.cfg", tmp_path / "setup.cfg")
+    _program(tmp_path / ".venv/bin/python", f'exec {shlex.quote(sys.executable)} "$@"\n')
+    shutil.copy(ROOT / "setup.cfg", tmp_path / ".venv/installed-base.cfg")
+    settings = ["--config.data.size=(48,48)", "--config.data.shapes_train=16", "--config.data.shapes_validation=4"]
+    settings += ["--config.model.features=(4,8)", "--config.train.batch_size=4", "--config.train.epochs=1"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    result = subprocess.run(
+        [tmp_path / "scripts/local_cluster.sh", "2", f"--config={ROOT / 'configs' / 'shapes.py'}", *settings],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "[0] " in result.stdout and "[1] " in result.stdout
+    assert "Finished: 4 steps" in result.stdout
+    assert (tmp_path / "runs" / "shapes" / "config.json").exists()
+
+
 # ---- tpu_pod.sh
 
 # Lines of `runs` are the exit code of a training and the state of the node after it; of `creates`, exit codes.
