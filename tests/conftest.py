@@ -9,14 +9,17 @@ _TFDS = tempfile.TemporaryDirectory()  # prepared data sets stay out of the user
 os.environ["TFDS_DATA_DIR"] = _TFDS.name
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Networks of the tests are tiny: to compile them takes far longer than to run them. So compile with little
+# optimization, and what many tests train once only. In the environment, for the processes that tests start.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-_CACHE = tempfile.TemporaryDirectory()  # many tests train the same network: compile it once
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for configs/
@@ -41,6 +44,14 @@ def trained(tmp_path_factory):
     path = tmp_path_factory.mktemp("trained") / "run"
     train.train(config, path)
     return path
+
+
+@pytest.fixture
+def optimized():
+    """Compiled as users compile: a sum that is not vectorised rounds more often, for some bounds too often."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

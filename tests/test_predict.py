@@ -36,6 +36,7 @@ def _whole(model, variables, image, task="multiclass", tta="none"):
     return np.asarray(predict.to_probability(predict.logits(model, variables, window, size, task, tta), task)[0])
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("size", [(97, 131), (40, 201), (64, 64), (33, 17), (3, 150)])
 @pytest.mark.parametrize("extra_conv", [False, True])
 def test_tiles_of_a_valid_network_equal_the_whole_image(size, extra_conv):

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from PIL import Image
 
 from unet_jax.data import images
 from unet_jax.data.prepare import prepare
@@ -208,7 +209,14 @@ class Carla(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, pairs):
         for index, pair in enumerate(pairs):
             image, label = read_pair(pair, self.builder_config.num_classes)
-            yield index, {"image": image, "label": label[..., None]}
+            yield index, {"image": _encode(image), "label": _encode(label)}
+
+
+def _encode(array: np.ndarray) -> bytes:
+    """A PNG, weakly compressed: as hard as TFDS would do it, to compress takes longer than all else here."""
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def _prepare(splits: dict[str, list[Pair]], num_classes: int) -> Carla:
