@@ -88,7 +88,8 @@ def _run(flags, devices, file, file_size):
     opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(opened, 1)
     os.dup2(opened, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # children of multiprocessing ignore it
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))

@@ -24,6 +24,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for configs/
 
+import commands
+import tiny
+
+commands.preload()
+
 
 @pytest.fixture
 def real_data():
@@ -39,7 +44,7 @@ def trained(tmp_path_factory):
     """The work directory of a short training, to be left as it is."""
     from unet_jax import train
 
-    config = tiny_config()
+    config = tiny.get_config()
     config.train.epochs = 2.0
     path = tmp_path_factory.mktemp("trained") / "run"
     train.train(config, path)
@@ -56,28 +61,5 @@ def optimized():
 
 @pytest.fixture
 def config():
-    """See `tiny_config`."""
-    return tiny_config()
-
-
-def tiny_config():
-    """A network and a data set so small that a training takes seconds, with everything random switched on."""
-    from configs import default
-
-    config = default.get_config()
-    config.data.size = (48, 48)
-    config.data.shapes_train = 20
-    config.data.shapes_validation = 10
-    config.model.features = (4, 8, 8)
-    config.model.dropout = 0.2
-    config.augment.flip_horizontal = True
-    config.augment.rotate = 20.0
-    config.augment.brightness = 0.1
-    config.optimizer.ema = 0.9
-    config.train.batch_size = 8
-    config.train.epochs = 4.0  # 10 steps: an epoch is 2.5
-    config.train.eval_every_epochs = 2.0
-    config.train.checkpoint_every_epochs = 1.0
-    config.train.log_every_steps = 3
-    config.train.panels = 1
-    return config
+    """See `tiny.py`."""
+    return tiny.get_config()

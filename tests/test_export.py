@@ -9,7 +9,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, tiny_config
+import tiny
+from conftest import ROOT
 from flax import traverse_util
 from PIL import Image
 
@@ -67,7 +68,7 @@ assert not {"flax", "unet_jax"} & sys.modules.keys()
 
 def _network(images, task="multiclass", **settings):
     """A network of random weights, normalisation statistics included, that finds each class about equally often."""
-    config = tiny_config()
+    config = tiny.get_config()
     config.model.update({"dropout": 0.0, "norm": "none", "features": (4, 6, 8), **settings})
     names = ("road", "sky") if task == "binary" else ("road", "sky", "pole", "wall")
     classes = data.Classes(task, names, tuple((60 * i, 0, 255) for i in range(len(names))))

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, tiny_config
+import tiny
+from conftest import ROOT
 from PIL import Image
 
 import unet_jax
@@ -18,7 +19,7 @@ RNG = np.random.default_rng(0)
 
 
 def _train(path, variant, size=(48, 48)):
-    config = tiny_config()
+    config = tiny.get_config()
     config.data.variant = variant
     config.data.size = size
     config.train.epochs = 1.0

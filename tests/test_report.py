@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import optax
 import pytest
-from conftest import tiny_config
+import tiny
 from etils import epath
 
 from unet_jax import checkpoint, data, evaluate, mesh, metrics, page, report, state, workdir
@@ -39,7 +39,7 @@ def _render(names, counts, **extra):
     """A page about made-up counts."""
     palette = tuple((40 * k % 256, 90 * k % 256, 70 * k % 256) for k in range(len(names)))
     task = "multilabel" if np.ndim(counts) == 3 else "multiclass"
-    values = {"name": "run", "config": tiny_config(), "classes": Classes(task, tuple(names), palette)}
+    values = {"name": "run", "config": tiny.get_config(), "classes": Classes(task, tuple(names), palette)}
     values |= {"step": 5, "rows": [], "runs": [], "missing": None, "origin": "10 images", "pictures": {}}
     return page.render(scores=metrics.scores(counts, names), confusion=np.array(counts), **{**values, **extra})
 
@@ -152,7 +152,7 @@ def test_a_damaged_name_or_message_stays_text():
     label = np.zeros((16, 16), np.uint8)
     scores = metrics.scores([[256, 0], [0, 0]], (NASTY, "other"))
     picture = page.Picture(NASTY, scores, image, label, label)
-    config = tiny_config()
+    config = tiny.get_config()
     config.data.root = NASTY
     text = _render(
         (NASTY, "other"),

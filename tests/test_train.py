@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import test_data
-from conftest import tiny_config
+import tiny
 
 from unet_jax import checkpoint, data, evaluate, mesh, optimizer, state, step, train, workdir
 from unet_jax.data import pipeline
@@ -149,7 +149,7 @@ def _assert_equal(path, reference, config):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A training that was never interrupted."""
-    config = tiny_config()
+    config = tiny.get_config()
     path = tmp_path_factory.mktemp("finished") / "run"
     train.train(config, path)
     return path, config
