@@ -180,6 +180,11 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     return {name: put(np.asarray(values)) for name, values in batch.items()}
 
 
+def memory_limit(mesh: Mesh) -> int | None:
+    """Bytes of a device that arrays can fill, as far as it tells; a CPU does not."""
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+
+
 def put_everywhere(mesh: Mesh, value: int) -> jax.Array:
     """An int32 `[devices]` array whose elements are the `value` of the process of each device."""
     sharding = NamedSharding(mesh, P(("data", "space")))

@@ -69,9 +69,9 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     # Devices, steps, network and optimizer.
     devices = mesh.create(config.mesh.data, config.mesh.space)
     steps_per_epoch = count / batch_size
-    total_steps = _steps("epochs", config.train.epochs, steps_per_epoch)
-    eval_every = _steps("eval_every_epochs", config.train.eval_every_epochs, steps_per_epoch)
-    save_every = _steps("checkpoint_every_epochs", config.train.checkpoint_every_epochs, steps_per_epoch)
+    total_steps = count_steps("epochs", config.train.epochs, steps_per_epoch)
+    eval_every = count_steps("eval_every_epochs", config.train.eval_every_epochs, steps_per_epoch)
+    save_every = count_steps("checkpoint_every_epochs", config.train.checkpoint_every_epochs, steps_per_epoch)
     parts = prepare(config, classes, devices, steps_per_epoch, total_steps)
     rows = mesh.process_rows(devices, batch_size)
 
@@ -304,8 +304,12 @@ def _input_size(field: str, model: nn.Module, size: Sequence[int], devices: jax.
     return height, width
 
 
-def _steps(field: str, epochs: float, steps_per_epoch: float) -> int:
-    """Epochs as a whole number of steps, at least one."""
+def count_steps(field: str, epochs: float, steps_per_epoch: float) -> int:
+    """Epochs as a whole number of steps, at least one.
+
+    Raises:
+      UserError: `config.train.FIELD` is not positive.
+    """
     if not 0 < epochs < math.inf:
         raise UserError(f"config.train.{field} = {epochs} must be positive")
     return max(1, round(epochs * steps_per_epoch))

@@ -1,4 +1,4 @@
-"""Data sets, one module each, with `load(config.data, split) -> Source`.
+"""Data sets, one module each, with `load(config.data, split) -> Source` and `classes(config.data) -> Classes`.
 
 To add one: a file in this folder, its name in `NAMES`, and a file in `configs/`.
 """
@@ -12,7 +12,7 @@ from unet_jax.errors import UserError, check_choice
 
 NAMES = ("shapes", "carla", "oxford_iiit_pet", "isbi2012", "folder")
 
-__all__ = ["NAMES", "Classes", "Source", "load", "settle", "survey", "take_settled"]
+__all__ = ["NAMES", "Classes", "Source", "classes", "load", "settle", "survey", "take_settled"]
 
 
 def settle(config, say: Callable[[str], None] = print) -> None:
@@ -66,10 +66,27 @@ def load(config, split: str) -> Source:
 
 def survey(config, split: str) -> Source:
     """As `load`, but hands over what can be used beside `faults`."""
+    return _module(config).load(config, split)
+
+
+def classes(config) -> Classes:
+    """What the labels mean, from the configuration alone; `settle` it before.
+
+    Args:
+      config: `config.data`.
+
+    Raises:
+      UserError: unknown data set, or a setting without meaning.
+    """
+    return _module(config).classes(config)
+
+
+def _module(config):
+    """The module of a data set; checks what concerns them all."""
     check_choice("config.data.name", config.name, NAMES)
     check_choice("config.data.resize", config.resize, images.RESIZE)
     if len(config.size) != 2 or not all(isinstance(n, int) and n > 0 for n in config.size):
         raise UserError(f"config.data.size = {config.size} must be (height, width) in pixels")
     if not 0 < config.validation < 1:
         raise UserError(f"config.data.validation = {config.validation} must be between 0 and 1")
-    return importlib.import_module(f"unet_jax.data.{config.name}").load(config, split)
+    return importlib.import_module(f"unet_jax.data.{config.name}")

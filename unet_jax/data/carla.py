@@ -58,9 +58,8 @@ def load(config, split: str) -> Source:
       UserError: nothing found under `config.root`; an image without mask or a mask without image; an unreadable file;
         sizes that differ; a label that is no class.
     """
-    variant = check_choice("config.data.variant", config.variant, NUM_CLASSES)
+    meaning = classes(config)
     check_choice("--split", split, SPLITS)
-    count = NUM_CLASSES[variant]
     splits = split_pairs(find_pairs(config.root), read_sequences(config.root), config.validation)
     pairs = splits["train"] + splits["validation"] if split == "all" else splits[split]
     if not pairs:
@@ -68,14 +67,25 @@ def load(config, split: str) -> Source:
             f"config.data.validation = {config.validation} of {len(splits['train'] + splits['validation'])} frames "
             f"leaves none for {split}: add frames or drives, or change the fraction"
         )
-    data = _prepare({name: part for name, part in splits.items() if part}, count).as_data_source(split=split)
+    data = _prepare({name: part for name, part in splits.items() if part}, len(meaning.names))
+    data = data.as_data_source(split=split)
     assert len(data) == len(pairs), f"{len(data)} prepared, {len(pairs)} found"
 
     def read(index):
         example = data[index]
         return example["image"], example["label"][..., 0]
 
-    return Source(Classes("multiclass", NAMES[:count], PALETTE[:count]), [pair.id for pair in pairs], read)
+    return Source(meaning, [pair.id for pair in pairs], read)
+
+
+def classes(config) -> Classes:
+    """What the labels mean, by `config.variant`.
+
+    Raises:
+      UserError: an unknown variant.
+    """
+    count = NUM_CLASSES[check_choice("config.data.variant", config.variant, NUM_CLASSES)]
+    return Classes("multiclass", NAMES[:count], PALETTE[:count])
 
 
 def _open_root(root: str):

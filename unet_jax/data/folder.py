@@ -20,7 +20,7 @@ from etils import epath
 
 from unet_jax.data import images, labels
 from unet_jax.data import pairs as pairs_of
-from unet_jax.data.source import Source
+from unet_jax.data.source import Classes, Source
 from unet_jax.errors import UserError, check_choice
 
 
@@ -31,11 +31,7 @@ def load(config, split: str) -> Source:
       UserError: no images under `config.root`; a label map, list or group without meaning; an empty split.
     """
     check_choice("--split", split, pairs_of.SPLITS)
-    task = check_choice("config.data.variant", config.variant, ("multiclass", "binary"))
-    if not config.labels or not config.channels:
-        raise UserError("config.data.labels and config.data.channels are not settled")
-    label_map = labels.parse(config.labels)
-    _check(config)
+    meaning, label_map = classes(config), labels.parse(config.labels)
     pairs, faults = pairs_of.find(config)
     chosen = pairs_of.split(pairs, config, split, faults)
     if not chosen:
@@ -51,7 +47,20 @@ def load(config, split: str) -> Source:
         check_sizes(image, mask, pair)
         return image, label_map.apply(mask, str(pair.mask))
 
-    return Source(label_map.classes(task, config.channels), [pair.id for pair in chosen], read, tuple(faults))
+    return Source(meaning, [pair.id for pair in chosen], read, tuple(faults))
+
+
+def classes(config) -> Classes:
+    """What the labels mean, by `config.labels`, `config.channels` and `config.variant`.
+
+    Raises:
+      UserError: they are not settled, or have no meaning.
+    """
+    task = check_choice("config.data.variant", config.variant, ("multiclass", "binary"))
+    if not config.labels or not config.channels:
+        raise UserError("config.data.labels and config.data.channels are not settled")
+    _check(config)
+    return labels.parse(config.labels).classes(task, config.channels)
 
 
 def _check(config) -> None:

@@ -31,7 +31,7 @@ def load(config, split: str) -> Source:
       UserError: no slices under `config.root`; images without labels or labels without images; slices that are not
         8-bit grey; labels other than 0 and 255 (or 0 and 1).
     """
-    variant = check_choice("config.data.variant", config.variant, ("multiclass", "binary"))
+    meaning = classes(config)
     check_choice("--split", split, SPLITS)
     root = epath.Path(config.root)
     if not config.root or not root.is_dir():
@@ -52,8 +52,17 @@ def load(config, split: str) -> Source:
         )
     first = len(slices) - held_out
     chosen = {"train": slices[:first], "validation": slices[first:], "all": slices}[split]
-    classes = Classes(variant, NAMES, PALETTE, channels=1)
-    return Source(classes, [name for name, *_ in chosen], lambda index: chosen[index][1:])
+    return Source(meaning, [name for name, *_ in chosen], lambda index: chosen[index][1:])
+
+
+def classes(config) -> Classes:
+    """What the labels mean, by `config.variant`.
+
+    Raises:
+      UserError: an unknown variant.
+    """
+    variant = check_choice("config.data.variant", config.variant, ("multiclass", "binary"))
+    return Classes(variant, NAMES, PALETTE, channels=1)
 
 
 def _read_folders(image_folder: epath.Path, label_folder: epath.Path) -> list[tuple[str, np.ndarray, np.ndarray]]:

@@ -31,7 +31,7 @@ def load(config, split: str) -> Source:
     Raises:
       UserError: neither data nor network; says where to put the archives.
     """
-    variant = check_choice("config.data.variant", config.variant, ("trimap", "binary"))
+    meaning = classes(config)
     check_choice("--split", split, SPLITS)
     builder = _prepare(config.root)
     cut = round(100 * (1 - config.validation))
@@ -46,15 +46,22 @@ def load(config, split: str) -> Source:
         example = data[index]
         trimap = example["segmentation_mask"][..., 0].astype(np.int16)
         check_label(trimap - 1, 3, f"trimap of {example['file_name'].decode()}, less 1")
-        if variant == "trimap":
+        if meaning.task == "multiclass":
             return example["image"], (trimap - 1).astype(np.uint8)
         return example["image"], np.array([0, 1, 0, 255], np.uint8)[trimap]
 
-    if variant == "trimap":
-        classes = Classes("multiclass", ("pet", "background", "border"), ((230, 90, 40), (40, 60, 110), (250, 220, 60)))
-    else:
-        classes = Classes("binary", ("background", "pet"), ((40, 60, 110), (230, 90, 40)))
-    return Source(classes, [f"{split}_{i:05d}" for i in range(len(data))], read)
+    return Source(meaning, [f"{split}_{i:05d}" for i in range(len(data))], read)
+
+
+def classes(config) -> Classes:
+    """What the labels mean, by `config.variant`.
+
+    Raises:
+      UserError: an unknown variant.
+    """
+    if check_choice("config.data.variant", config.variant, ("trimap", "binary")) == "trimap":
+        return Classes("multiclass", ("pet", "background", "border"), ((230, 90, 40), (40, 60, 110), (250, 220, 60)))
+    return Classes("binary", ("background", "pet"), ((40, 60, 110), (230, 90, 40)))
 
 
 @dataclasses.dataclass(eq=False, repr=False)

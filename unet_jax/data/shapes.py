@@ -20,7 +20,7 @@ def load(config, split: str) -> Source:
     Raises:
       UserError: an unknown variant or split; images too small to hold a shape.
     """
-    variant = check_choice("config.data.variant", config.variant, ("multiclass", "multilabel"))
+    meaning = classes(config)
     check_choice("--split", split, (*SPLITS, "all"))
     if min(config.size) < 48:
         raise UserError(f"config.data.size = {config.size}: shapes need at least 48x48 pixels")
@@ -37,18 +37,25 @@ def load(config, split: str) -> Source:
     def read(index):
         name, i = examples[index]
         image, masks = generate(tuple(config.size), [config.shapes_seed, SPLITS.index(name), i])
-        if variant == "multilabel":
+        if meaning.task == "multilabel":
             return image, masks
         label = np.zeros(masks.shape[:2], np.uint8)
         for k in range(len(SHAPES)):
             label[masks[..., k] > 0] = k + 1
         return image, label
 
-    if variant == "multilabel":
-        classes = Classes("multilabel", SHAPES, PALETTE, channels=1)
-    else:
-        classes = Classes("multiclass", ("background", *SHAPES), ((0, 0, 0), *PALETTE), channels=1)
-    return Source(classes, [f"{name}_{i:05d}" for name, i in examples], read)
+    return Source(meaning, [f"{name}_{i:05d}" for name, i in examples], read)
+
+
+def classes(config) -> Classes:
+    """What the labels mean, by `config.variant`.
+
+    Raises:
+      UserError: an unknown variant.
+    """
+    if check_choice("config.data.variant", config.variant, ("multiclass", "multilabel")) == "multilabel":
+        return Classes("multilabel", SHAPES, PALETTE, channels=1)
+    return Classes("multiclass", ("background", *SHAPES), ((0, 0, 0), *PALETTE), channels=1)
 
 
 def generate(size: tuple[int, int], seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
