@@ -31,16 +31,29 @@ class Command:
       output: what it has printed so far, both streams.
     """
 
-    def __init__(self, *flags: str, devices: int = 8, folder: pathlib.Path, file_size: int = 0):
+    def __init__(
+        self,
+        *flags: str,
+        devices: int = 8,
+        folder: pathlib.Path,
+        file_size: int = 0,
+        fills_cache: bool = True,
+        log_compiles: bool = False,
+    ):
         """Starts `python -m unet_jax.main FLAGS` with `devices` virtual devices.
 
         Args:
           folder: to run in; it holds the output.
           file_size: no file may grow beyond this many bytes; 0 is no limit.
+          fills_cache: whether it adds to the shared compile cache, where a kill could leave half a file.
+          log_compiles: whether JAX tells what it compiles.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / f"output_{time.monotonic_ns()}.txt"
-        self._process = _context.Process(target=_run, args=(flags, devices, str(self._file), file_size))
+        settings = {"jax_num_cpu_devices": devices, "jax_log_compiles": log_compiles}
+        if not fills_cache:
+            settings["jax_persistent_cache_min_compile_time_secs"] = 1e9
+        self._process = _context.Process(target=_run, args=(flags, str(self._file), settings, file_size))
         self._process.start()
 
     @property
@@ -65,6 +78,11 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         os.kill(self._process.pid, number)
 
+    def resident_bytes(self) -> int:
+        """The memory that it holds."""
+        pages = pathlib.Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+        return int(pages) * resource.getpagesize()
+
 
 def succeed(*flags: str, **settings) -> str:
     """Runs a command that must end with 0; returns what it printed."""
@@ -83,7 +101,7 @@ def start_cluster(*flags: str, count: int = 2, **settings) -> list[Command]:
     return [Command(*flags, *together, f"--process_id={i}", **settings) for i in range(count)]
 
 
-def _run(flags, devices, file, file_size):
+def _run(flags, file, settings, file_size):
     os.chdir(os.path.dirname(file))
     opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(opened, 1)
@@ -95,6 +113,7 @@ def _run(flags, devices, file, file_size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     import jax
 
-    jax.config.update("jax_num_cpu_devices", devices)
+    for name, value in settings.items():
+        jax.config.update(name, value)
     sys.argv = [str(ROOT / "unet_jax" / "main.py"), *flags]
     runpy.run_module("unet_jax.main", run_name="__main__", alter_sys=True)

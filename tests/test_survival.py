@@ -1,39 +1,275 @@
-"""What happens to a training, and what becomes of it: signals, kills, full disks, damaged files, dead peers."""
+"""Whatever happens to a training, the same command goes on from it, and ends where it would have ended."""
 
-import json
+import os
 import random
 import shutil
 import signal
 import time
 
+import chex
 import commands
+import jax
+import numpy as np
 import pytest
+import tiny
 
-from unet_jax import checkpoint, workdir
+from unet_jax import checkpoint, data, evaluate, log, mesh, optimizer, state, train, workdir
+from unet_jax.data import pipeline
+from unet_jax.errors import Interrupted, UserError
+from unet_jax.models import unet
 
-FLAGS = (f"--config={commands.TINY}", "--config.train.panels=0")
+TIMES = {"train/images_per_sec", "train/data_wait"}
 
 
-def _flags(path, *more):
-    return (*FLAGS, f"--workdir={path}", *more)
+def flags(path, *more):
+    return (f"--config={commands.TINY}", "--config.train.panels=0", f"--workdir={path}", *more)
+
+
+def rows(path, *left_out):
+    """The lines of metrics, without times."""
+    return [{k: v for k, v in row.items() if k not in {*TIMES, *left_out}} for row in workdir.read_metrics(path)]
+
+
+def final(path):
+    """The last state, what was saved beside it, and the metrics; nothing of it is restored by the code of training."""
+    config = workdir.read_config(path)
+    classes = data.load(config.data, "train").classes
+    model = unet.create(classes.num_outputs, **config.model)
+    tx = optimizer.make_optimizer(config.optimizer, optimizer.make_schedule(config.optimizer, 2.5, 10))
+    blank = state.create(1, model, (1, 48, 48, classes.channels), tx, True, mesh.create(0, 1))
+    checkpoints = checkpoint.Checkpoints(path)
+    found, meta = checkpoints.restore(checkpoint.steps(path)[-1], blank)
+    checkpoints.close()
+    return jax.device_get(found), meta, rows(path)
+
+
+def assert_equal(path, reference):
+    """Weights, optimizer, averages, statistics, what the loop keeps, and the lines of metrics, bit for bit."""
+    expected, found = final(reference), final(path)
+    chex.assert_trees_all_equal(found[0], expected[0])
+    assert found[1:] == expected[1:]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A training that was never interrupted."""
+def config():
+    config = tiny.get_config()
+    config.train.panels = 0
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, config):
+    """A training that was never interrupted: 10 steps, saved at 2, 4, 5, 6, 8, 10."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    t=time.time()
-    commands.succeed(*_flags(path), folder=path.parent)
-    print("took", time.time()-t)
+    train.train(config, path)
     return path
 
 
-def test_x(finished, tmp_path):
-    t=time.time()
-    commands.succeed(*_flags(tmp_path/"run"), folder=tmp_path)
-    print("took", time.time()-t)
-    t=time.time()
-    cs=commands.start_cluster(*_flags(tmp_path/"run2"), folder=tmp_path, devices=4)
-    print([c.wait() for c in cs], time.time()-t)
-    print(cs[1].output)
-    assert 0
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(tmp_path):
+    path, draw = tmp_path / "run", random.Random(0)
+    settings = ["--config.train.epochs=24", "--config.train.checkpoint_every_epochs=0.4"]  # 60 steps, each saved
+    settings += ["--config.train.eval_every_epochs=8", "--config.train.log_every_steps=1"]
+    commands.succeed(*flags(tmp_path / "reference", *settings), folder=tmp_path, devices=1)
+    halfway = set()  # what was under way when it was killed
+    for kill in range(20):
+        command = commands.Command(*flags(path, *settings), folder=tmp_path, devices=1, fills_cache=False)
+        if kill % 4 == 0:  # anywhere, also before anything was written
+            time.sleep(draw.uniform(0, 6))
+        else:
+            command.wait_for("/60  epoch")  # a step was made, and its save has begun
+            time.sleep(draw.uniform(0, 0.6))
+        command.send(signal.SIGKILL)
+        assert command.wait() == -signal.SIGKILL, command.output
+        if (path / "checkpoints").exists():
+            halfway |= {p.name for p in (path / "checkpoints").iterdir() if not p.name.isdigit()}
+    assert halfway and 1 < checkpoint.steps(path)[-1] < 60
+    output = commands.succeed(*flags(path, *settings), folder=tmp_path, devices=1)
+    assert "Going on from step" in output
+    assert_equal(path, tmp_path / "reference")
+
+
+def test_sigterm_twice_saves_once_and_the_same_command_goes_on(finished, tmp_path):
+    path = tmp_path / "run"
+    command = commands.Command(*flags(path), folder=tmp_path)
+    command.wait_for("step 3/10")
+    command.send(signal.SIGTERM)
+    command.wait_for("SIGTERM: saving at the next step")
+    command.send(signal.SIGTERM)
+    assert command.wait() == 128 + signal.SIGTERM, command.output
+    assert f"SIGTERM: {path} is saved; the same command goes on from there" in command.output
+    assert "Traceback" not in command.output
+    assert 3 < checkpoint.steps(path)[-1] < 10
+    commands.succeed(*flags(path), folder=tmp_path)
+    assert_equal(path, finished)
+
+
+def test_sigint_ends_with_130_and_a_signal_before_the_first_step_at_once(tmp_path):
+    command = commands.Command(*flags(tmp_path / "run"), folder=tmp_path)
+    command.wait_for("data  ")
+    command.send(signal.SIGINT)
+    assert command.wait() == 128 + signal.SIGINT, command.output
+    assert "Traceback" not in command.output
+
+
+@pytest.mark.parametrize("at", ["step", "evaluation", "last evaluation"])
+def test_a_signal_loses_no_step_and_no_evaluation(config, finished, tmp_path, monkeypatch, at):
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if at == "step":
+            add = log.Log.add
+
+            def add_and_signal(self, step, metrics):
+                if step == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return add(self, step, metrics)
+
+            patch.setattr(log.Log, "add", add_and_signal)
+        else:
+            batches, calls = pipeline.Pipeline.eval_batches, []
+
+            def some_batches(self, *args):
+                calls.append(self)
+                for index, batch in enumerate(batches(self, *args)):
+                    if index == 1 and len(calls) == (1 if at == "evaluation" else 2):
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    yield batch
+
+            patch.setattr(pipeline.Pipeline, "eval_batches", some_batches)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            train.train(config, path)
+    assert checkpoint.steps(path)[-1] == {"step": 4, "evaluation": 5, "last evaluation": 10}[at]
+    train.train(config, path)
+    assert_equal(path, finished)
+
+
+def damage(folder, how):
+    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    if how == "truncated":
+        largest.write_bytes(content[:-1])
+    elif how == "one bit flipped":
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+    elif how == "a file deleted":
+        largest.unlink()
+    elif how == "checksums deleted":
+        (folder / checkpoint.CHECKSUMS).unlink()
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+@pytest.mark.parametrize("how", ["truncated", "one bit flipped", "a file deleted", "checksums deleted", "empty"])
+def test_a_damaged_step_is_named_and_the_one_before_taken(config, finished, tmp_path, how, capsys):
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+    damage(path / "checkpoints" / "10", how)
+    result = evaluate.evaluate_workdir(path, None, None, "validation")  # reading moves nothing
+    assert f"{path / 'checkpoints' / '10'} is damaged" in capsys.readouterr().out
+    assert result is not None and (path / "checkpoints" / "10").exists()
+    train.train(config, path)
+    said = capsys.readouterr().out
+    assert f"{path / 'checkpoints' / '10'} is damaged" in said and "the newest good step is 8" in said
+    assert "Going on from step 8" in said and (path / "damaged" / "10").exists()
+    assert_equal(path, finished)
+
+
+def test_an_unfinished_step_is_named_and_left_out(config, finished, tmp_path, capsys):
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+    folder = path / "checkpoints" / "10"
+    folder.rename(folder.with_name("10.orbax-checkpoint-tmp-7"))
+    train.train(config, path)
+    assert f"{folder} was not finished when the run ended" in capsys.readouterr().out
+    assert_equal(path, finished)
+
+
+def test_without_a_whole_step_it_never_begins_anew(config, finished, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+    for step in checkpoint.steps(path):
+        damage(path / "checkpoints" / str(step), "one bit flipped")
+    before = sorted(path.rglob("*"))
+    with pytest.raises(UserError, match="has no step that is whole(.|\n)*/8: (.|\n)*/10: .*its checksum differs"):
+        train.train(config, path)
+    with pytest.raises(UserError, match="has no step that is whole"):
+        evaluate.evaluate_workdir(path, None, None, "validation")
+    assert sorted(path.rglob("*")) == before
+    with pytest.raises(UserError, match="10 is damaged: .*Choose another --step: 8"):
+        evaluate.evaluate_workdir(path, 10, None, "validation")
+
+
+def test_a_full_disk_is_an_error_and_the_previous_step_stays(finished, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+    shutil.rmtree(path / "checkpoints" / "10")
+    largest = max(p.stat().st_size for p in (path / "checkpoints").rglob("*") if p.is_file())
+    command = commands.Command(*flags(path), folder=tmp_path, file_size=largest // 2)
+    assert command.wait() == 1, command.output
+    assert "could not be saved" in command.output and "Step 8 is as it was" in command.output
+    assert "Traceback" not in command.output
+    assert checkpoint.fault(path, 8) is None and checkpoint.steps(path)[-1] == 8
+    commands.succeed(*flags(path), folder=tmp_path)
+    assert_equal(path, finished)
+
+
+def test_a_step_that_failed_in_the_background_is_an_error_at_the_next(config, tmp_path, monkeypatch):
+    seal = checkpoint.Checkpoints._seal
+
+    def fail_at_five(self):
+        if self._saving == 5:
+            raise OSError("No space left on device")
+        seal(self)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_seal", fail_at_five)
+    with pytest.raises(UserError, match="5 could not be saved: .*No space left.*Step 4 is as it was"):
+        train.train(config, tmp_path / "run")
+    assert checkpoint.fault(tmp_path / "run", 4) is None
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_a_learning_rate_beyond_all_bounds(config, tmp_path, nonfinite, capsys):
+    config = config.copy_and_resolve_references()
+    config.train.nonfinite, config.train.epochs = nonfinite, 8.0
+    config.optimizer.learning_rate, config.optimizer.schedule = 1e20, "constant"
+    kept = {"stop": "None was saved yet", "skip": r"The last good checkpoint is .*/checkpoints/8"}[nonfinite]
+    with pytest.raises(UserError, match=rf"not finite: .*\. {kept}\. Try a lower config.optimizer"):
+        train.train(config, tmp_path / "run")
+    assert capsys.readouterr().out.count("Its update is skipped") == (log.MAX_SKIPPED if nonfinite == "skip" else 0)
+
+
+def test_one_bad_step_is_skipped_counted_and_forgiven(config, tmp_path, monkeypatch, capsys):
+    config = config.copy_and_resolve_references()
+    config.train.nonfinite, config.model.norm = "skip", "none"
+    config.optimizer.name, config.optimizer.schedule, config.optimizer.learning_rate = "sgd", "constant", 1e-3
+    make = optimizer.make_schedule
+    monkeypatch.setattr(optimizer, "make_schedule", lambda *_: lambda step: jax.numpy.where(step == 3, 1e25, 1e-3))
+    path = tmp_path / "run"
+    with pytest.raises(
+        UserError, match="10. step in a row"
+    ):  # SGD counts its own steps: the same update again and again
+        config.train.epochs = 8.0
+        train.train(config, path)
+    monkeypatch.setattr(optimizer, "make_schedule", make)
+    train.train(config, path)  # with a finite rate the same state goes on
+    assert "Its update is skipped, the 1. so far" in capsys.readouterr().out
+    found, meta, lines = final(path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.params))
+    assert int(found.step) == 20 and meta["skipped"] == lines[-2]["train/skipped"]
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_grow_no_memory_and_compile_nothing(tmp_path):
+    settings = ["--config.model.features=(4,4)", "--config.train.batch_size=2", "--config.train.epochs=200"]
+    settings += ["--config.train.eval_every_epochs=20", "--config.train.checkpoint_every_epochs=10"]
+    settings += ["--config.train.log_every_steps=50"]
+    command = commands.Command(*flags(tmp_path / "run", *settings), folder=tmp_path, devices=1, log_compiles=True)
+    held, compiled = {}, {}
+    for step in (500, 1900):
+        command.wait_for(f"step {step}/2000")
+        held[step] = command.resident_bytes()
+        compiled[step] = command.output.count("Finished XLA compilation")
+    assert command.wait() == 0, command.output
+    assert compiled[500] > 0 and compiled[1900] == compiled[500]
+    assert held[1900] < 1.02 * held[500], held

@@ -10,6 +10,7 @@ checkpoints/<step>/variables   weights, averaged weights, batch statistics: all 
 import hashlib
 import json
 import math
+import sys
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike):
         """The steps that are there must be whole, see `newest_good_step`."""
         self._path, self._saving = _folder(workdir), 0
+        sys.unraisablehook = _without_echoes
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(n=2),
@@ -202,8 +204,7 @@ def _newest_good_step(workdir: epath.PathLike) -> int | None:
 
 def read_meta(workdir: epath.PathLike, step: int) -> dict[str, Any]:
     """The meta saved at a good `step`."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(_folder(workdir) / str(step) / "meta")
+    return _read(workdir, step, meta=ocp.args.JsonRestore()).meta
 
 
 def best_step(workdir: epath.PathLike) -> int:
@@ -253,11 +254,16 @@ def read_variables(
         others = [str(other) for other in found if other != step]
         remedy = f"Choose another --step: {', '.join(others)}" if others else "There is no other step"
         raise UserError(f"{_folder(workdir) / str(step)} is damaged: {reason}. {remedy}")
-    folder = _folder(workdir) / str(step) / "variables"
     with ocp.StandardCheckpointer() as reader:
-        stored = reader.metadata(folder).item_metadata.tree
-        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored)
-        return step, reader.restore(folder, target)
+        stored = reader.metadata(_folder(workdir) / str(step) / "variables").item_metadata.tree
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored)
+    return step, _read(workdir, step, variables=ocp.args.StandardRestore(target)).variables
+
+
+def _read(workdir: epath.PathLike, step: int, **items):
+    """Items of a step, without a manager, which would also tidy the folder up."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return reader.restore(_folder(workdir) / str(step), args=ocp.args.Composite(**items))
 
 
 def _folder(workdir: epath.PathLike) -> epath.Path:
@@ -272,8 +278,7 @@ def _digest(file: epath.Path) -> str:
 def _read_score(workdir: epath.PathLike, step: int) -> float:
     """The score of a step; less than any where it has none, or where the file is damaged."""
     try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            return _finite_score(reader.restore(_folder(workdir) / str(step) / "metrics"))
+        return _finite_score(_read(workdir, step, metrics=ocp.args.JsonRestore()).metrics)
     except Exception:  # no such file, or whatever damage makes of it
         return -math.inf
 
@@ -281,6 +286,12 @@ def _read_score(workdir: epath.PathLike, step: int) -> float:
 def _finite_score(metrics: dict[str, float]) -> float:
     score = metrics["score"]
     return score if math.isfinite(score) else -math.inf
+
+
+def _without_echoes(unraisable) -> None:
+    """Leaves out what each write of a failed save tells Orbax's event loop, which is closed by then."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _first_line(error: Exception) -> str:

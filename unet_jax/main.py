@@ -86,7 +86,8 @@ def main(argv: list[str]) -> None:
     """Runs the chosen mode; bad input ends with exit code 1, a signal with 128 + its number, and one message."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it only feeds data, and would say so at each start
-    for name, level in (("absl", logging.ERROR), ("jax", logging.WARNING)):
+    # What Orbax logs as an error, with a traceback, it raises as well.
+    for name, level in (("absl", logging.CRITICAL), ("jax", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
     signals.end_at_once()
     try:

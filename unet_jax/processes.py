@@ -71,6 +71,8 @@ def together(coordinator: str | None, num_processes: int | None, process_id: int
         yield
     except BaseException as error:
         _fail(_store(), error)
+    else:
+        jax.distributed.shutdown()
     finally:
         done.set()
 

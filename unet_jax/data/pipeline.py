@@ -96,6 +96,7 @@ class Pipeline:
         tf = _tensorflow()
         count = len(self.source)
 
+        @tf.autograph.experimental.do_not_convert
         def shuffled(epoch):
             pair = tf.stack([tf.constant(seed, tf.int64), epoch])
             return tf.data.Dataset.from_tensor_slices(
@@ -105,7 +106,8 @@ class Pipeline:
         start = start_step * batch_size
         order = tf.data.Dataset.range(start // count, np.iinfo(np.int64).max).flat_map(shuffled)
         order = order.skip(start % count).batch(batch_size, drop_remainder=True)
-        return self._fetch(order.map(lambda index: tf.gather(index, rows)), len(rows))
+        chosen = tf.autograph.experimental.do_not_convert(lambda index: tf.gather(index, rows))
+        return self._fetch(order.map(chosen), len(rows))
 
     def eval_batches(self, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
         """Every example once, in order; the last batch is filled up with examples whose `mask` is false."""
@@ -119,6 +121,7 @@ class Pipeline:
         tf = _tensorflow()
         if self.cached:
 
+            @tf.autograph.experimental.do_not_convert
             def gather(index):
                 row = tf.maximum(index, 0)
                 return {name: tf.gather(held, row) for name, held in self._held.items()} | {"mask": index >= 0}
@@ -147,6 +150,7 @@ class Pipeline:
                 failures.append(error)
                 raise
 
+        @tf.autograph.experimental.do_not_convert
         def tf_read(index):
             types = [dtype for _, dtype in self._spec.values()]
             values = tf.numpy_function(read, [tf.maximum(index, 0)], types)
