@@ -3,6 +3,7 @@
 That process never starts a backend of JAX, so that each child has its own, with as many devices as it wants.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import pathlib
@@ -64,6 +65,8 @@ class Command:
         """Waits for its end; returns the exit code, -signal where it was killed."""
         self._process.join(timeout)
         if self._process.exitcode is None:
+            self.send(signal.SIGUSR1)  # tells where it hangs
+            time.sleep(1)
             self._process.kill()
             raise TimeoutError(self.output)
         return self._process.exitcode
@@ -92,13 +95,16 @@ def succeed(*flags: str, **settings) -> str:
     return command.output
 
 
-def start_cluster(*flags: str, count: int = 2, **settings) -> list[Command]:
-    """Starts the same command as `count` processes that work together."""
+def start_cluster(*flags: str, each=({}, {}), **settings) -> list[Command]:
+    """Starts the same command as two processes that work together; `each` has its own settings, and `more` flags."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    together = (f"--coordinator={address}", f"--num_processes={count}")
-    return [Command(*flags, *together, f"--process_id={i}", **settings) for i in range(count)]
+    started = []
+    for index, own in enumerate(each):
+        together = (f"--coordinator={address}", f"--num_processes={len(each)}", f"--process_id={index}")
+        started.append(Command(*flags, *own.pop("more", ()), *together, **{**settings, **own}))
+    return started
 
 
 def _run(flags, file, settings, file_size):
@@ -108,6 +114,7 @@ def _run(flags, file, settings, file_size):
     os.dup2(opened, 2)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
+    faulthandler.register(signal.SIGUSR1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # children of multiprocessing ignore it
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))

@@ -214,18 +214,22 @@ def test_a_full_disk_is_an_error_and_the_previous_step_stays(finished, tmp_path)
     assert_equal(path, finished)
 
 
-def test_a_step_that_failed_in_the_background_is_an_error_at_the_next(config, tmp_path, monkeypatch):
+def test_a_step_that_failed_in_the_background_is_an_error_before_the_next_save(config, tmp_path, monkeypatch):
+    config = config.copy_and_resolve_references()
+    config.train.epochs, config.train.log_every_steps = 40.0, 1
+    config.train.eval_every_epochs = config.train.checkpoint_every_epochs = 16.0  # after 40 and 80 steps
     seal = checkpoint.Checkpoints._seal
 
-    def fail_at_five(self):
-        if self._saving == 5:
+    def fail(self):
+        if self._saving == 80:
             raise OSError("No space left on device")
         seal(self)
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "_seal", fail_at_five)
-    with pytest.raises(UserError, match="5 could not be saved: .*No space left.*Step 4 is as it was"):
+    monkeypatch.setattr(checkpoint.Checkpoints, "_seal", fail)
+    with pytest.raises(UserError, match="80 could not be saved: .*No space left.*Step 40 is as it was"):
         train.train(config, tmp_path / "run")
-    assert checkpoint.fault(tmp_path / "run", 4) is None
+    assert checkpoint.steps(tmp_path / "run") == [40] and checkpoint.fault(tmp_path / "run", 40) is None
+    assert rows(tmp_path / "run")[-1]["step"] < 100
 
 
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from unet_jax import mesh
+from unet_jax import mesh, processes
 from unet_jax.errors import UserError
 
 PyTree = Any
@@ -32,7 +32,7 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike):
         """The steps that are there must be whole, see `newest_good_step`."""
-        self._path, self._saving = _folder(workdir), 0
+        self._path, self._saving, self._failure = _folder(workdir), 0, None
         sys.unraisablehook = _without_echoes
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
@@ -46,7 +46,7 @@ class Checkpoints:
             best_fn=_finite_score,
             create=True,
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal, barrier_sync_fn=self._barrier),
         )
         try:
             self._manager = ocp.CheckpointManager(self._path, options=options)
@@ -68,10 +68,9 @@ class Checkpoints:
         """
         variables, training = _items(state)
         try:
-            if replace:
-                self._manager.wait_until_finished()
-                self._manager.delete(step)
             self._manager.wait_until_finished()
+            if replace:
+                self._manager.delete(step)
             self._saving = step
             self._manager.save(
                 step,
@@ -91,10 +90,8 @@ class Checkpoints:
         Raises:
           UserError: it has; the steps before it are as they were.
         """
-        try:
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self._not_saved(error) from error
+        if self._failure is not None:
+            raise self._not_saved(self._failure) from self._failure
 
     def close(self) -> None:
         """Waits until everything is on disk.
@@ -107,6 +104,18 @@ class Checkpoints:
             self._manager.close()
         except Exception as error:
             raise self._not_saved(error) from error
+
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        """Where the processes wait for each other while they save, in a thread of Orbax.
+
+        A process whose save has failed comes here too, while the exception is on its way, and would wait for those that
+        wait for its files.
+        """
+        error = sys.exception()
+        if error is not None:
+            self._failure = error
+            raise error
+        processes.wait_for_all(key, timeout_ms / 1000)
 
     def restore(self, step: int, state) -> tuple[Any, dict[str, Any]]:
         """The state and meta saved at `step`, laid out as the arrays of `state`, which is left alone.

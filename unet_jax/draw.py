@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from unet_jax import mesh
 from unet_jax.data.pipeline import Pipeline
 from unet_jax.data.source import Classes
 
@@ -54,9 +55,10 @@ class Panels:
         if not self._examples:
             return
         folder = self._folder / str(step)
-        folder.mkdir(parents=True, exist_ok=True)
         for name, example in zip(self._ids, self._examples, strict=True):  # one by one, for images may be large
             prediction = np.asarray(predict(example["image"][None]))[0]
+            if not mesh.is_main_process():
+                continue
             picture = draw_panel(**example, prediction=prediction, classes=self._classes)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with (folder / f"{name}.png").open("wb") as file:

@@ -140,7 +140,8 @@ def evaluate_workdir(
     config, classes, devices = trained.config, trained.classes, trained.devices
     if data_dir is not None:
         config.data.root = data_dir
-    source = data.load(config.data, split)
+    with mesh.main_first("data"):
+        source = data.load(config.data, split)
     trained_network.check_source(path, classes, source)
     weigh = make_weigh(config.loss, classes)
     images = pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib, weigh)

@@ -1,7 +1,8 @@
 """Devices and processes: the mesh, how batches and states lie on it, and what processes tell each other."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,9 +106,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def wait_for_all(name: str) -> None:
-    """Waits until all processes have come here."""
-    if jax.process_count() > 1:
+@contextlib.contextmanager
+def main_first(name: str) -> Iterator[None]:
+    """Lets the main process go through the body first, the others once it is done: it may prepare files for all."""
+    if jax.process_count() > 1 and not is_main_process():
+        multihost_utils.sync_global_devices(name)
+    yield
+    if jax.process_count() > 1 and is_main_process():
         multihost_utils.sync_global_devices(name)
 
 

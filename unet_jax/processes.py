@@ -18,7 +18,7 @@ from typing import Any
 from unet_jax.errors import Interrupted, UserError
 
 START_TIMEOUT = 120  # seconds until all processes must have come
-HEARTBEAT_TIMEOUT = 60  # seconds without a sign of life until a process counts as dead
+HEARTBEAT_TIMEOUT = 40  # seconds without a sign of life until a process counts as dead
 END_TIMEOUT = 10  # seconds that a failed process waits until the others have read why
 _FAILURE, _ENDED, _PLAN = "unet_jax/failure", "unet_jax/ended", "unet_jax/plan"
 
@@ -158,7 +158,19 @@ def check_same(plan: Mapping[str, Any]) -> None:
     differing = "\n".join(f"  {line}" for line in lines if line[0] in "+-" and line[:3] not in ("---", "+++"))
     if differing:
         raise UserError(f"process {me} was not started as process 0 was (- process 0, + process {me}):\n{differing}")
-    store.wait_at_barrier(_PLAN, START_TIMEOUT * 1000)
+    wait_for_all(_PLAN, START_TIMEOUT)
+
+
+def wait_for_all(name: str, timeout: float) -> None:
+    """Waits until all processes have come here, without using their devices; each `name` once.
+
+    Args:
+      timeout: seconds.
+    """
+    import jax
+
+    if jax.process_count() > 1:
+        _store().wait_at_barrier(name, round(timeout * 1000))
 
 
 def versions() -> dict[str, str]:
@@ -180,40 +192,59 @@ def _watch(store, done: threading.Event) -> None:
 
     silent_since = None
     while not done.wait(0.5):
-        try:
-            failure = json.loads(store.key_value_try_get(_FAILURE))
-        except Exception as error:
-            if "NOT_FOUND" in str(error):
-                silent_since = None
-                continue
+        failure = _read_failure(store)
+        if failure is None:
+            silent_since = None
+        elif "process" not in failure:  # its own client will soon end it with a dump of its stack
             silent_since = silent_since or time.monotonic()
-            if time.monotonic() - silent_since < 2:
-                continue
-            failure = {"process": 0, "text": f"process 0 does not answer any more, it was killed or cut off: {error}"}
-        if failure["process"] == jax.process_index():
-            return
-        with contextlib.suppress(Exception):
-            store.key_value_set(f"{_ENDED}/{jax.process_index()}", "")
-        _exit(failure["text"], failure.get("code", 1))
+            if time.monotonic() - silent_since > 2:
+                _end(store, failure["text"], 1)
+        elif failure["process"] != jax.process_index():
+            _end(store, failure["text"], failure["code"])
+
+
+def _read_failure(store) -> dict[str, Any] | None:
+    """What ended the first process that failed; None if all is well, or a text alone if the store does not answer."""
+    try:
+        return json.loads(store.key_value_try_get(_FAILURE))
+    except Exception as error:  # JAX has no types for them
+        if "NOT_FOUND" in str(error):
+            return None
+        return {"text": f"error: process 0 does not answer any more, it was killed or cut off: {error}"}
 
 
 def _fail(store, error: BaseException) -> None:
-    """Tells the other processes why this one ends, waits until they know, and exits."""
+    """Tells the other processes why this one ends, and exits."""
     import jax
 
     me, count = jax.process_index(), jax.process_count()
     text, code = describe(error)
+    follows = isinstance(error, jax.errors.JaxRuntimeError)
+    if follows:
+        reason = str(error).partition("\n")[0]
+        text = f"error: {reason}. If another process has ended, this is why: look at what it printed"
     text = f"process {me} of {count}: {text}"
     try:
         store.key_value_set(_FAILURE, json.dumps({"process": me, "text": text, "code": code}))
-    except Exception:  # another one was first, or there is no coordinator any more
-        with contextlib.suppress(Exception):
-            store.key_value_set(f"{_ENDED}/{me}", "")
+    except Exception:  # another one was first, or process 0 is gone
+        if follows and (first := _read_failure(store)):
+            text, code = first["text"], first.get("code", 1)
+    _end(store, text, code)
+
+
+def _end(store, text: str, code: int) -> None:
+    """Prints and exits; process 0, which holds the store, as the last."""
+    import jax
+
     print(text, file=sys.stderr, flush=True)
-    until = time.monotonic() + END_TIMEOUT
     with contextlib.suppress(Exception):
-        while len(store.key_value_dir_get(_ENDED)) < count - 1 and time.monotonic() < until:
-            time.sleep(0.1)
+        if jax.process_index():
+            store.key_value_set(f"{_ENDED}/{jax.process_index()}", "")
+        else:
+            until = time.monotonic() + END_TIMEOUT
+            while len(store.key_value_dir_get(_ENDED)) < jax.process_count() - 1 and time.monotonic() < until:
+                time.sleep(0.1)
+            time.sleep(0.5)
     _exit("", code)
 
 

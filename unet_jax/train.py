@@ -60,7 +60,8 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         workdir.check(path, config)
 
     # Data.
-    sources = {split: data.load(config.data, split) for split in ("train", "validation")}
+    with mesh.main_first("data"):
+        sources = {split: data.load(config.data, split) for split in ("train", "validation")}
     classes = sources["train"].classes
     count, batch_size = len(sources["train"]), config.train.batch_size
     weigh = evaluate.make_weigh(config.loss, classes)

@@ -1,0 +1,202 @@
+"""The same training on any devices and processes, and processes that end together."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import commands
+import jax
+import numpy as np
+import pytest
+from test_survival import assert_equal, flags, rows
+
+from unet_jax import checkpoint, data, mesh, optimizer, processes, state, workdir
+from unet_jax.models import unet
+
+# Sums are rounded in another order. Not Adam with a norm: see test_one_device_equals_eight.
+STEADY = ("--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.05")
+STEADY += ("--config.optimizer.schedule=constant", "--config.train.log_every_steps=1")
+
+
+def losses(path):
+    return {row["step"]: row["train/loss"] for row in rows(path) if "train/loss" in row}
+
+
+def assert_close(path, reference):
+    """The losses of all steps agree within 1e-5: float32 sums in another order."""
+    expected, found = losses(reference), losses(path)
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=0, atol=1e-5)
+
+
+def succeed_together(*flags, **settings):
+    cluster = commands.start_cluster(*flags, **settings)
+    codes = [command.wait() for command in cluster]
+    assert codes == [0] * len(cluster), "\n".join(command.output for command in cluster)
+    return [command.output for command in cluster]
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory):
+    """A training of 30 steps on eight devices."""
+    path = tmp_path_factory.mktemp("steady") / "run"
+    commands.succeed(*flags(path, *STEADY, "--config.train.epochs=12"), folder=path.parent)
+    return path
+
+
+@pytest.mark.slow
+def test_one_device_eight_four_by_two_and_two_processes_train_and_score_the_same(steady, tmp_path):
+    confusions = {}
+    for name, settings in {
+        "one device": {"devices": 1},
+        "four by two": {"more": ["--config.mesh.space=2"]},
+        "two by four, over the processes' border": {"more": ["--config.mesh.data=2", "--config.mesh.space=4"]},
+        "shared optimizer": {"more": ["--config.mesh.shard_optimizer=True"]},
+        "two processes": {"together": True, "devices": 4},
+    }.items():
+        path = tmp_path / name / "run"
+        more = [*STEADY, "--config.train.epochs=2", *settings.pop("more", ())]
+        run = succeed_together if settings.pop("together", False) else commands.succeed
+        run(*flags(path, *more), folder=path.parent, **settings)
+        found = losses(path)
+        assert len(found) == 5
+        expected = losses(steady)
+        np.testing.assert_allclose(list(found.values()), [expected[k] for k in found], rtol=0, atol=1e-5)
+        run("--mode=eval", f"--workdir={steady}", folder=path.parent, **settings)
+        confusions[name] = json.loads((steady / "eval.json").read_text())["confusion"]
+    assert all(counts == confusions["one device"] for counts in confusions.values())
+    assert np.sum(confusions["one device"]) == 10 * 48 * 48
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_with_one_device_four_and_two_processes(steady, tmp_path):
+    path = tmp_path / "run"
+    more = flags(path, *STEADY, "--config.train.epochs=12")
+    for devices in (8, 1, 4):
+        before = checkpoint.steps(path)[-1] if devices != 8 else 0
+        command = commands.Command(*more, folder=tmp_path, devices=devices)
+        command.wait_for(f"step {before + 1}/30")
+        command.send(signal.SIGTERM)
+        assert command.wait() == 128 + signal.SIGTERM, command.output
+        assert before < checkpoint.steps(path)[-1] < 30
+    succeed_together(*more, folder=tmp_path, devices=2)
+    assert_close(path, steady)
+    assert len(workdir.read_environment(path)) == 4
+
+
+def test_what_is_restored_on_other_devices_is_bit_equal(steady):
+    config = workdir.read_config(steady)
+    classes = data.load(config.data, "train").classes
+    model = unet.create(classes.num_outputs, **config.model)
+    tx = optimizer.make_optimizer(config.optimizer, optimizer.make_schedule(config.optimizer, 2.5, 30))
+    found = []
+    checkpoints = checkpoint.Checkpoints(steady)
+    for devices, shard in (
+        (mesh.create(8, 1), False),
+        (mesh.create(1, 1, jax.devices()[:1]), False),
+        (mesh.create(2, 2, jax.devices()[:4]), True),
+        (mesh.create(8, 1), True),
+    ):
+        blank = state.create(1, model, (1, 48, 48, classes.channels), tx, True, devices, shard)
+        restored, _ = checkpoints.restore(30, blank)
+        spread = {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(restored.ema)}
+        assert spread == ({True, False} if shard else {True})
+        found.append(jax.device_get(restored))
+    checkpoints.close()
+    for other in found[1:]:
+        chex.assert_trees_all_equal(other, found[0])
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_saves_the_same_step_of_both(tmp_path):
+    reference, path = tmp_path / "reference", tmp_path / "run"
+    outputs = succeed_together(*flags(reference), folder=tmp_path, devices=2)
+    assert "process 0 of 2: on " in outputs[0] and "process 1 of 2: on " in outputs[1]
+    assert "2 process(es)" in outputs[0] and "step 3/10" not in outputs[1]
+    cluster = commands.start_cluster(*flags(path), folder=tmp_path, devices=2)
+    cluster[0].wait_for("step 3/10")
+    for _ in range(2):
+        cluster[1].send(signal.SIGTERM)
+    assert [command.wait() for command in cluster] == [143, 143], cluster[0].output + cluster[1].output
+    assert 3 < checkpoint.steps(path)[-1] < 10
+    assert all("the same command goes on from there" in command.output for command in cluster)
+    succeed_together(*flags(path), folder=tmp_path, devices=2)
+    assert_equal(path, reference)
+
+
+@pytest.mark.slow
+def test_an_exception_in_one_ends_both_with_its_text(tmp_path):
+    path = tmp_path / "run"
+    first, second = commands.start_cluster(
+        *flags(path), folder=tmp_path, devices=2, each=[{"file_size": 15_000}, {}]
+    )  # process 0 alone cannot write
+    assert first.wait(40) == 1, first.output
+    ended = time.monotonic()
+    assert second.wait(30) == 1
+    assert time.monotonic() - ended < 30
+    for command in (first, second):
+        assert "process 0 of 2: error: " in command.output and "could not be saved" in command.output
+        assert "Traceback" not in command.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_dead_peer_ends_the_other_which_says_why(tmp_path, killed):
+    cluster = commands.start_cluster(*flags(tmp_path / "run", "--config.train.epochs=4000"), folder=tmp_path, devices=2)
+    cluster[0].wait_for("step 3/10000")
+    cluster[killed].send(signal.SIGKILL)
+    left = cluster[1 - killed]
+    assert left.wait(processes.HEARTBEAT_TIMEOUT + 30) not in (0, None)
+    assert "another task died" in left.output or "If another process has ended, this is why" in left.output
+
+
+def test_processes_that_were_started_differently_say_how(tmp_path):
+    each = ["--config.optimizer.learning_rate=0.01", "--config.optimizer.learning_rate=0.02"]
+    cluster = commands.start_cluster(
+        *flags(tmp_path / "run"), folder=tmp_path, devices=2, each=[{"more": [flag]} for flag in each]
+    )
+    for command in cluster:
+        assert command.wait(60) == 1, command.output
+        assert "process 1 was not started as process 0 was" in command.output
+        assert '"learning_rate": 0.01' in command.output and '"learning_rate": 0.02' in command.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("process_id", [0, 1])
+def test_a_coordinator_that_does_not_answer_is_named(process_id):
+    program = (
+        "from unet_jax import processes\n"
+        "processes.START_TIMEOUT = 2\n"
+        f"with processes.together('127.0.0.1:{29871 + process_id}', 2, {process_id}): pass"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=commands.ROOT)
+    assert result.returncode == 1
+    assert f"not all 2 processes came to 127.0.0.1:{29871 + process_id} within 2 s" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "environment, found",
+    [
+        ({}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_NTASKS": "4"}, None),  # of a batch script, not of a process that srun started
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "JOB_COMPLETION_INDEX"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES"),
+    ],
+)
+def test_what_hints_at_more_processes(environment, found):
+    assert processes.hint(environment) == found
+
+
+@pytest.mark.parametrize("space, devices, expected", [(1, 8, (8, 1)), (8, 8, (1, 8)), (4, 8, (2, 4)), (3, 8, (8, 1))])
+def test_evaluation_splits_images_as_far_as_its_devices_allow(space, devices, expected):
+    assert tuple(mesh.create_for_evaluation(space).shape.values()) == expected
