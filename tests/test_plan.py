@@ -73,6 +73,15 @@ def test_flops_of_training_equal_the_known_numbers(settings, image, outputs, exp
     assert training / 1e9 == pytest.approx(expected, rel=0.01)
 
 
+def test_work_that_is_done_again_counts_again(plain):
+    devices = mesh.create(0, 1)
+    classes = plan.find_classes(plain.data)
+    kept = plan.flops(plain, classes, devices, plan.compile_step(plain, classes, devices))
+    plain.model.remat = (0, 1, 2)
+    again = plan.flops(plain, classes, devices, plan.compile_step(plain, classes, devices))
+    assert 1.25 * kept < again < 4 / 3 * kept  # once more forward, but for the up-sampling and the head
+
+
 def test_flops_follow_loops_branches_and_products():
     a, b = jnp.ones((3, 4)), jnp.ones((4, 4))
     assert program.flops(jnp.dot, a, b) == 2 * 3 * 4 * 4
