@@ -61,6 +61,17 @@ def test_repeat_equals_nearest_resize():
     assert (ops.repeat_2x(x) == jax.image.resize(x, (2, 6, 8, 5), "nearest")).all()
 
 
+def test_bilinear_resize_and_its_gradient_equal_the_plain_one():
+    x, weights = _normal(2, 3, 4, 5), _normal(2, 6, 8, 5, seed=1)
+    plain = lambda x: jax.image.resize(x, (2, 6, 8, 5), "bilinear")
+    # Sums of four products of size one, in another order.
+    np.testing.assert_allclose(ops.resize_2x(x), plain(x), atol=2e-6)
+    found, expected = (jax.grad(lambda x, f=f: (f(x) * weights).sum())(x) for f in (ops.resize_2x, plain))
+    np.testing.assert_allclose(found, expected, atol=4e-6)
+    one = _normal(1, 1, 1, 2)
+    np.testing.assert_allclose(ops.resize_2x(one), jnp.broadcast_to(one, (1, 2, 2, 2)), atol=1e-6)
+
+
 def test_dropout_keeps_the_mean_and_depends_on_the_key_of_the_example_alone():
     keys = jax.random.split(jax.random.key(0), 4)
     x = jnp.ones((4, 50, 50, 2))

@@ -185,6 +185,16 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     return {name: put(np.asarray(values)) for name, values in batch.items()}
 
 
+def options_for_remat(mesh: Mesh) -> dict[str, str] | None:
+    """Options of the compiler without which `jax.checkpoint` has no effect; None where it needs none.
+
+    XLA for CPUs removes the barriers before it looks for common sub-expressions, and so merges what is to be computed
+    again with what was computed first.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else None
+
+
 def memory_limit(mesh: Mesh) -> int | None:
     """Bytes of a device that arrays can fill, as far as it tells; a CPU does not."""
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")

@@ -20,7 +20,8 @@ def flops(function: Callable, *args) -> int:
       function: traced, never compiled nor run.
       *args: what it takes, or their shapes and types.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    return _jaxpr_flops(jitted.trace(*args).jaxpr.jaxpr)
 
 
 def _jaxpr_flops(jaxpr) -> int:

@@ -111,4 +111,9 @@ def make_train_step(
             new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, kept)
         return new_state, {**metrics, "signal": signals.max()}
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, mesh.replicated(devices)))
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(shardings, mesh.replicated(devices)),
+        compiler_options=mesh.options_for_remat(devices) if model.remat else None,
+    )

@@ -153,6 +153,24 @@ def repeat_2x(x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
+def resize_2x(x: jax.Array) -> jax.Array:
+    """Bilinear up-sampling with half-pixel centres: `[B, H, W, C]` -> `[B, 2H, 2W, C]`.
+
+    Equal to `jax.image.resize`, which multiplies by a matrix, so that devices that share the height would have to
+    gather all of it; neighbours only need each other's border rows.
+    """
+    return _resize_axis(_resize_axis(x, 1), 2)
+
+
+def _resize_axis(x: jax.Array, axis: int) -> jax.Array:
+    length = x.shape[axis]
+    part = lambda start, stop: lax.slice_in_dim(x, start, stop, axis=axis)
+    before = jnp.concatenate([part(0, 1), part(0, length - 1)], axis)
+    after = jnp.concatenate([part(1, length), part(length - 1, length)], axis)
+    pairs = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1)
+    return pairs.reshape(*x.shape[:axis], 2 * length, *x.shape[axis + 1 :])
+
+
 def dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
     """Inverted dropout with one random key per example, so that no draw depends on who else is in the batch.
 

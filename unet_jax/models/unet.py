@@ -122,8 +122,7 @@ class UNet(nn.Module):
             if self.upsample == "nearest":
                 x = ops.repeat_2x(x)
             elif self.upsample == "bilinear":
-                b, h, w, c = x.shape
-                x = jax.image.resize(x, (b, 2 * h, 2 * w, c), "bilinear")
+                x = ops.resize_2x(x)
             x = up(x, train)
             skip = center_crop(skips.pop(), x.shape[1:3])
             x = merge(jnp.concatenate([x, skip], axis=-1), train)

@@ -1,0 +1,80 @@
+"""The training step alone: parts of a batch, activations computed again, images shared by devices."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+import test_train
+
+from unet_jax import mesh, plan, step
+
+
+@pytest.fixture
+def gradient_config(config):
+    """SGD with a rate of 1: the weights change by the gradient. All loss terms, and pixels that count nowhere."""
+    config.model.norm, config.augment.rotate = "none", 45.0
+    config.loss.dice, config.loss.class_weights = 0.5, (0.5, 1.0, 2.0, 1.0, 3.0, 1.0, 0.0)
+    config.optimizer.name, config.optimizer.momentum, config.optimizer.learning_rate = "sgd", 0.0, 1.0
+    return config
+
+
+def _compile(config, devices):
+    return plan.compile_step(config, plan.find_classes(config.data), devices)
+
+
+@pytest.mark.parametrize("norm", ["none", "group"])
+def test_gradients_of_parts_sum_up_to_those_of_the_whole_batch(gradient_config, norm):
+    config = gradient_config
+    config.model.norm = norm
+    devices = mesh.create(2, 1, jax.devices()[:2])
+    whole, whole_history = test_train._run_steps(config, devices, steps=1)
+    config.train.accumulate = 4
+    parts, parts_history = test_train._run_steps(config, devices, steps=1)
+    # Weights of size one less their gradients: float32 rounding of sums over 8 x 48 x 48 pixels in another order.
+    chex.assert_trees_all_close(parts.params, whole.params, atol=1e-6)
+    assert parts_history[0]["loss"] == pytest.approx(whole_history[0]["loss"], abs=1e-6)
+
+
+def test_one_compilation_serves_all_steps_of_parts(gradient_config, monkeypatch):
+    made, make = [], step.make_train_step
+    monkeypatch.setattr(step, "make_train_step", lambda *args: made.append(make(*args)) or made[-1])
+    gradient_config.train.accumulate, gradient_config.optimizer.learning_rate = 2, 0.01
+    test_train._run_steps(gradient_config, mesh.create(2, 1, jax.devices()[:2]), steps=3)
+    assert [function._cache_size() for function in made] == [1]
+
+
+def test_activations_computed_again_change_nothing(gradient_config):
+    config = gradient_config
+    devices = mesh.create(2, 1, jax.devices()[:2])
+    kept, _ = test_train._run_steps(config, devices, steps=1)
+    config.model.remat = (0, 1, 2)
+    again, _ = test_train._run_steps(config, devices, steps=1)
+    chex.assert_trees_all_equal_structs(kept.params, again.params)
+    chex.assert_trees_all_close(kept.params, again.params, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_parts_and_remat_save_memory(config, optimized):
+    config.data.size, config.train.batch_size = (128, 128), 32
+    devices = mesh.create(0, 1)
+    peak = lambda: _compile(config, devices).peak
+    whole = peak()
+    config.model.remat = (0, 1, 2)
+    # Without, every block keeps what goes into and comes out of both convolutions, norms and activations; with, what
+    # goes into the block. The logits and one block at a time remain.
+    assert peak() < 0.85 * whole
+    config.model.remat, config.train.accumulate = (), 4
+    assert peak() < 0.5 * whole  # a quarter of the activations; images, labels and weights stay
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [{"padding": "valid"}, {"upsample": "bilinear"}, {"upsample": "nearest"}])
+def test_networks_whose_images_are_shared_by_devices_train_the_same(gradient_config, model):
+    config = gradient_config
+    config.model.update(model)
+    one, one_history = test_train._run_steps(config, test_train._one_device(), steps=2)
+    many, many_history = test_train._run_steps(config, mesh.create(2, 4), steps=2)
+    for a, b in zip(one_history, many_history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    chex.assert_trees_all_close(one.params, many.params, atol=1e-5)
+    assert np.isfinite([row["loss"] for row in many_history]).all()
