@@ -209,7 +209,8 @@ def test_a_plan_tells_everything_and_writes_nothing(tmp_path):
         assert re.search(rf"^ *{row}\b", output, re.M), (row, output)
     assert "2(n-1)/n, n = 8" in output and "mesh data=8 space=1" in output and "shard_optimizer=False" in output
     assert [file for file in tmp_path.rglob("*") if not file.name.startswith("output_")] == []
-    batch, above = map(int, re.search(r"largest batch +(\d+), a multiple of 8 .*; (\d+), the next", output).groups())
+    found = re.search(r"largest batch +(\d+), a multiple of 8 .*; (\d+), the next", output, re.S)
+    batch, above = map(int, found.groups())
     assert above == batch + 8
 
 

@@ -173,7 +173,7 @@ def _conclude(batch_size: int, peaks: Mapping[int, int], certain: bool, unit: in
         )
     beyond = f"; {above}, the next, needs {size(peaks[above])}" if certain else "; maybe more, the search was stopped"
     evenly = f", a multiple of {unit} (devices along data x accumulate)" if unit > 1 else ""
-    return f"largest batch          {batch_size}{evenly}: compiled, needs {size(peaks[batch_size])}{beyond}"
+    return f"largest batch          {batch_size}{evenly}\n  compiled, it needs {size(peaks[batch_size])}{beyond}"
 
 
 def _devices(devices: jax.sharding.Mesh) -> str:
