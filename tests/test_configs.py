@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from unet_jax import augment, evaluate, losses, mesh, metrics, optimizer, state, train
-from unet_jax.data import NAMES, carla, isbi2012, shapes
-from unet_jax.data.source import Classes
+from unet_jax import augment, data, evaluate, losses, mesh, metrics, optimizer, plan, state, step
+from unet_jax.data import NAMES, carla
 from unet_jax.models import unet
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -16,16 +15,10 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 def _classes(config):
     """The classes of a data set without its images."""
-    variant = config.data.variant
-    if config.data.name == "carla":
-        count = carla.NUM_CLASSES[variant]
-        return Classes("multiclass", carla.NAMES[:count], carla.PALETTE[:count])
-    if config.data.name == "shapes":
-        config.data.shapes_train = 1
-        return shapes.load(config.data, "train").classes
-    if config.data.name == "isbi2012":
-        return Classes(variant, isbi2012.NAMES, isbi2012.PALETTE, channels=1)
-    return Classes("multiclass", ("pet", "background", "border"), ((0, 0, 0),) * 3)
+    if config.data.name == "folder":  # what its files would settle
+        config.data.labels = config.data.labels or ("0 background", "1 cell", "2 border")
+        config.data.channels = config.data.channels or 3
+    return data.classes(config.data)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -39,19 +32,12 @@ def test_every_config_builds(path):
     evaluate.check(config.eval, classes)
     losses.check({"cross_entropy": config.loss.cross_entropy}, config.loss.class_weights, len(classes.names))
     tx = optimizer.make_optimizer(config.optimizer, optimizer.make_schedule(config.optimizer, 10, 1000))
-    ema = config.optimizer.ema > 0
     shape = (1, *model.smallest_input, classes.channels)
-    made = jax.eval_shape(lambda: state.create(0, model, shape, tx, ema, mesh.replicated(devices)))
-    batch = config.train.batch_size
-    label = (batch, *config.data.size) + ((len(classes.names),) if classes.task == "multilabel" else ())
-    inputs = {
-        "image": jax.ShapeDtypeStruct((batch, *config.data.size, classes.channels), jnp.uint8),
-        "label": jax.ShapeDtypeStruct(label, jnp.uint8),
-        "mask": jax.ShapeDtypeStruct((batch,), bool),
-    }
-    if evaluate.make_weigh(config.loss, classes):
-        inputs["weight"] = jax.ShapeDtypeStruct(label, jnp.float32)
-    after, values = jax.eval_shape(train.make_train_step(model, tx, config, classes, devices), made, inputs)
+    made = jax.eval_shape(state.make_init(0, model, shape, tx, config.optimizer.ema > 0))
+    inputs = plan.abstract_batch(config, classes, devices)
+    layout = state.shardings(made, devices, False)
+    train_step = step.make_train_step(model, tx, config, classes, devices, layout)
+    after, values = jax.eval_shape(train_step, made, inputs, mesh.put_everywhere(devices, 0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), made)
     assert values["loss"].shape == () and values["loss"].dtype == jnp.float32
     count = sum(leaf.size for leaf in jax.tree.leaves(made.params))

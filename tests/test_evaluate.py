@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_is_named_with_the_step_before(trained, tmp_path):
     for file in (copy / "checkpoints" / "5" / "variables").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"checkpoints/5 is damaged: .* --step=4"):
+    with pytest.raises(UserError, match=r"checkpoints/5 is damaged: .* --step: 4"):
         evaluate.evaluate_workdir(copy, 5, None, "validation", None)
     evaluate.evaluate_workdir(copy, 4, None, "validation", None)
 
@@ -128,10 +128,10 @@ def test_a_flipped_bit_and_a_missing_file_are_named_with_another_step(trained, t
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    with pytest.raises(UserError, match=rf"{largest.name} is not what was written.* --step=4"):
+    with pytest.raises(UserError, match=rf"{largest.name} is not what was written.* --step: 4"):
         evaluate.evaluate_workdir(copy, 5, None, "validation", None)
     largest.unlink()
-    with pytest.raises(UserError, match=rf"{largest.name} is missing.* --step=4"):
+    with pytest.raises(UserError, match=rf"{largest.name} is missing.* --step: 4"):
         evaluate.evaluate_workdir(copy, 5, None, "validation", None)
     evaluate.evaluate_workdir(copy, 4, None, "validation", None)
 

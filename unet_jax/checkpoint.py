@@ -271,7 +271,8 @@ def read_variables(
 
 def _read(workdir: epath.PathLike, step: int, **items):
     """Items of a step, without a manager, which would also tidy the folder up."""
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    metrics = {"metrics": ocp.JsonCheckpointHandler(filename="metrics")} if "metrics" in items else {}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**metrics)) as reader:
         return reader.restore(_folder(workdir) / str(step), args=ocp.args.Composite(**items))
 
 
@@ -288,7 +289,7 @@ def _read_score(workdir: epath.PathLike, step: int) -> float:
     """The score of a step; less than any where it has none, or where the file is damaged."""
     try:
         return _finite_score(_read(workdir, step, metrics=ocp.args.JsonRestore()).metrics)
-    except Exception:  # no such file, or whatever damage makes of it
+    except (OSError, ValueError, KeyError):
         return -math.inf
 
 

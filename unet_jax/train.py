@@ -242,6 +242,7 @@ def prepare(
     crop = augment.check(config.augment, config.data.size)
     schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)
     optimizer.check_frozen(config.optimizer.frozen, trained.shapes(unet.abstract(model, classes.channels)["params"]))
+    image_size = _input_size("config.data.size", model, config.data.size, devices)  # before the crop, maybe the same
     return Parts(
         model=model,
         schedule=schedule,
@@ -249,7 +250,7 @@ def prepare(
         loss_weights=loss_weights,
         crop=crop,
         input_size=_input_size("config.augment.crop", model, crop, devices),
-        image_size=_input_size("config.data.size", model, config.data.size, devices),
+        image_size=image_size,
     )
 
 
