@@ -271,8 +271,7 @@ def read_variables(
 
 def _read(workdir: epath.PathLike, step: int, **items):
     """Items of a step, without a manager, which would also tidy the folder up."""
-    metrics = {"metrics": ocp.JsonCheckpointHandler(filename="metrics")} if "metrics" in items else {}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**metrics)) as reader:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         return reader.restore(_folder(workdir) / str(step), args=ocp.args.Composite(**items))
 
 
@@ -287,8 +286,9 @@ def _digest(file: epath.Path) -> str:
 
 def _read_score(workdir: epath.PathLike, step: int) -> float:
     """The score of a step; less than any where it has none, or where the file is damaged."""
+    file = _folder(workdir) / str(step) / "metrics" / "metrics"  # Orbax would want all processes to read it together
     try:
-        return _finite_score(_read(workdir, step, metrics=ocp.args.JsonRestore()).metrics)
+        return _finite_score(json.loads(file.read_text()))
     except (OSError, ValueError, KeyError):
         return -math.inf
 
