@@ -17,7 +17,7 @@ from typing import Any
 
 from unet_jax.errors import Interrupted, UserError
 
-START_TIMEOUT = 120  # seconds until all processes must have come
+START_TIMEOUT = 300  # seconds until all processes must have come
 HEARTBEAT_TIMEOUT = 40  # seconds without a sign of life until a process counts as dead
 END_TIMEOUT = 10  # seconds that a failed process waits until the others have read why
 _FAILURE, _ENDED, _PLAN = "unet_jax/failure", "unet_jax/ended", "unet_jax/plan"
