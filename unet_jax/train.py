@@ -83,6 +83,8 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         meta = _check_done(path, first_step, examples, config.data.root)
     elif config.init_from:
         beginning = trained.read_beginning(config.init_from, parts.model, classes, mesh.replicated(devices))
+    if first_step is None and (path / "metrics.jsonl").exists():
+        mesh.say(f"{path} has no checkpoint: it was stopped before the first one, and begins anew")
     first_step = first_step or 0
     if mesh.is_main_process():
         original_size = sources["train"].read(0)[0].shape[:2]
