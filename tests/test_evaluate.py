@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from unet_jax import checkpoint, data, evaluate, mesh, workdir
+from unet_jax import checkpoint, data, evaluate, integrity, mesh, workdir
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 from unet_jax.models import unet
@@ -102,7 +102,7 @@ def test_the_best_survives_nan_and_never_displaces_the_latest(config, tmp_path):
     for step, score in ((1, 0.5), (2, float("nan")), (3, 0.9), (4, None), (5, 0.1), (6, 0.2), (7, None)):
         checkpoints.save(step, tiny, {}, score)
     checkpoints.close()
-    assert (checkpoint.best_step(tmp_path), checkpoint.steps(tmp_path)) == (3, [3, 6, 7])
+    assert (integrity.best_step(tmp_path), integrity.steps(tmp_path)) == (3, [3, 6, 7])
 
 
 def test_a_damaged_checkpoint_is_named_with_the_step_before(trained, tmp_path):

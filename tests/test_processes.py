@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_survival import assert_equal, flags, rows
 
-from unet_jax import checkpoint, data, mesh, optimizer, processes, state, workdir
+from unet_jax import checkpoint, data, integrity, mesh, optimizer, processes, state, workdir
 from unet_jax.models import unet
 
 # Sums are rounded in another order. Not Adam with a norm: see test_one_device_equals_eight.
@@ -76,12 +76,12 @@ def test_a_training_goes_on_with_one_device_four_and_two_processes(steady, tmp_p
     path = tmp_path / "run"
     more = flags(path, *STEADY, "--config.train.epochs=12")
     for devices in (8, 1, 4):
-        before = checkpoint.steps(path)[-1] if devices != 8 else 0
+        before = integrity.steps(path)[-1] if devices != 8 else 0
         command = commands.Command(*more, folder=tmp_path, devices=devices)
         command.wait_for(f"step {before + 1}/30")
         command.send(signal.SIGTERM)
         assert command.wait() == 128 + signal.SIGTERM, command.output
-        assert before < checkpoint.steps(path)[-1] < 30
+        assert before < integrity.steps(path)[-1] < 30
     succeed_together(*more, folder=tmp_path, devices=2)
     assert_close(path, steady)
     assert len(workdir.read_environment(path)) == 4
@@ -121,7 +121,7 @@ def test_sigterm_to_one_of_two_saves_the_same_step_of_both(tmp_path):
     for _ in range(2):
         cluster[1].send(signal.SIGTERM)
     assert [command.wait() for command in cluster] == [143, 143], cluster[0].output + cluster[1].output
-    assert 3 < checkpoint.steps(path)[-1] < 10
+    assert 3 < integrity.steps(path)[-1] < 10
     assert all("the same command goes on from there" in command.output for command in cluster)
     succeed_together(*flags(path), folder=tmp_path, devices=2)
     assert_equal(path, reference)
@@ -197,6 +197,18 @@ def test_what_hints_at_more_processes(environment, found):
     assert processes.hint(environment) == found
 
 
-@pytest.mark.parametrize("space, devices, expected", [(1, 8, (8, 1)), (8, 8, (1, 8)), (4, 8, (2, 4)), (3, 8, (8, 1))])
-def test_evaluation_splits_images_as_far_as_its_devices_allow(space, devices, expected):
-    assert tuple(mesh.create_for_evaluation(space).shape.values()) == expected
+@pytest.mark.parametrize(
+    "data, space, expected",
+    [(0, 1, (8, 1)), (1, 8, (1, 8)), (0, 4, (2, 4)), (0, 3, (8, 1)), (2, 0, (2, 4)), (16, 0, (8, 1))],
+)
+def test_evaluation_splits_images_as_far_as_its_devices_allow(data, space, expected):
+    assert tuple(mesh.create_for_evaluation(data, space).shape.values()) == expected
+
+
+def test_a_work_directory_that_not_all_see_is_named(tmp_path):
+    cluster = commands.start_cluster(
+        *flags("run"), folder=tmp_path, devices=2, each=[{"folder": tmp_path / "a"}, {"folder": tmp_path / "b"}]
+    )
+    for command in cluster:
+        assert command.wait(90) == 1, command.output
+        assert "--workdir=run is not the same folder on process 1 as on process 0" in command.output

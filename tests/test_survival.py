@@ -1,5 +1,6 @@
 """Whatever happens to a training, the same command goes on from it, and ends where it would have ended."""
 
+import hashlib
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
-from unet_jax import checkpoint, data, evaluate, log, mesh, optimizer, state, train, workdir
+from unet_jax import checkpoint, data, evaluate, integrity, log, mesh, optimizer, state, train, workdir
 from unet_jax.data import pipeline
 from unet_jax.errors import Interrupted, UserError
 from unet_jax.models import unet
@@ -38,7 +39,7 @@ def final(path):
     tx = optimizer.make_optimizer(config.optimizer, optimizer.make_schedule(config.optimizer, 2.5, 10))
     blank = state.create(1, model, (1, 48, 48, classes.channels), tx, True, mesh.create(0, 1))
     checkpoints = checkpoint.Checkpoints(path)
-    found, meta = checkpoints.restore(checkpoint.steps(path)[-1], blank)
+    found, meta = checkpoints.restore(integrity.steps(path)[-1], blank)
     checkpoints.close()
     return jax.device_get(found), meta, rows(path)
 
@@ -83,7 +84,7 @@ def test_twenty_kills_at_random_moments(tmp_path):
         assert command.wait() == -signal.SIGKILL, command.output
         if (path / "checkpoints").exists():
             halfway |= {p.name for p in (path / "checkpoints").iterdir() if not p.name.isdigit()}
-    assert halfway and 1 < checkpoint.steps(path)[-1] < 60
+    assert halfway and 1 < integrity.steps(path)[-1] < 60
     output = commands.succeed(*flags(path, *settings), folder=tmp_path, devices=1)
     assert "Going on from step" in output
     assert_equal(path, tmp_path / "reference")
@@ -99,7 +100,7 @@ def test_sigterm_twice_saves_once_and_the_same_command_goes_on(finished, tmp_pat
     assert command.wait() == 128 + signal.SIGTERM, command.output
     assert f"SIGTERM: {path} is saved; the same command goes on from there" in command.output
     assert "Traceback" not in command.output
-    assert 3 < checkpoint.steps(path)[-1] < 10
+    assert 3 < integrity.steps(path)[-1] < 10
     commands.succeed(*flags(path), folder=tmp_path)
     assert_equal(path, finished)
 
@@ -109,7 +110,20 @@ def test_sigint_ends_with_130_and_a_signal_before_the_first_step_at_once(tmp_pat
     command.wait_for("data  ")
     command.send(signal.SIGINT)
     assert command.wait() == 128 + signal.SIGINT, command.output
-    assert "Traceback" not in command.output
+    assert "stopped by SIGINT; nothing had to be saved" in command.output and "Traceback" not in command.output
+    assert not integrity.steps(tmp_path / "run")
+
+
+def test_what_libraries_catch_does_not_swallow_a_signal(config, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "10", "empty")
+
+    def interrupted(*_, **__):
+        raise Interrupted("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", interrupted)
+    with pytest.raises(Interrupted, match="stopped"):
+        train.train(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("at", ["step", "evaluation", "last evaluation"])
@@ -138,9 +152,59 @@ def test_a_signal_loses_no_step_and_no_evaluation(config, finished, tmp_path, mo
             patch.setattr(pipeline.Pipeline, "eval_batches", some_batches)
         with pytest.raises(Interrupted, match="SIGTERM"):
             train.train(config, path)
-    assert checkpoint.steps(path)[-1] == {"step": 4, "evaluation": 5, "last evaluation": 10}[at]
+    assert integrity.steps(path)[-1] == {"step": 4, "evaluation": 5, "last evaluation": 10}[at]
     train.train(config, path)
     assert_equal(path, finished)
+
+
+def test_a_step_that_is_saved_again_with_its_score_is_never_lost(config, finished, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:  # told to stop in the first evaluation, with no other step there
+        patch.setattr(evaluate, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            config_late = config.copy_and_resolve_references()
+            config_late.train.checkpoint_every_epochs = 2.0
+            train.train(config_late, path)
+    assert integrity.steps(path) == [5]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "_seal", lambda self: 1 / 0)
+        with pytest.raises(UserError, match="5 could not be saved"):
+            train.train(config_late, path)
+    train.train(config_late, path)
+    found, expected = final(path), final(finished)
+    chex.assert_trees_all_equal(found[0], expected[0])
+    assert [row for row in found[2] if "val/loss" in row] == [row for row in expected[2] if "val/loss" in row]
+    assert not (path / "replaced").exists()
+
+
+def test_checkpoints_that_are_gone_are_an_error(config, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="has no checkpoint, though its metrics.jsonl reaches step 10"):
+        train.train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_buckets_are_named_and_read_as_they_are(tmp_path):
+    import tensorflow as tf
+
+    assert os.fspath(integrity.folder("gs://bucket/runs/x")) == "gs://bucket/runs/x/checkpoints"
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 9999)
+
+    class Opened:  # as the paths of a bucket open their files
+        def open(self, mode):
+            return tf.io.gfile.GFile(str(tmp_path / "file"), mode)
+
+    assert integrity._digest(Opened()) == hashlib.sha256(bytes(range(256)) * 9999).hexdigest()
+
+
+def test_a_file_that_cannot_be_read_is_damage(finished, monkeypatch):
+    def fail(file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(integrity, "_digest", fail)
+    assert "cannot be read" in integrity.fault(finished, 10)
 
 
 def damage(folder, how):
@@ -154,7 +218,7 @@ def damage(folder, how):
     elif how == "a file deleted":
         largest.unlink()
     elif how == "checksums deleted":
-        (folder / checkpoint.CHECKSUMS).unlink()
+        (folder / integrity.CHECKSUMS).unlink()
     else:
         shutil.rmtree(folder)
         folder.mkdir()
@@ -188,7 +252,7 @@ def test_an_unfinished_step_is_named_and_left_out(config, finished, tmp_path, ca
 def test_without_a_whole_step_it_never_begins_anew(config, finished, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(finished, path)
-    for step in checkpoint.steps(path):
+    for step in integrity.steps(path):
         damage(path / "checkpoints" / str(step), "one bit flipped")
     before = sorted(path.rglob("*"))
     with pytest.raises(UserError, match="has no step that is whole(.|\n)*/8: (.|\n)*/10: .*its checksum differs"):
@@ -209,7 +273,7 @@ def test_a_full_disk_is_an_error_and_the_previous_step_stays(finished, tmp_path)
     assert command.wait() == 1, command.output
     assert "could not be saved" in command.output and "Step 8 is as it was" in command.output
     assert "Traceback" not in command.output
-    assert checkpoint.fault(path, 8) is None and checkpoint.steps(path)[-1] == 8
+    assert integrity.fault(path, 8) is None and integrity.steps(path)[-1] == 8
     commands.succeed(*flags(path), folder=tmp_path)
     assert_equal(path, finished)
 
@@ -228,7 +292,7 @@ def test_a_step_that_failed_in_the_background_is_an_error_before_the_next_save(c
     monkeypatch.setattr(checkpoint.Checkpoints, "_seal", fail)
     with pytest.raises(UserError, match="80 could not be saved: .*No space left.*Step 40 is as it was"):
         train.train(config, tmp_path / "run")
-    assert checkpoint.steps(tmp_path / "run") == [40] and checkpoint.fault(tmp_path / "run", 40) is None
+    assert integrity.steps(tmp_path / "run") == [40] and integrity.fault(tmp_path / "run", 40) is None
     assert rows(tmp_path / "run")[-1]["step"] < 100
 
 

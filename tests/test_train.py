@@ -16,7 +16,7 @@ import pytest
 import test_data
 import tiny
 
-from unet_jax import checkpoint, data, evaluate, mesh, optimizer, state, step, train, workdir
+from unet_jax import checkpoint, data, evaluate, integrity, mesh, optimizer, state, step, train, workdir
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 from unet_jax.models import unet
@@ -263,7 +263,7 @@ def test_a_training_that_blows_up_stops_and_keeps_the_last_good_checkpoint(confi
     with pytest.raises(UserError, match=r"step 4: not finite: .*param_norm = inf.*Try a lower") as error:
         train.train(config, tmp_path / "run")
     assert f"The last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '3'}" in str(error.value)
-    assert checkpoint.steps(tmp_path / "run")[-1] == 3
+    assert integrity.steps(tmp_path / "run")[-1] == 3
 
 
 def test_a_work_directory_of_an_older_version_goes_on_and_is_scored(finished, tmp_path):

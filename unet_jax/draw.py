@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from unet_jax import mesh
 from unet_jax.data.pipeline import Pipeline
 from unet_jax.data.source import Classes
+from unet_jax.errors import UserError
 
 WRONG = (255, 40, 40)
 IGNORED = (128, 128, 128)
@@ -51,6 +52,9 @@ class Panels:
         Args:
           step: the number of steps taken.
           predict: uint8 images `[B, H, W, C]` -> predicted labels.
+
+        Raises:
+          UserError: they cannot be written.
         """
         if not self._examples:
             return
@@ -60,9 +64,12 @@ class Panels:
             if not mesh.is_main_process():
                 continue
             picture = draw_panel(**example, prediction=prediction, classes=self._classes)
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with (folder / f"{name}.png").open("wb") as file:
-                picture.save(file, "PNG")
+            try:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                with (folder / f"{name}.png").open("wb") as file:
+                    picture.save(file, "PNG")
+            except OSError as error:
+                raise UserError(f"{folder / name}.png cannot be written: {error}") from error
 
 
 def draw_panel(

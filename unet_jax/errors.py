@@ -8,7 +8,7 @@ class UserError(Exception):
     """Bad input; exit code 1. The message names the file or field, the value, and the remedy."""
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # so that whoever catches the errors of a library does not stop it
     """A signal ended the work, and what was done is saved; exit code 128 + `signal`."""
 
     def __init__(self, message: str, signal: int):

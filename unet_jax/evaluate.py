@@ -112,6 +112,8 @@ def evaluate(
         confusion = confusion + counts.astype(np.int64)
         collected.append(terms)
         slices += [(p, y) for p, y, counted in zip(*cells, strict=True) if counted]
+    if mesh.largest(stopped()):
+        return None
     terms = jax.tree.map(lambda *parts: np.concatenate(parts).astype(np.float64), *collected)
     loss = float(losses.combine(terms, loss_weights))
     em_scores = em.scores(*zip(*slices, strict=True), classes.ignore_label) if slices else {}

@@ -93,7 +93,7 @@ class Log:
         line = {
             "train/loss": math.fsum(window) / len(window) if window else math.nan,
             "train/grad_norm": values["grad_norm"],
-            "train/learning_rate": float(self._schedule(step - 1)),
+            "train/learning_rate": float(self._schedule(step - 1 - self.kept["skipped"])),
             "train/images_per_sec": self._timed_steps * self._batch_size / seconds,
             "train/data_wait": self.waited / seconds,
         }

@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
                 _run()
         else:
             _run()
-    except (UserError, Interrupted) as error:
+    except (Exception, Interrupted) as error:
         text, code = processes.describe(error)
         print(text, file=sys.stderr)
         sys.exit(code)

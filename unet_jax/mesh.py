@@ -42,13 +42,14 @@ def create(data: int, space: int, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axis_types, devices=devices)
 
 
-def create_for_evaluation(space: int) -> Mesh:
+def create_for_evaluation(data: int, space: int) -> Mesh:
     """A mesh of all devices that splits images over as many of them as training did, as far as these allow it.
 
     Args:
-      space: `config.mesh.space` of the training, perhaps on other devices.
+      data, space: `config.mesh` of the training, perhaps on other devices.
     """
-    return create(0, math.gcd(space, jax.device_count()) if space else 1)
+    count = jax.device_count()
+    return create(0, math.gcd(space or max(count // data, 1), count))
 
 
 def is_one_cpu(mesh: Mesh) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import numpy as np
 
-from unet_jax import data, evaluate, log, mesh, program, state, step, train
+from unet_jax import data, evaluate, log, make, mesh, program, state, step
 from unet_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ class Plan(NamedTuple):
     """A compiled training step.
 
     Attributes:
-      parts: see `train.Parts`.
+      parts: see `make.Parts`.
       compiled: the step.
       arguments: what it takes, as shapes with shardings: state, batch, signals.
       peak: bytes on each device; None where the compiler does not tell.
     """
 
-    parts: train.Parts
+    parts: make.Parts
     compiled: jax.stages.Compiled
     arguments: tuple
     peak: int | None
@@ -92,8 +92,8 @@ def compile_step(config: "ConfigDict", classes: data.Classes, devices: jax.shard
     """The training step as `train.train` would compile it, for a state and a batch that do not exist."""
     evaluate.make_weigh(config.loss, classes)
     evaluate.check(config.eval, classes)
-    total_steps = train.count_steps("epochs", config.train.epochs, STEPS_PER_EPOCH)
-    parts = train.prepare(config, classes, devices, STEPS_PER_EPOCH, total_steps)
+    total_steps = make.count_steps("epochs", config.train.epochs, STEPS_PER_EPOCH)
+    parts = make.prepare(config, classes, devices, STEPS_PER_EPOCH, total_steps)
     shape = (1, *parts.model.smallest_input, classes.channels)
     shapes = jax.eval_shape(state.make_init(config.seed, parts.model, shape, parts.tx, config.optimizer.ema > 0))
     layout = state.shardings(shapes, devices, config.mesh.shard_optimizer)
@@ -158,10 +158,12 @@ def largest_batch(
             guess = int((a + (limit - peaks[a]) / slope) // unit) * unit
         else:  # nothing to go by yet
             guess = 2 * fits if fits else unit
+        if fails is not None and len(peaks) % 2:  # where the line is none
+            guess = (fits + fails) // 2 // unit * unit
         highest = guess if fails is None else fails - unit
         guess = max(fits + unit, min(guess, highest))
         peaks[guess] = peak(guess)
-    return fits, peaks, False
+    return max((n for n, needed in peaks.items() if needed <= limit), default=0), peaks, False
 
 
 def _conclude(batch_size: int, peaks: Mapping[int, int], certain: bool, unit: int) -> str:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import socket
 import sys
 import threading
@@ -60,17 +61,15 @@ def together(coordinator: str | None, num_processes: int | None, process_id: int
         return
     import jax
 
-    print(
-        f"process {jax.process_index()} of {jax.process_count()}: on {socket.gethostname()}, "
-        f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
-        flush=True,
-    )
     done = threading.Event()
-    threading.Thread(target=_watch, args=(_store(), done), daemon=True).start()
+    threading.Thread(target=_watch, args=(_cluster(), done), daemon=True).start()
     try:
+        devices = jax.local_devices()
+        me = f"process {jax.process_index()} of {jax.process_count()}"
+        print(f"{me}: on {socket.gethostname()}, {len(devices)} x {devices[0].device_kind}", flush=True)
         yield
     except BaseException as error:
-        _fail(_store(), error)
+        _fail(_cluster(), error)
     else:
         jax.distributed.shutdown()
     finally:
@@ -111,6 +110,8 @@ def _join(coordinator, num_processes, process_id) -> bool:
     timer = threading.Timer(START_TIMEOUT, _exit, (missed if coordinator else f"error: {where} does not answer", 1))
     timer.daemon = True
     timer.start()
+    # Python's handlers do not run while it waits; there is nothing to save yet.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         jax.distributed.initialize(
             **settings, initialization_timeout=2 * START_TIMEOUT, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
@@ -122,7 +123,9 @@ def _join(coordinator, num_processes, process_id) -> bool:
         ) from error
     finally:
         timer.cancel()
-    return jax.process_count() > 1
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return _cluster().num_processes > 1
 
 
 def _check_port(port: int) -> None:
@@ -149,7 +152,7 @@ def check_same(plan: Mapping[str, Any]) -> None:
 
     if jax.process_count() == 1:
         return
-    store, me = _store(), jax.process_index()
+    store, me = _cluster().client, jax.process_index()
     text = json.dumps({**plan, "versions": versions()}, indent=1, sort_keys=True)
     if me == 0:
         store.key_value_set(_PLAN, text)
@@ -170,7 +173,7 @@ def wait_for_all(name: str, timeout: float) -> None:
     import jax
 
     if jax.process_count() > 1:
-        _store().wait_at_barrier(name, round(timeout * 1000))
+        _cluster().client.wait_at_barrier(name, round(timeout * 1000))
 
 
 def versions() -> dict[str, str]:
@@ -179,70 +182,71 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def _store():
-    """The key-value store of `jax.distributed`; there is no public way to it yet."""
+def _cluster():
+    """What `jax.distributed` knows: `client` with a key-value store, `process_id`, `num_processes`.
+
+    There is no public way to the store yet. It knows without starting a backend, as `jax.process_index()` would.
+    """
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
-def _watch(store, done: threading.Event) -> None:
+def _watch(cluster, done: threading.Event) -> None:
     """Ends this process once another one has failed: it may hang in a collective that nobody joins."""
-    import jax
-
     silent_since = None
     while not done.wait(0.5):
-        failure = _read_failure(store)
+        failure = _read_failure(cluster)
         if failure is None:
             silent_since = None
         elif "process" not in failure:  # its own client will soon end it with a dump of its stack
             silent_since = silent_since or time.monotonic()
             if time.monotonic() - silent_since > 2:
-                _end(store, failure["text"], 1)
-        elif failure["process"] != jax.process_index():
-            _end(store, failure["text"], failure["code"])
+                _end(cluster, failure["text"], 1)
+        elif failure["process"] != cluster.process_id:
+            _end(cluster, failure["text"], failure["code"])
 
 
-def _read_failure(store) -> dict[str, Any] | None:
+def _read_failure(cluster) -> dict[str, Any] | None:
     """What ended the first process that failed; None if all is well, or a text alone if the store does not answer."""
     try:
-        return json.loads(store.key_value_try_get(_FAILURE))
+        return json.loads(cluster.client.key_value_try_get(_FAILURE))
     except Exception as error:  # JAX has no types for them
         if "NOT_FOUND" in str(error):
             return None
         return {"text": f"error: process 0 does not answer any more, it was killed or cut off: {error}"}
 
 
-def _fail(store, error: BaseException) -> None:
+def _fail(cluster, error: BaseException) -> None:
     """Tells the other processes why this one ends, and exits."""
     import jax
 
-    me, count = jax.process_index(), jax.process_count()
+    me = cluster.process_id
     text, code = describe(error)
-    follows = isinstance(error, jax.errors.JaxRuntimeError)
+    follows = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
     if follows:
         reason = str(error).partition("\n")[0]
         text = f"error: {reason}. If another process has ended, this is why: look at what it printed"
-    text = f"process {me} of {count}: {text}"
+    text = f"process {me} of {cluster.num_processes}: {text}"
     try:
-        store.key_value_set(_FAILURE, json.dumps({"process": me, "text": text, "code": code}))
+        cluster.client.key_value_set(_FAILURE, json.dumps({"process": me, "text": text, "code": code}))
     except Exception:  # another one was first, or process 0 is gone
-        if follows and (first := _read_failure(store)):
+        if follows and (first := _read_failure(cluster)):
             text, code = first["text"], first.get("code", 1)
-    _end(store, text, code)
+    _end(cluster, text, code)
 
 
-def _end(store, text: str, code: int) -> None:
+def _end(cluster, text: str, code: int) -> None:
     """Prints and exits; process 0, which holds the store, as the last."""
-    import jax
-
     print(text, file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):
-        if jax.process_index():
-            store.key_value_set(f"{_ENDED}/{jax.process_index()}", "")
+        if cluster.process_id:
+            cluster.client.key_value_set(f"{_ENDED}/{cluster.process_id}", "")
         else:
             until = time.monotonic() + END_TIMEOUT
-            while len(store.key_value_dir_get(_ENDED)) < jax.process_count() - 1 and time.monotonic() < until:
+            while len(cluster.client.key_value_dir_get(_ENDED)) < cluster.num_processes - 1:
+                if time.monotonic() > until:
+                    break
                 time.sleep(0.1)
             time.sleep(0.5)
     _exit("", code)
@@ -254,8 +258,10 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"error: {error}", 1
     if isinstance(error, Interrupted):
         return str(error), 128 + error.signal
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped", 130
+    if isinstance(error, SystemExit):
+        return f"ends with exit code {error.code}", error.code if isinstance(error.code, int) else 1
+    if type(error).__module__ == "tensorflow.python.framework.errors_impl":  # of a bucket that cannot be reached
+        return f"error: {error}", 1
     return "".join(traceback.format_exception(error)).rstrip(), 1
 
 

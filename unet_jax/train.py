@@ -1,27 +1,22 @@
 """Training: `train` reads from top to bottom; the step is in `step.py`."""
 
 import hashlib
-import math
 import time
-from collections.abc import Sequence
 from signal import Signals
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
-import optax
 from etils import epath
-from flax import linen as nn
 
 from unet_jax import (
-    augment,
     checkpoint,
     data,
     draw,
     evaluate,
+    integrity,
     log,
-    losses,
+    make,
     mesh,
-    optimizer,
     report,
     signals,
     state,
@@ -30,8 +25,7 @@ from unet_jax import (
     workdir,
 )
 from unet_jax.data import pipeline
-from unet_jax.errors import Interrupted, UserError, check_choice
-from unet_jax.models import unet
+from unet_jax.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -58,6 +52,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     data.settle(config.data, mesh.say)
     if mesh.is_main_process():
         workdir.check(path, config)
+    workdir.check_shared(path)
 
     # Data.
     with mesh.main_first("data"):
@@ -70,21 +65,21 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     # Devices, steps, network and optimizer.
     devices = mesh.create(config.mesh.data, config.mesh.space)
     steps_per_epoch = count / batch_size
-    total_steps = count_steps("epochs", config.train.epochs, steps_per_epoch)
-    eval_every = count_steps("eval_every_epochs", config.train.eval_every_epochs, steps_per_epoch)
-    save_every = count_steps("checkpoint_every_epochs", config.train.checkpoint_every_epochs, steps_per_epoch)
-    parts = prepare(config, classes, devices, steps_per_epoch, total_steps)
+    total_steps = make.count_steps("epochs", config.train.epochs, steps_per_epoch)
+    eval_every = make.count_steps("eval_every_epochs", config.train.eval_every_epochs, steps_per_epoch)
+    save_every = make.count_steps("checkpoint_every_epochs", config.train.checkpoint_every_epochs, steps_per_epoch)
+    parts = make.prepare(config, classes, devices, steps_per_epoch, total_steps)
     rows = mesh.process_rows(devices, batch_size)
 
     # What was already done, or what to begin with. Nothing is written before all of it has been found in order.
     examples = {split: hashlib.sha256(repr(list(s.ids)).encode()).hexdigest() for split, s in sources.items()}
-    first_step, meta, beginning = checkpoint.newest_good_step(path), None, None
+    first_step, meta, beginning = integrity.newest_good_step(path), None, None
     if first_step is not None:
         meta = _check_done(path, first_step, examples, config.data.root)
     elif config.init_from:
         beginning = trained.read_beginning(config.init_from, parts.model, classes, mesh.replicated(devices))
-    if first_step is None and (path / "metrics.jsonl").exists():
-        mesh.say(f"{path} has no checkpoint: it was stopped before the first one, and begins anew")
+    if first_step is None:
+        _check_nothing_done(path, min(save_every, eval_every))
     first_step = first_step or 0
     if mesh.is_main_process():
         original_size = sources["train"].read(0)[0].shape[:2]
@@ -121,7 +116,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         train_state = trained.begin(train_state, weights)
         mesh.say(done)
     if mesh.is_main_process():
-        workdir.rewind_metrics(path, first_step)
+        workdir.rewind_metrics(path, first_step, meta is None or meta["evaluated"])
         workdir.record_environment(path, first_step, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
 
     # Compilation, and what it tells.
@@ -161,12 +156,13 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
         if result is not None:
             score = result.scores["miou"]
             history.add_evaluation(done, result)
-            panels.draw(done, lambda image: predict_step(variables, image))
         told = told or mesh.largest(deferred.received)
         evaluated = not evaluates or result is not None
         if evaluated or not replace:
             kept = {**history.kept, "examples": examples, "evaluated": evaluated}
             checkpoints.save(done, train_state, kept, score, replace)
+        if result is not None and not told:  # the save goes on meanwhile
+            panels.draw(done, lambda image: predict_step(variables, image))
         history.restart_clock()
         return told
 
@@ -195,6 +191,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
                 told = conclude(done, told)
         checkpoints.close()
         history.close()
+        told = told or mesh.largest(deferred.received)
     if told:
         raise Interrupted(f"{Signals(told).name}: {path} is saved; the same command goes on from there", told)
 
@@ -202,58 +199,26 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     report.write(path, images=images["validation"], devices=devices)
     mesh.say(evaluate.format_table(history.last_evaluation))
     mesh.say(
-        f"Finished: {total_steps} steps; best checkpoint: step {checkpoint.best_step(path)}.\n"
+        f"Finished: {total_steps} steps; best checkpoint: step {integrity.best_step(path)}.\n"
         f"Look at {path / 'report.html'}, in a browser, and {path / 'panels' / str(total_steps)}; score it again with\n"
         f"  python -m unet_jax.main --mode=eval --workdir={path}"
     )
 
 
-class Parts(NamedTuple):
-    """What a configuration makes, beside images and state; sizes are (height, width)."""
-
-    model: nn.Module
-    schedule: optax.Schedule
-    tx: optax.GradientTransformation
-    loss_weights: dict[str, float]
-    crop: tuple[int, int]  # what a training step predicts
-    input_size: tuple[int, int]  # from which
-    image_size: tuple[int, int]  # from which an evaluation predicts a whole image
-
-
-def prepare(
-    config: "ConfigDict",
-    classes: data.Classes,
-    devices: jax.sharding.Mesh,
-    steps_per_epoch: float,
-    total_steps: int,
-) -> Parts:
-    """Makes network, optimizer and schedule, and checks that everything fits together.
+def _check_nothing_done(path: epath.Path, save_every: int) -> None:
+    """Says that a work directory without a checkpoint begins anew.
 
     Raises:
-      UserError: a setting has no meaning, or the devices cannot share batches or images.
+      UserError: it had one: a save begins when the one before has ended, so that by twice its period one was there.
     """
-    mesh.check_batch_size(devices, config.train.batch_size, config.train.accumulate)
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"config.seed = {config.seed} is not in 0..2**31-1")
-    if config.train.log_every_steps < 1 or config.train.panels < 0:
-        raise UserError("config.train.log_every_steps must be 1 or more, config.train.panels 0 or more")
-    check_choice("config.train.nonfinite", config.train.nonfinite, ("stop", "skip"))
-    loss_weights = losses.term_weights(config.loss)
-    losses.check(loss_weights, config.loss.class_weights, len(classes.names))
-    model = unet.create(classes.num_outputs, **config.model, one_cpu=mesh.is_one_cpu(devices))
-    crop = augment.check(config.augment, config.data.size)
-    schedule = optimizer.make_schedule(config.optimizer, steps_per_epoch, total_steps)
-    optimizer.check_frozen(config.optimizer.frozen, trained.shapes(unet.abstract(model, classes.channels)["params"]))
-    image_size = _input_size("config.data.size", model, config.data.size, devices)  # before the crop, maybe the same
-    return Parts(
-        model=model,
-        schedule=schedule,
-        tx=optimizer.make_optimizer(config.optimizer, schedule),
-        loss_weights=loss_weights,
-        crop=crop,
-        input_size=_input_size("config.augment.crop", model, crop, devices),
-        image_size=image_size,
-    )
+    reached = max((row["step"] for row in workdir.read_metrics(path)), default=0)
+    if reached > 2 * save_every:
+        raise UserError(
+            f"{path} has no checkpoint, though its metrics.jsonl reaches step {reached}: put its checkpoints back, or "
+            "choose another --workdir"
+        )
+    if reached:
+        mesh.say(f"{path} has no checkpoint: it was stopped before the first one, and begins anew")
 
 
 def _check_done(path: epath.Path, done: int, examples: dict[str, str], root: str) -> dict:
@@ -281,7 +246,7 @@ def _check(history: log.Log, checkpoints: checkpoint.Checkpoints, path: epath.Pa
     if not history.blown_up:
         return
     checkpoints.close()
-    good = checkpoint.steps(path)
+    good = integrity.steps(path)
     kept = f"The last good checkpoint is {path / 'checkpoints' / str(good[-1])}" if good else "None was saved yet"
     raise UserError(
         f"{history.blown_up}. {kept}. Try a lower config.optimizer.learning_rate, config.optimizer.clip_norm=1.0 or "
@@ -292,28 +257,3 @@ def _check(history: log.Log, checkpoints: checkpoint.Checkpoints, path: epath.Pa
 def _draw_history(path: epath.Path) -> None:
     if mesh.is_main_process():
         draw.draw_history(workdir.read_metrics(path), path / "history.png")
-
-
-def _input_size(field: str, model: nn.Module, size: Sequence[int], devices: jax.sharding.Mesh) -> tuple[int, int]:
-    """What the network is given to predict `size`: with the margins it needs, which mirror the image.
-
-    Raises:
-      UserError: the devices cannot share its height.
-    """
-    height, width = (n + sum(around) for n, around in zip(size, model.margins(size), strict=True))
-    try:
-        mesh.check_height(devices, height)
-    except UserError as error:
-        raise UserError(f"{field} = {tuple(size)}, to which the network gives {height} rows: {error}") from error
-    return height, width
-
-
-def count_steps(field: str, epochs: float, steps_per_epoch: float) -> int:
-    """Epochs as a whole number of steps, at least one.
-
-    Raises:
-      UserError: `config.train.FIELD` is not positive.
-    """
-    if not 0 < epochs < math.inf:
-        raise UserError(f"config.train.{field} = {epochs} must be positive")
-    return max(1, round(epochs * steps_per_epoch))

@@ -85,7 +85,7 @@ def load(path: epath.PathLike, step: int | None = None, devices: jax.sharding.Me
     config = workdir.read_config(path)
     values = workdir.read_classes(path)
     classes = data.Classes.from_json(values)
-    devices = mesh.create_for_evaluation(config.mesh.space) if devices is None else devices
+    devices = mesh.create_for_evaluation(config.mesh.data, config.mesh.space) if devices is None else devices
     model = unet.create(classes.num_outputs, **config.model, one_cpu=mesh.is_one_cpu(devices))
     step, saved = checkpoint.read_variables(path, step, mesh.replicated(devices))
     variables = {"params": saved.get("ema", saved["params"]), "batch_stats": saved.get("batch_stats", {})}

@@ -18,6 +18,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -119,6 +120,33 @@ def check(workdir: epath.Path, config: "ConfigDict") -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
+
+
+def check_shared(workdir: epath.Path) -> None:
+    """Checks that all processes see the same work directory.
+
+    Raises:
+      UserError: one does not.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    probe = workdir / "shared.partial"
+    if jax.process_index() == 0:
+        probe.write_text("")
+    processes.wait_for_all("probe written", processes.START_TIMEOUT)
+    until = time.monotonic() + 30  # a network file system may be slow to show it
+    while not (workdir.exists() and probe.name in {found.name for found in workdir.iterdir()}):
+        if time.monotonic() > until:
+            raise UserError(
+                f"--workdir={workdir} is not the same folder on process {jax.process_index()} as on process 0: use one "
+                "that all of them see"
+            )
+        time.sleep(0.5)
+    processes.wait_for_all("probe seen", processes.START_TIMEOUT)
+    if jax.process_index() == 0:
+        probe.unlink()
 
 
 def claim(workdir: epath.Path, config: "ConfigDict", classes: dict[str, Any]) -> None:
@@ -261,10 +289,19 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def rewind_metrics(workdir: epath.Path, step: int) -> None:
-    """Drops the lines after `step`, which the run that goes on from there writes again."""
+def rewind_metrics(workdir: epath.Path, step: int, evaluated: bool) -> None:
+    """Drops the lines that a run which goes on from `step` writes again; that of the evaluation too if not `evaluated`.
+
+    Raises:
+      UserError: the file cannot be read or written.
+    """
     rows = [row for row in read_metrics(workdir) if row["step"] <= step]
+    if not evaluated:
+        rows = [row for row in rows if row["step"] < step or "val/loss" not in row]
     path = workdir / "metrics.jsonl"
     partial = workdir / "metrics.jsonl.partial"
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(path)
+    try:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
