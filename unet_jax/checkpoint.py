@@ -196,7 +196,7 @@ def read_variables(
         if (integrity.folder(workdir) / str(step)).exists():
             raise
         raise UserError(
-            f"{integrity.folder(workdir) / str(step)} was deleted while it was read, by a training that goes on: try again"
+            f"{integrity.folder(workdir) / str(step)} was deleted while it was read: a training goes on there. Try again"
         ) from error
 
 

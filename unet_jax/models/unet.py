@@ -248,12 +248,13 @@ def create(num_outputs: int, **settings) -> UNet:
     check_choice("config.model.dtype", settings["dtype"], ("float32", "bfloat16"))
     if not 2 <= len(settings["features"]) <= 10 or not all(isinstance(n, int) and n > 0 for n in settings["features"]):
         raise UserError(f"config.model.features = {settings['features']} needs 2 to 10 positive widths, top to bottom")
-    levels = range(len(settings["features"]))
-    if not set(settings["remat"]) <= set(levels):
-        raise UserError(f"config.model.remat = {settings['remat']} must be levels of the network, 0 to {levels[-1]}")
     if not 0 <= settings["dropout"] < 1:
         raise UserError(f"config.model.dropout = {settings['dropout']} is not in [0, 1)")
-    return UNet(num_outputs, **settings)
+    model = UNet(num_outputs, **settings)
+    lowest = len(model.features) - 1
+    if not set(model.remat) <= set(range(lowest + 1)):
+        raise UserError(f"config.model.remat = {model.remat} must be levels of the network, 0 to {lowest}")
+    return model
 
 
 def abstract(model: UNet, channels: int):
