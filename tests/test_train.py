@@ -2,12 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import chex
 import jax
@@ -70,10 +65,10 @@ GOLDEN = [2.078961, 1.308313, 2.061543, 736.96637]
 
 
 @pytest.mark.parametrize(
-    "variant, norm, name, rate", [("multiclass", "batch", "sgd", 0.05), ("multilabel", "none", "adam", 1e-3)]
+    "space, variant, norm, name, rate",
+    [(1, "multiclass", "batch", "sgd", 0.05), (2, "multilabel", "none", "adam", 1e-3)],
 )
-@pytest.mark.parametrize("space", [1, 2])
-def test_one_device_equals_eight(config, variant, norm, name, rate, space):
+def test_one_device_equals_eight(config, space, variant, norm, name, rate):
     # Not Adam with a normalisation: Adam divides each gradient by its own size, and weights before a normalisation
     # have some that are nearly zero, whose rounding it enlarges (to 4e-5 in the weights; the losses agree still).
     config.data.variant, config.model.norm, config.loss.dice = variant, norm, 0.5
@@ -188,8 +183,8 @@ class _Crash(Exception):
 
 @pytest.mark.parametrize(
     "crash_after, cache_gib",
-    [(4, 1.0), (5, 1.0), (8, 0.0)],
-    ids=["mid-epoch, a line of metrics begun", "epoch's end", "mid-epoch, not cached"],
+    [(4, 1.0), (8, 0.0)],
+    ids=["mid-epoch, a line of metrics begun", "mid-epoch, not cached"],
 )
 def test_going_on_after_a_crash_is_bit_equal(finished, tmp_path, monkeypatch, crash_after, cache_gib):
     reference, config = finished
@@ -214,30 +209,6 @@ def test_going_on_after_a_crash_is_bit_equal(finished, tmp_path, monkeypatch, cr
         with pytest.raises(_Crash):
             train.train(config, path)
     train.train(config, path)
-    _assert_equal(path, reference, config)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("appears", ["config.json", "checkpoints/5"])  # the second is perhaps half written
-def test_a_killed_process_goes_on_bit_equal(finished, tmp_path, appears):
-    reference, config = finished
-    path = tmp_path / "run"
-    (tmp_path / "config.json").write_text(config.to_json())
-    program = (
-        "import json, sys, jax, ml_collections; jax.config.update('jax_num_cpu_devices', 8)\n"
-        "from unet_jax import train\n"
-        "frozen = ml_collections.FrozenConfigDict(json.load(open(sys.argv[1])))\n"
-        "train.train(ml_collections.ConfigDict(frozen), sys.argv[2])\n"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "config.json"), str(path)]
-    process = subprocess.Popen(command, cwd=os.path.dirname(os.path.dirname(__file__)))
-    deadline = time.monotonic() + 120
-    while not list(path.glob(appears + "*")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run(command, check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
     _assert_equal(path, reference, config)
 
 

@@ -65,9 +65,9 @@ class Checkpoints:
         variables, training = _items(state)
         try:
             self._manager.wait_until_finished()
-            if replace:
-                self._moveintegrity.aside(step)
             self._saving = step
+            if replace:
+                self._move_aside(step)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -135,7 +135,9 @@ class Checkpoints:
         return state.replace(**saved.variables, **saved.training), saved.meta
 
     def _not_saved(self, error: Exception) -> UserError:
+        aside = integrity.aside(self._path)
         kept = [step for step in integrity.steps(self._path.parent) if step != self._saving]
+        kept += [int(step.name) for step in aside.iterdir()] if aside.exists() else []
         remedy = f"Step {kept[-1]} is as it was; the same command goes on from it" if kept else "There is no other step"
         return UserError(f"{self._path / str(self._saving)} could not be saved: {_first_line(error)}. {remedy}")
 
@@ -196,7 +198,7 @@ def read_variables(
         if (integrity.folder(workdir) / str(step)).exists():
             raise
         raise UserError(
-            f"{integrity.folder(workdir) / str(step)} was deleted while it was read: a training goes on there. Try again"
+            f"{integrity.folder(workdir) / str(step)} was deleted while it was read: a training goes on. Try again"
         ) from error
 
 

@@ -158,7 +158,7 @@ def largest_batch(
             guess = int((a + (limit - peaks[a]) / slope) // unit) * unit
         else:  # nothing to go by yet
             guess = 2 * fits if fits else unit
-        if fails is not None and len(peaks) % 2:  # where the line is none
+        if fails is not None and len(peaks) > 4 and len(peaks) % 2:  # where there is no such line
             guess = (fits + fails) // 2 // unit * unit
         highest = guess if fails is None else fails - unit
         guess = max(fits + unit, min(guess, highest))

@@ -136,7 +136,7 @@ def check_shared(workdir: epath.Path) -> None:
     if jax.process_index() == 0:
         probe.write_text("")
     processes.wait_for_all("probe written", processes.START_TIMEOUT)
-    until = time.monotonic() + 30  # a network file system may be slow to show it
+    until = time.monotonic() + 10  # a network file system may be slow to show it
     while not (workdir.exists() and probe.name in {found.name for found in workdir.iterdir()}):
         if time.monotonic() > until:
             raise UserError(
