@@ -195,7 +195,7 @@ def _cluster():
 def _watch(cluster, done: threading.Event) -> None:
     """Ends this process once another one has failed: it may hang in a collective that nobody joins."""
     silent_since = None
-    while not done.wait(0.5):
+    while not done.wait(0.5) and cluster.client is not None:  # it is, once all have shut down
         failure = _read_failure(cluster)
         if failure is None:
             silent_since = None
