@@ -109,7 +109,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     )
     checkpoints = checkpoint.Checkpoints(path)
     if meta is not None:
-        train_state, meta = checkpoints.restore(first_step, train_state)
+        train_state, _ = checkpoints.restore(first_step, train_state)
         mesh.say(f"Going on from step {first_step} of {path}")
     elif beginning is not None:
         weights, done = beginning
