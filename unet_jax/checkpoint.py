@@ -64,7 +64,7 @@ class Checkpoints:
         """
         variables, training = _items(state)
         try:
-            self._manager.wait_until_finished()
+            self._manager.wait_until_finished()  # until then `_saving` is the step before
             self._saving = step
             if replace:
                 self._move_aside(step)
