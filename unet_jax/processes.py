@@ -69,6 +69,7 @@ def together(coordinator: str | None, num_processes: int | None, process_id: int
         print(f"{me}: on {socket.gethostname()}, {len(devices)} x {devices[0].device_kind}", flush=True)
         yield
     except BaseException as error:
+        done.set()  # one of the two tells
         _fail(_cluster(), error)
     else:
         jax.distributed.shutdown()
