@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of the weights, the order of examples, augmentation and dropout
+    config.deterministic = False  # bit-equal repeats on GPUs too, by slower kernels where they need it
     config.init_from = ""  # work directory whose weights to begin with; a head for other classes is drawn anew
 
     config.data = ConfigDict()

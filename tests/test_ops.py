@@ -23,22 +23,40 @@ def test_max_pool_and_its_gradient_equal_the_plain_one_with_ties():
     assert (gradients[0] == gradients[1]).all()
 
 
+NARROW, WIDE = (4, 6), (64, 128)  # channels and features; wide ones take Winograd's form
+
+
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
-@pytest.mark.parametrize("height, width, batch", [(70, 40, 1), (37, 40, 1), (6, 8, 2), (5, 600, 3), (3, 3, 1)])
-def test_convolution_on_one_cpu_and_its_gradients_equal_the_plain_one(padding, height, width, batch):
-    x, kernel = _normal(batch, height, width, 4), _normal(3, 3, 4, 6, seed=1)
+@pytest.mark.parametrize(
+    "height, width, batch, channels",
+    [(37, 40, 1, NARROW), (6, 8, 9, NARROW), (3, 3, 1, NARROW), (20, 22, 1, WIDE), (18, 16, 3, WIDE[::-1])],
+)
+def test_convolution_on_one_cpu_and_its_gradients_equal_the_plain_one(padding, height, width, batch, channels):
+    _check_convolution(padding, (batch, height, width, channels[0]), channels[1], winograd=channels != NARROW)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_convolution_in_blocks_of_rows_equals_the_plain_one(padding, monkeypatch):
+    monkeypatch.setattr(ops, "WINOGRAD_BLOCK", 4 * 2 * 8 * 128)  # 4 rows of tiles of the smaller output
+    _check_convolution(padding, (2, 26, 18, 128), 64, winograd=True)  # 12 or 13 rows: the last block is not full
+
+
+def _check_convolution(padding, shape, features, winograd):
+    x, kernel = _normal(*shape), _normal(3, 3, shape[-1], features, seed=1)
     plain = lambda x, kernel: jax.lax.conv_general_dilated(
         x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     ours = lambda x, kernel: ops.conv_3x3_on_cpu(x, kernel, padding)
-    np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), atol=1e-5)
+    # Float32 sums of up to 9000 products of size one in another order, and Winograd's sums and differences before them.
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    close(ours(x, kernel), plain(x, kernel))
     weights = _normal(*plain(x, kernel).shape, seed=2)
     found, expected = (
         jax.grad(lambda x, kernel, f=f: (f(x, kernel) * weights).sum(), (0, 1))(x, kernel) for f in (ours, plain)
     )
-    # Sums of up to 9000 products of size one in another order: a relative 1e-5 of the largest.
     for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+        close(a, b)
+    assert ("dot_general" in str(jax.make_jaxpr(ours)(x, kernel))) == winograd
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -78,3 +78,16 @@ def test_networks_whose_images_are_shared_by_devices_train_the_same(gradient_con
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
     chex.assert_trees_all_close(one.params, many.params, atol=1e-5)
     assert np.isfinite([row["loss"] for row in many_history]).all()
+
+
+@pytest.mark.parametrize("model", [{}, {"upsample": "transposed_3x3", "norm": "none", "dropout": 0.3}])
+def test_a_step_adds_nothing_up_in_an_order_that_a_gpu_chooses(gradient_config, model):
+    config = gradient_config
+    config.model.update(model)
+    devices, classes = mesh.create(2, 1, jax.devices()[:2]), plan.find_classes(config.data)
+    made = _compile(config, devices)
+    layout = jax.tree.map(lambda x: x.sharding, made.arguments[0])
+    train_step = step.make_train_step(made.parts.model, made.parts.tx, config, classes, devices, layout)
+    program = train_step.lower(*made.arguments).as_text()
+    assert "stablehlo.convolution" in program
+    assert "scatter" not in program  # nor the select_and_scatter of a windowed maximum

@@ -76,7 +76,7 @@ def make_eval_step(
         cells = (predict.to_probability(logits, classes.task)[..., -1], label, batch["mask"]) if em_scores else ()
         return counts, terms, cells
 
-    return jax.jit(eval_step, out_shardings=mesh.replicated(devices))
+    return mesh.jit_replicated(devices, eval_step)
 
 
 def make_predict_step(model: nn.Module, classes: data.Classes, devices: jax.sharding.Mesh) -> Callable:
@@ -88,7 +88,7 @@ def make_predict_step(model: nn.Module, classes: data.Classes, devices: jax.shar
             predict.logits(model, variables, window, image.shape[1:3], classes.task), classes.task
         )
 
-    return jax.jit(predict_step, out_shardings=mesh.replicated(devices))
+    return mesh.jit_replicated(devices, predict_step)
 
 
 def evaluate(

@@ -58,9 +58,9 @@ def terms(
     Returns:
       `cross_entropy` and `dice`.
     """
-    label, mask, weight = _weigh_pixels(label, mask, task, logits.shape[-1], class_weights, pixel_weights)
+    label, mask, weight = _weigh_pixels(label, mask, task, class_weights, pixel_weights)
     if task == "multiclass":
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        loss = _cross_entropy(logits, label)
     else:
         loss = optax.sigmoid_binary_cross_entropy(logits, label)
     pixels = tuple(range(1, loss.ndim))
@@ -74,29 +74,40 @@ def totals(
     label: jax.Array,
     mask: jax.Array,
     task: str,
-    num_outputs: int,
     class_weights: Sequence[float] = (),
     pixel_weights: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """The sums of the weights of all terms: they do not depend on the logits, so that parts of a batch can share them.
 
-    Args:
-      num_outputs: K of the logits; the others are as `terms` takes them.
+    The arguments are as `terms` takes them.
     """
-    _, mask, weight = _weigh_pixels(label, mask, task, num_outputs, class_weights, pixel_weights)
+    _, mask, weight = _weigh_pixels(label, mask, task, class_weights, pixel_weights)
     return {"cross_entropy": weight.sum(), "dice": _counted(mask).sum()}
 
 
-def _weigh_pixels(label, mask, task, num_outputs, class_weights, pixel_weights):
+def _weigh_pixels(label, mask, task, class_weights, pixel_weights):
     """Label and mask in the shape of the loss, and the weight of each of its elements in the cross-entropy."""
     label = jnp.where(mask, label, 0).astype(jnp.int32)  # any legal class: masked pixels weigh nothing
-    weights = jnp.asarray(class_weights or (1.0,) * max(2, num_outputs), jnp.float32)
     if task == "binary":
         label, mask = label[..., None], mask[..., None]
-    weight = mask * (weights if task == "multilabel" else weights[label])
+    weight = mask.astype(jnp.float32)
+    if class_weights:
+        weights = jnp.asarray(class_weights, jnp.float32)
+        weight = weight * (weights if task == "multilabel" else weights[label])
     if pixel_weights is not None:
         weight = weight * (pixel_weights if task == "multiclass" else pixel_weights[..., None])
     return label, mask, weight
+
+
+def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Softmax cross-entropy, `[..., K]` and `[...]` -> `[...]`.
+
+    As `optax.softmax_cross_entropy_with_integer_labels`, but the logit of the label is chosen by comparison: fused with
+    the rest, no one-hot labels are stored, and the gradient is no scatter, which GPUs add up in any order.
+    """
+    logits = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    chosen = jnp.where(label[..., None] == jnp.arange(logits.shape[-1]), logits, 0).sum(-1)
+    return jnp.log(jnp.exp(logits).sum(-1)) - chosen
 
 
 def _counted(mask: jax.Array) -> jax.Array:

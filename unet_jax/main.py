@@ -17,7 +17,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from unet_jax import processes, signals
+from unet_jax import processes, signals, user_cache
 from unet_jax.errors import Interrupted, UserError, did_you_mean
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -92,6 +92,7 @@ def main(argv: list[str]) -> None:
     signals.end_at_once()
     try:
         _check_flags(argv)
+        _keep_compiled()
         if _MODE.value in _ONLY["coordinator"]:
             with processes.together(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
                 _run()
@@ -116,6 +117,16 @@ def _check_flags(argv: list[str]) -> None:
         raise UserError("say what to use: --workdir=runs/shapes, for example")
     if mode == "predict" and (_INPUT.value is None or _OUTPUT.value is None):
         raise UserError("say what to predict, and where to write: --input=FILE_OR_FOLDER --output=FOLDER")
+
+
+def _keep_compiled() -> None:
+    """Lets JAX, which reads this when it is imported, find again what it has compiled, in the user's cache folder."""
+    try:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache.folder("compiled")))
+    except OSError:
+        return  # every start compiles
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))  # bytes; the least recently used go
 
 
 def _run() -> None:

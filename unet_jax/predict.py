@@ -178,7 +178,7 @@ class Predictor:
             window = mesh.split_height(self._devices, as_float(image))
             return to_probability(logits(model, variables, window, self.tile, classes.task, tta), classes.task)
 
-        self._step = jax.jit(probability, out_shardings=mesh.replicated(self._devices))
+        self._step = mesh.jit_replicated(self._devices, probability)
 
     def probability(self, image: np.ndarray, out: np.ndarray | None = None, progress: bool = False) -> np.ndarray:
         """Class probabilities of every pixel.

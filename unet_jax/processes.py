@@ -41,6 +41,26 @@ def hint(environment: Mapping[str, str]) -> str | None:
     return "the TPUs of this machine" if has_tpus and importlib.util.find_spec("libtpu") else None
 
 
+def be_deterministic() -> None:
+    """Makes JAX compile for GPUs what gives the same bits in every run; elsewhere it always does.
+
+    The compiler then takes neither the fastest kernel of each run's own trials nor one that adds in any order.
+
+    Raises:
+      UserError: JAX has already started a GPU, which is too late.
+    """
+    flag = "--xla_gpu_deterministic_ops=true"
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if flag in flags:
+        return
+    import jax
+    from jax._src import xla_bridge  # no public name tells whether devices are in use
+
+    if xla_bridge.backends_are_initialized() and jax.default_backend() == "gpu":
+        raise UserError(f"config.deterministic = True comes too late for a GPU in use: set XLA_FLAGS={flag} beforehand")
+    os.environ["XLA_FLAGS"] = " ".join([*flags, flag])
+
+
 @contextlib.contextmanager
 def together(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Iterator[None]:
     """Joins the other processes, if there are any; an exception in one of them ends all of them.

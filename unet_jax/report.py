@@ -174,7 +174,7 @@ def _make_step(network: trained.Trained) -> Callable:
 
         return prediction, jax.vmap(count)(prediction, label, label != classes.ignore_label)
 
-    return jax.jit(step, out_shardings=mesh.replicated(devices))
+    return mesh.jit_replicated(devices, step)
 
 
 def _recall(path: epath.Path, network: trained.Trained) -> Measured:

@@ -68,7 +68,7 @@ def make_train_step(
         """Loss, gradients and batch statistics; every a-th example belongs to one part, so that none changes device."""
         label, weight = examples["label"], examples.get("weight")
         mask = label != classes.ignore_label
-        totals = losses.totals(label, mask, classes.task, classes.num_outputs, class_weights, weight)
+        totals = losses.totals(label, mask, classes.task, class_weights, weight)
         split = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
         def add_part(sums, part):
@@ -115,5 +115,5 @@ def make_train_step(
         train_step,
         donate_argnums=0,
         out_shardings=(shardings, mesh.replicated(devices)),
-        compiler_options=mesh.options_for_remat(devices) if model.remat else None,
+        compiler_options=mesh.compiler_options(devices, remat=bool(model.remat)),
     )

@@ -17,6 +17,7 @@ from unet_jax import (
     log,
     make,
     mesh,
+    processes,
     report,
     signals,
     state,
@@ -47,6 +48,8 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
 
     path = epath.Path(path)
     config = config.copy_and_resolve_references()
+    if config.deterministic:
+        processes.be_deterministic()
     if (path / "config.json").exists():
         data.take_settled(config.data, workdir.read_config(path).data)
     data.settle(config.data, mesh.say)

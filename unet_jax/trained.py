@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from etils import epath
 from flax import linen as nn
 
-from unet_jax import checkpoint, data, mesh, predict, state, workdir
+from unet_jax import checkpoint, data, mesh, predict, processes, state, workdir
 from unet_jax.errors import UserError, check_choice
 from unet_jax.models import unet
 
@@ -43,9 +43,7 @@ class Trained:
             logits = predict.logits(model, variables, window, images.shape[1:3], task, tta)
             return predict.to_probability(logits, task)
 
-        object.__setattr__(
-            self, "_probability", jax.jit(probability, static_argnames="tta", out_shardings=mesh.replicated(devices))
-        )
+        object.__setattr__(self, "_probability", mesh.jit_replicated(devices, probability, static_argnames="tta"))
 
     def predict(self, images, tta: str = "none") -> jax.Array:
         """Class probabilities of whole images; compiled once for each shape.
@@ -83,6 +81,8 @@ def load(path: epath.PathLike, step: int | None = None, devices: jax.sharding.Me
     """
     path = epath.Path(path)
     config = workdir.read_config(path)
+    if config.deterministic:
+        processes.be_deterministic()
     values = workdir.read_classes(path)
     classes = data.Classes.from_json(values)
     devices = mesh.create_for_evaluation(config.mesh.data, config.mesh.space) if devices is None else devices

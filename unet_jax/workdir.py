@@ -52,6 +52,7 @@ LATER_FIELDS = {
     "eval.em_scores": False,
     "eval.tta": "none",
     "init_from": "",
+    "deterministic": False,
     "optimizer.frozen": [],
     "data.images": ["images"],
     "data.masks": ["masks"],
