@@ -220,8 +220,8 @@ def test_those_not_used_for_longest_make_room(entries):
     assert _put(1, 1) is not None  # used again
     third = _put("third", 1, limit=3.5)
     assert held() == [10, 10]
-    assert _put("fourth", 3, limit=3.5) is None and held() == [10]  # the one in use stays, and is what stood in the way
-    assert third is not None and _put("fourth", 3, limit=5) is not None
+    assert _put("fourth", 3, limit=3.5) is None and held() == [10, 10]  # one is in use, so that nothing would help
+    assert third is not None and _put("fourth", 3, limit=4.5) is not None and held() == [10, 30]
 
 
 def test_what_does_not_fit_is_read_anew(config, entries, reads, capsys):

@@ -37,7 +37,7 @@ Read = Callable[[int], dict[str, np.ndarray]]
 _mapped: weakref.WeakValueDictionary[pathlib.Path, np.ndarray] = weakref.WeakValueDictionary()
 
 
-def stamp(files: Sequence[epath.PathLike]) -> list[list]:
+def stamp(files: Sequence[epath.PathLike]) -> list[list[tuple]]:
     """What changes when one of `files` does: paths, sizes and times of the last change."""
 
     def look(file):
@@ -209,14 +209,17 @@ def _make_room(folder: pathlib.Path, size: int, limit: float) -> bool:
         elif time.time() - used > ABANDONED:
             _remove(path)
     room = limit - size - sum(held for *_, held in entries)
-    for _, path, held in sorted(entries):
-        if room < 0 and path not in _mapped:
+    unused = sorted((used, path, held) for used, path, held in entries if path not in _mapped)
+    if room + sum(held for *_, held in unused) < 0:
+        return False
+    for _, path, held in unused:
+        if room < 0:
             _remove(path)
             room += held
     free = shutil.disk_usage(folder).free
-    if room >= 0 and free < size:
+    if free < size:
         raise OSError(f"they need {size / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free in {folder}")
-    return room >= 0
+    return True
 
 
 def _look(path: pathlib.Path) -> tuple[int, float]:
