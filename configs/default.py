@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.data.size = (96, 96)  # height, width of what the network sees; the labels are scored at this size
     config.data.resize = "bilinear"  # of images: bilinear (antialiased) | nearest; labels are always nearest
     config.data.validation = 0.2  # share of the images held out, where the data set has no split of its own
-    config.data.cache_gib = 4.0  # the resized images of a split are held in memory if they fit in this many GiB
+    config.data.cache_gib = 16.0  # what the resized images of all data sets may fill on disk, see README; 0 is no cache
     config.data.shapes_seed = 0  # shapes only: of the images
     config.data.shapes_train = 800  # shapes only: number of training images
     config.data.shapes_validation = 100  # shapes only: number of validation images, and of test images

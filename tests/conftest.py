@@ -8,6 +8,8 @@ import tempfile
 
 _TFDS = tempfile.TemporaryDirectory()  # prepared data sets stay out of the user's home
 os.environ["TFDS_DATA_DIR"] = _TFDS.name
+_USER = tempfile.TemporaryDirectory()  # and so do decoded images
+os.environ["XDG_CACHE_HOME"] = _USER.name
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Networks of the tests are tiny: to compile them takes far longer than to run them. So compile with little

@@ -97,6 +97,7 @@ def test_carla_layouts(config, tmp_path, layout, packed):
     assert sorted([*train.ids, *validation.ids]) == sorted(everything.ids)
     if layout == "parts":
         assert everything.ids[0] == "dataA/dataA/000001"
+    assert everything.files and all(file.exists() for file in everything.files)
     for index, name in enumerate(everything.ids):
         image, label = everything.read(index)
         assert image.shape == (8, 12, 3) and image[0, 0].tolist() == [int(name[-6:]), 50, 100]
@@ -247,6 +248,7 @@ def test_pets_from_an_unpacked_folder(config, tmp_path):
     lengths = {split: len(data.load(settings, split)) for split in ("train", "validation", "test", "all")}
     assert lengths == {"train": 8, "validation": 2, "test": 2, "all": 12}
     source = data.load(settings, "validation")
+    assert source.files and all(file.exists() for file in source.files)
     assert source.classes.names == ("pet", "background", "border")
     image, label = source.read(0)
     assert image.shape == (20, 16, 3) and label.shape == (20, 16)

@@ -14,9 +14,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "errors": set(),
     "models": {"errors", "models"},
-    "data": {"errors", "data"},
+    "data": {"errors", "data", "user_cache"},
     **{leaf: {"errors"} for leaf in ("losses", "metrics", "optimizer", "mesh", "processes", "signals")},
-    **{leaf: set() for leaf in ("resample", "em", "program")},
+    **{leaf: set() for leaf in ("resample", "em", "program", "user_cache")},
     "checkpoint": {"errors", "integrity", "mesh", "processes"},
     "integrity": {"errors", "mesh"},
     "make": {"augment", "data", "errors", "losses", "mesh", "models", "optimizer", "trained"},

@@ -16,7 +16,8 @@ def _source(count=10, broken=()):
             raise UserError(f"image {index} is broken")
         return np.full((6, 8, 1), index, np.uint8), np.full((6, 8), index % 2, np.uint8)
 
-    return Source(CLASSES, [str(i) for i in range(count)], read)
+    settings = {"made for": "test_pipeline", "broken": broken}
+    return Source(CLASSES, [str(i) for i in range(count)], read, files=(), settings=settings)
 
 
 def _pipeline(count=10, cached=True, **kwargs):

@@ -1,6 +1,5 @@
 """Evaluation: a whole split, every pixel once, whatever the batch size and the number of devices."""
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +26,7 @@ class Evaluation(NamedTuple):
     em: dict[str, Any]  # `em.scores`; empty where they are off
 
 
-def make_weigh(settings: Mapping, classes: data.Classes) -> Callable | None:
+def make_weigh(settings: Mapping, classes: data.Classes) -> border.Weigh | None:
     """The function of a label that makes its loss weights, by `config.loss`; None where they are off.
 
     Raises:
@@ -40,7 +39,7 @@ def make_weigh(settings: Mapping, classes: data.Classes) -> Callable | None:
         )
     if w0 and classes.task == "multilabel":
         raise UserError("config.loss.border_weight is for labels of one class per pixel, not for overlapping masks")
-    return functools.partial(border.weight_map, w0=w0, sigma=sigma, ignore_label=classes.ignore_label) if w0 else None
+    return border.Weigh(w0, sigma, classes.ignore_label) if w0 else None
 
 
 def check(settings: Mapping, classes: data.Classes) -> None:
@@ -146,7 +145,7 @@ def evaluate_workdir(
         source = data.load(config.data, split)
     trained_network.check_source(path, classes, source)
     weigh = make_weigh(config.loss, classes)
-    images = pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib, weigh)
+    images = pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib, weigh, mesh.say)
     tta = config.eval.tta if tta is None else tta
     ways = devices.shape["data"]
     batch_size = -(-config.train.batch_size // ways) * ways  # the scores do not depend on it

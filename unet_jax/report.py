@@ -112,7 +112,7 @@ def _open_images(network: trained.Trained, path: epath.Path) -> pipeline.Pipelin
     config = network.config
     source = data.load(config.data, "validation")
     trained.check_source(path, network.classes, source)
-    return pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib)
+    return pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib, say=mesh.say)
 
 
 def _measure(network: trained.Trained, images: pipeline.Pipeline) -> Measured:

@@ -98,7 +98,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
 
     # Images and state.
     images = {
-        split: pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib, weigh)
+        split: pipeline.Pipeline(source, config.data.size, config.data.resize, config.data.cache_gib, weigh, mesh.say)
         for split, source in sources.items()
     }
     train_state = state.create(
@@ -129,7 +129,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
     mesh.say(
         f"data     {count} training and {len(sources['validation'])} validation images of "
         f"{config.data.size[0]}x{config.data.size[1]}, {len(classes.names)} classes ({classes.task}), "
-        f"{'held in memory' if images['train'].cached else 'read anew each epoch'}\n"
+        f"{'cached' if images['train'].cached else 'read anew each epoch'}\n"
         f"tiles    {log.tiles('training', parts.crop, parts.input_size)}; "
         f"{log.tiles('validation', config.data.size, parts.image_size)}\n"
         f"devices  {jax.device_count()} x {jax.devices()[0].device_kind}, mesh data={devices.shape['data']} "

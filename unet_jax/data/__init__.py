@@ -3,6 +3,7 @@
 To add one: a file in this folder, its name in `NAMES`, and a file in `configs/`.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 
@@ -66,7 +67,10 @@ def load(config, split: str) -> Source:
 
 def survey(config, split: str) -> Source:
     """As `load`, but hands over what can be used beside `faults`."""
-    return _module(config).load(config, split)
+    source = _module(config).load(config, split)
+    elsewhere = ("root", "cache_gib")  # the files tell where they are
+    settings = {name: value for name, value in config.to_dict().items() if name not in elsewhere}
+    return dataclasses.replace(source, settings={**settings, "split": split})
 
 
 def classes(config) -> Classes:

@@ -1,11 +1,29 @@
 """The loss weights that teach a network to keep touching cells apart (Ronneberger et al. 2015, equation 2)."""
 
+import dataclasses
 import math
 
 import numpy as np
 from scipy import ndimage
 
 FOUR_CONNECTED = None  # scipy's default neighbourhood
+
+
+@dataclasses.dataclass(frozen=True)
+class Weigh:
+    """`weight_map` with its settings, which tell two such functions apart.
+
+    Attributes:
+      w0, sigma, ignore_label: see `weight_map`.
+    """
+
+    w0: float
+    sigma: float
+    ignore_label: int
+
+    def __call__(self, label: np.ndarray) -> np.ndarray:
+        """The loss weights float32 `[H, W]` of a label."""
+        return weight_map(label, self.w0, self.sigma, self.ignore_label)
 
 
 def weight_map(label: np.ndarray, w0: float, sigma: float, ignore_label: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from etils import epath
 from PIL import Image
 
 from unet_jax.data import images
-from unet_jax.data.prepare import prepare
+from unet_jax.data.prepare import files, prepare
 from unet_jax.data.source import Classes, Source, check_label
 from unet_jax.errors import UserError, check_choice
 
@@ -67,15 +67,15 @@ def load(config, split: str) -> Source:
             f"config.data.validation = {config.validation} of {len(splits['train'] + splits['validation'])} frames "
             f"leaves none for {split}: add frames or drives, or change the fraction"
         )
-    data = _prepare({name: part for name, part in splits.items() if part}, len(meaning.names))
-    data = data.as_data_source(split=split)
+    builder = _prepare({name: part for name, part in splits.items() if part}, len(meaning.names))
+    data = builder.as_data_source(split=split)
     assert len(data) == len(pairs), f"{len(data)} prepared, {len(pairs)} found"
 
     def read(index):
         example = data[index]
         return example["image"], example["label"][..., 0]
 
-    return Source(meaning, [pair.id for pair in pairs], read)
+    return Source(meaning, [pair.id for pair in pairs], read, files=files(builder))
 
 
 def classes(config) -> Classes:

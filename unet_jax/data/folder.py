@@ -47,7 +47,8 @@ def load(config, split: str) -> Source:
         check_sizes(image, mask, pair)
         return image, label_map.apply(mask, str(pair.mask))
 
-    return Source(meaning, [pair.id for pair in chosen], read, tuple(faults))
+    files = tuple(file for pair in chosen for file in (pair.image, pair.mask))
+    return Source(meaning, [pair.id for pair in chosen], read, tuple(faults), files)
 
 
 def classes(config) -> Classes:

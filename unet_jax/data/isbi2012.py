@@ -22,6 +22,7 @@ HELP = (
     f"Put the slices there as train/image/K.png and train/label/K.png, or the stacks {' and '.join(STACKS)}. "
     "configs/shapes.py needs no data."
 )
+Slice = tuple[str, np.ndarray, np.ndarray]  # name, image uint8 [h, w, 1], label uint8 [h, w]
 
 
 def load(config, split: str) -> Source:
@@ -38,9 +39,10 @@ def load(config, split: str) -> Source:
         raise UserError(f"config.data.root = {config.root!r} is not a folder. {HELP}")
     folder = next((d for d in (root, root / "membrane") if (d / "train" / "image").is_dir()), None)
     if folder is not None:
-        slices = _read_folders(folder / "train" / "image", folder / "train" / "label")
+        files, slices = _read_folders(folder / "train" / "image", folder / "train" / "label")
     elif all((root / name).exists() for name in STACKS):
-        slices = _read_stacks(*(root / name for name in STACKS))
+        files = tuple(root / name for name in STACKS)
+        slices = _read_stacks(*files)
     else:
         raise UserError(f"config.data.root = {config.root!r} holds no slices. {HELP}")
 
@@ -52,7 +54,7 @@ def load(config, split: str) -> Source:
         )
     first = len(slices) - held_out
     chosen = {"train": slices[:first], "validation": slices[first:], "all": slices}[split]
-    return Source(meaning, [name for name, *_ in chosen], lambda index: chosen[index][1:])
+    return Source(meaning, [name for name, *_ in chosen], lambda index: chosen[index][1:], files=files)
 
 
 def classes(config) -> Classes:
@@ -65,8 +67,8 @@ def classes(config) -> Classes:
     return Classes(variant, NAMES, PALETTE, channels=1)
 
 
-def _read_folders(image_folder: epath.Path, label_folder: epath.Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, image uint8 `[h, w, 1]` and label uint8 `[h, w]` of every slice, in order."""
+def _read_folders(image_folder: epath.Path, label_folder: epath.Path) -> tuple[tuple[epath.Path, ...], list[Slice]]:
+    """All files, and the slices in them, in order."""
     files = [{f.stem: f for f in d.glob("*.png")} if d.is_dir() else {} for d in (image_folder, label_folder)]
     lonely = sorted(files[0].keys() ^ files[1].keys())
     if lonely:
@@ -77,14 +79,15 @@ def _read_folders(image_folder: epath.Path, label_folder: epath.Path) -> list[tu
     if not files[0]:
         raise UserError(f"{image_folder} holds no .png files. {HELP}")
     stems = sorted(files[0], key=lambda stem: (not stem.isdigit(), int(stem) if stem.isdigit() else 0, stem))
-    return [
+    slices = [
         (stem, *_check(images.read(files[0][stem], "grey"), images.read(files[1][stem], "grey"), files[1][stem]))
         for stem in stems
     ]
+    return tuple(of[stem] for stem in stems for of in files), slices
 
 
-def _read_stacks(*files: epath.Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """As `_read_folders`, of two multi-page TIFF files."""
+def _read_stacks(*files: epath.Path) -> list[Slice]:
+    """The slices in two multi-page TIFF files."""
     image, label = (_read_stack(file) for file in files)
     if image.shape != label.shape:
         raise UserError(

@@ -16,7 +16,7 @@ from etils import epath
 from tensorflow_datasets.datasets.oxford_iiit_pet import oxford_iiit_pet_dataset_builder as stock
 
 from unet_jax.data import images
-from unet_jax.data.prepare import prepare
+from unet_jax.data.prepare import files, prepare
 from unet_jax.data.source import Classes, Source, check_label
 from unet_jax.errors import UserError, check_choice
 
@@ -50,7 +50,7 @@ def load(config, split: str) -> Source:
             return example["image"], (trimap - 1).astype(np.uint8)
         return example["image"], np.array([0, 1, 0, 255], np.uint8)[trimap]
 
-    return Source(meaning, [f"{split}_{i:05d}" for i in range(len(data))], read)
+    return Source(meaning, [f"{split}_{i:05d}" for i in range(len(data))], read, files=files(builder))
 
 
 def classes(config) -> Classes:

@@ -1,20 +1,24 @@
-"""Batches by tf.data: order, decode, resize, cache, batch, pad and mask.
+"""Batches: order, decode, resize, cache, batch, pad and mask.
 
 The batch of a step is a pure function of (source, seed, step): every epoch is a full shuffle drawn from (seed, epoch),
 epochs follow each other without a gap, and step s takes the positions [s * B, (s + 1) * B). A run goes on at any step
 without reading what came before, and any number of processes sees the same global batches.
 """
 
+import collections
 import concurrent.futures
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from unet_jax.data import images
+from unet_jax.data import border, cache, images
 from unet_jax.data.source import Source
 
 Batch = dict[str, np.ndarray]
+
+AHEAD = 2  # batches that are made before they are asked for
 
 
 def _tensorflow():
@@ -27,11 +31,11 @@ def _tensorflow():
 
 
 class Pipeline:
-    """Examples of one source at one size, held in memory where they fit.
+    """Examples of one source at one size, kept on disk where they fit.
 
     Attributes:
       source: the examples.
-      cached: whether all examples are held in memory.
+      cached: whether all examples are mapped from the disk; if not, they are read anew each epoch.
     """
 
     def __init__(
@@ -40,42 +44,47 @@ class Pipeline:
         size: tuple[int, int],
         resize: str,
         cache_gib: float,
-        weigh: Callable[[np.ndarray], np.ndarray] | None = None,
+        weigh: border.Weigh | None = None,
+        say: Callable[[str], None] = print,
     ):
-        """Reads everything once, in parallel, if the resized examples fit in `cache_gib`.
+        """Reads everything once, in parallel, unless the cache holds it or it does not fit there.
 
         Args:
           source: the examples.
           size: height and width of the batches.
           resize: how images are resized, `bilinear` or `nearest`.
-          cache_gib: how much memory the examples may fill.
+          cache_gib: how much disk the examples of all sources may fill; 0 is no cache.
           weigh: makes the loss weights float32 `[H, W]` of a label; None is none.
+          say: is told what keeps the examples out of the cache, if it is not their size.
 
         Raises:
           UserError: an example cannot be read.
         """
         self.source, self._size, self._resize, self._weigh = source, tuple(size), resize, weigh
-        first = self.read(0)
-        self._spec = {name: (value.shape, value.dtype) for name, value in first.items()}
-        self.cached = sum(value.nbytes for value in first.values()) * len(source) <= cache_gib * 2**30
+        self._arrays = None
+        if source.files is not None and source.settings is not None:
+            made_of = {
+                "ids": list(source.ids),
+                "files": cache.stamp(source.files),
+                "settings": dict(source.settings),
+                "size": self._size,
+                "resize": resize,
+                "weigh": None if weigh is None else dataclasses.asdict(weigh),
+            }
+            fields = ("image", "label") if weigh is None else ("image", "label", "weight")
+            self._arrays = cache.examples(made_of, fields, len(source), self._decode, cache_gib * 2**30, say)
+        self.cached = self._arrays is not None
         if not self.cached:
-            return
-        import tqdm
-
-        arrays = {name: np.empty((len(source), *shape), dtype) for name, (shape, dtype) in self._spec.items()}
-
-        def fill(index):
-            for name, value in self.read(index).items():
-                arrays[name][index] = value
-
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            done = pool.map(fill, range(len(source)))
-            list(tqdm.tqdm(done, "Reading", len(source), unit=" images", leave=False, delay=1))
-        # Gathered by TensorFlow's own threads: NumPy would wait for the interpreter. One at a time, to hold few twice.
-        self._held = {name: _tensorflow().constant(arrays.pop(name)) for name in self._spec}
+            self._spec = {name: (value.shape, value.dtype) for name, value in self._decode(0).items()}
 
     def read(self, index: int) -> Batch:
         """One example: `image` uint8 `[H, W, C]`, `label` uint8 `[H, W]` or `[H, W, K]`, maybe `weight` `[H, W]`."""
+        if self.cached:
+            return {name: array[index].copy() for name, array in self._arrays.items()}
+        return self._decode(index)
+
+    def _decode(self, index: int) -> Batch:
+        """`read`, from the source."""
         image, label = self.source.read(index)
         label = images.resize_label(label, self._size)
         example = {"image": images.resize_image(image, self._size, self._resize), "label": label}
@@ -120,13 +129,14 @@ class Pipeline:
         """Examples for a dataset of index batches `[count]`; index -1 gives the first example, masked."""
         tf = _tensorflow()
         if self.cached:
-
-            @tf.autograph.experimental.do_not_convert
-            def gather(index):
-                row = tf.maximum(index, 0)
-                return {name: tf.gather(held, row) for name, held in self._held.items()} | {"mask": index >= 0}
-
-            yield from indices.map(gather).prefetch(2).as_numpy_iterator()
+            with concurrent.futures.ThreadPoolExecutor(1) as ahead:
+                pending = collections.deque()
+                for index in indices.as_numpy_iterator():
+                    pending.append(ahead.submit(self._gather, index))
+                    if len(pending) > AHEAD:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
             return
 
         failures: list[Exception] = []
@@ -134,18 +144,23 @@ class Pipeline:
         batches = indices.unbatch().map(read, num_parallel_calls=tf.data.AUTOTUNE)
         batches = batches.batch(count)
         try:
-            yield from batches.prefetch(2).as_numpy_iterator()
+            yield from batches.prefetch(AHEAD).as_numpy_iterator()
         except tf.errors.OpError:
             if failures:
                 raise failures[0] from None
             raise
+
+    def _gather(self, index: np.ndarray) -> Batch:
+        """The examples `index`, `[b]`, copied from the disk or from what the system holds of it."""
+        rows = np.maximum(index, 0)
+        return {name: np.take(array, rows, axis=0) for name, array in self._arrays.items()} | {"mask": index >= 0}
 
     def _tf_read(self, tf, failures: list[Exception]) -> Callable:
         """A function of an index tensor; keeps Python exceptions, which TensorFlow would turn into text."""
 
         def read(index):
             try:
-                return list(self.read(int(index)).values())
+                return list(self._decode(int(index)).values())
             except Exception as error:
                 failures.append(error)
                 raise

@@ -1,6 +1,7 @@
 """Writing a data set by TFDS, with errors that a user can act on."""
 
 import tensorflow_datasets as tfds
+from etils import epath
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from unet_jax.errors import UserError
@@ -28,3 +29,8 @@ def prepare(
             raise UserError(f"not the published archive: {cause}") from error
         raise UserError(f"{builder.name} cannot be prepared in {builder.data_path.parent}: {cause}") from error
     return builder
+
+
+def files(builder: tfds.core.DatasetBuilder) -> tuple[epath.Path, ...]:
+    """The files that hold the examples of a data set that is written."""
+    return tuple(path for _, split in sorted(builder.info.splits.items()) for path in split.filepaths)

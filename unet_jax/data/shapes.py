@@ -44,7 +44,7 @@ def load(config, split: str) -> Source:
             label[masks[..., k] > 0] = k + 1
         return image, label
 
-    return Source(meaning, [f"{name}_{i:05d}" for name, i in examples], read)
+    return Source(meaning, [f"{name}_{i:05d}" for name, i in examples], read, files=())
 
 
 def classes(config) -> Classes:

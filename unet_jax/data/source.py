@@ -1,10 +1,11 @@
 """What every data set hands over: a random-access source of images and labels, and what the labels mean."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from unet_jax.errors import UserError, check_choice
 
@@ -50,18 +51,24 @@ class Classes:
 class Source:
     """One split of a data set, in a fixed order.
 
+    Without `files` or `settings` its examples are never cached: nothing would tell when they are others.
+
     Attributes:
       classes: what the labels mean.
       ids: a unique name per example.
       read: index -> image uint8 `[h, w, C]` and label uint8 `[h, w]`, or `[h, w, K]` for a multilabel task. Called from
         several threads.
       faults: what is wrong with files that could not be taken in, each named; nothing is trained beside faults.
+      files: all that the examples are read from, in an order that tells which is whose; empty where they are computed.
+      settings: what else determines the examples, as JSON has it; `data.load` sets it.
     """
 
     classes: Classes
     ids: Sequence[str]
     read: Callable[[int], tuple[np.ndarray, np.ndarray]]
     faults: tuple[str, ...] = ()
+    files: tuple[epath.PathLike, ...] | None = None
+    settings: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
