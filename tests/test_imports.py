@@ -28,7 +28,7 @@ ALLOWED = {
     "draw": {"data", "errors", "mesh"},
     "page": {"data", "draw"},
     "report": {"data", "errors", "mesh", "metrics", "page", "predict", "trained", "workdir"},
-    "trained": {"checkpoint", "data", "errors", "mesh", "models", "predict", "state", "workdir"},
+    "trained": {"checkpoint", "data", "errors", "mesh", "models", "predict", "processes", "state", "workdir"},
     "weights": {"errors"},
     "layouts": {"errors", "weights"},
     "convert": {"checkpoint", "data", "errors", "layouts", "models", "state", "trained", "weights", "workdir"},
@@ -37,7 +37,10 @@ ALLOWED = {
     "plan": {"data", "errors", "evaluate", "log", "mesh", "program", "state", "step", "make"},
     "check": {"data", "draw", "errors", "mesh", "models"},
     "predict_files": {"data", "draw", "errors", "mesh", "predict", "trained", "workdir"},
-    "main": {"errors", "train", "check", "evaluate", "plan", "predict_files", "processes", "mesh", "report", "signals"},
+    "main": {
+        *("errors", "train", "check", "evaluate", "plan", "predict_files", "processes", "mesh", "report", "signals"),
+        "user_cache",
+    },
 }
 
 
