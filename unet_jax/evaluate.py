@@ -104,13 +104,23 @@ def evaluate(
     Counts are added as integers. Losses are added per example in float64, so that the batch size does not show.
     """
     confusion, collected, slices = 0, [], []
+
+    def add(result):
+        nonlocal confusion
+        counts, terms, cells = jax.device_get(result)
+        confusion = confusion + counts.astype(np.int64)
+        collected.append(terms)
+        slices.extend((p, y) for p, y, counted in zip(*cells, strict=True) if counted)
+
+    pending = None  # fetched one batch late, so that the device never waits for the next one
     for batch in batches:
         if mesh.largest(stopped()):
             return None
-        counts, terms, cells = jax.device_get(eval_step(variables, mesh.put_batch(devices, batch)))
-        confusion = confusion + counts.astype(np.int64)
-        collected.append(terms)
-        slices += [(p, y) for p, y, counted in zip(*cells, strict=True) if counted]
+        result = eval_step(variables, mesh.put_batch(devices, batch))
+        if pending is not None:
+            add(pending)
+        pending = result
+    add(pending)
     if mesh.largest(stopped()):
         return None
     terms = jax.tree.map(lambda *parts: np.concatenate(parts).astype(np.float64), *collected)
