@@ -21,6 +21,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -47,6 +48,7 @@ SMALL = ("carla-8", "carla-32")  # works for a CPU
 def main() -> None:
     """Measures; bad flags end with exit code 1 and one message."""
     flags = _parse()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the processes end with it
     try:
         _measure(flags)
     except UserError as error:

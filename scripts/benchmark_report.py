@@ -23,9 +23,8 @@ LEGENDS = {
         "type reaches here."
     ),
     "input": (
-        "of need: images/s as a multiple of those of the step alone, which waits for none. waiting: share of a "
-        "training spent waiting\nfor images; training has the images come from there, pipeline is nothing but them. "
-        "files: PNG, decoded and resized each time."
+        "of need: images/s as a multiple of those of the step alone, which waits for none. waiting: share of a training "
+        "spent\nwaiting for images. pipeline: nothing but the images. files: PNG, decoded and resized each time."
     ),
     "startup": (
         "cold: nothing cached, until the first finished training step of configs/shapes.py; warm: the same again."
@@ -120,7 +119,7 @@ def _input_cells(row: Row, _) -> dict[str, str]:
         return cells
     return cells | {
         "images/s": _number(row["images_per_s"]),
-        "of need": _optional(row.get("of_need"), "{:.2f}x"),
+        "of need": f"{_number(row['of_need'])}x" if "of_need" in row else "-",
         "waiting": _optional(row.get("waited"), "{:.1%}"),
     }
 

@@ -254,6 +254,27 @@ def test_table_and_picture_are_made_of_the_file(measured, tmp_path):
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_scaling_is_told_beside_the_base(monkeypatch, tmp_path):
+    asked = []
+
+    def interleave(tasks, *_):
+        asked.append(tasks)
+        return {name: {"times_s": [float(name), 2 * float(name)], "gflop": 3.0, "steps": 1} for name in tasks}
+
+    monkeypatch.setattr(benchmark_suites, "interleave", interleave)
+    run = benchmark_suites.Run(2, 1.0, "gpu", 2, tmp_path)
+    groups = list(benchmark_suites.measure_scaling(WORKS["carla-8"], "float32", run))
+    assert [group[0]["direction"] for group in groups] == ["pixels", "batch", "width", "devices"]
+    assert [row["cost"] for row in groups[0]] == [0.25, 1, 4] and [row["cost"] for row in groups[3]] == [1, 2, 4, 8]
+    pixels, batch, width, devices = asked
+    assert [task.work.size for task in pixels.values()] == [(48, 64), (96, 128), (192, 256)]
+    assert [task.work.batch for task in batch.values()] == [2, 8, 32]
+    assert width["0.5"].work.model["features"] == (16, 32, 64, 128, 256)
+    assert [(task.devices, task.platform) for task in devices.values()] == [(n, "cpu") for n in (1, 2, 4, 8)]
+    table = benchmark_report.format_suite(_result([row for group in groups for row in group]), "scaling")
+    assert "devices x 8" in table and "8.00x" in table
+
+
 def test_numbers_for_people():
     shown = [benchmark_report._number(value) for value in (0.01234, 1.2345, 12.36, 1234.6, 123456.0, 0)]
     assert shown == ["0.012", "1.234", "12.36", "1,235", "123,456", "0"]
@@ -283,14 +304,16 @@ def _call(*flags, path=""):
 @pytest.mark.slow
 def test_where_libraries_are_missing(tmp_path):
     """The image of an accelerator: no TensorFlow, clu or ml_collections; and here no PyTorch or matplotlib either."""
-    blocked = ("tensorflow", "clu", "ml_collections", "orbax", "torch", "matplotlib", "tqdm", "absl")
+    blocked = ("tensorflow", "clu", "ml_collections", "orbax", "torch", "matplotlib", "tqdm")
     (tmp_path / "sitecustomize.py").write_text(BLOCKED.format(blocked=blocked))
     flags = ("--suite", "predict", "input", "startup", "--work", "carla-8", "--repeats", 1, "--seconds", 0.01)
     done = _call(*flags, "--output", tmp_path / "out", path=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert result["skipped"]["input"] == "not installed: ml_collections, tensorflow, tqdm"
-    assert "absl" in result["skipped"]["startup"] and "startup is skipped" in done.stdout
+    assert (
+        "clu, ml_collections, orbax.checkpoint" in result["skipped"]["startup"] and "startup is skipped" in done.stdout
+    )
     rows = {row["contender"]: row for row in result["rows"] if row["suite"] == "predict"}
     assert rows["unet_jax"]["images_per_s"] > 0 and "ratio" not in rows["unet_jax"]
     assert rows["PyTorch eager"]["error"] == rows["PyTorch compiled"]["error"] == "not installed: torch"
@@ -321,6 +344,8 @@ def test_input(tmp_path):
     assert rows["pipeline from memory"]["of_need"] > 0 and 0 <= rows["training from files"]["waited"] <= 1
     table = benchmark_report.format_suite(_result(list(rows.values())), "input")
     assert "step alone" in table and "waiting" in table
+    legends = "\n".join(benchmark_report.LEGENDS.values()).splitlines()
+    assert max(map(len, [*legends, *table.splitlines()])) <= 120
 
 
 @pytest.mark.slow
