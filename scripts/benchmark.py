@@ -101,6 +101,7 @@ def _measure(flags: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         run = benchmark_suites.Run(flags.repeats, flags.seconds, "", cores, pathlib.Path(folder))
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # of the last minute
         device, versions = probe(run)
         run = run._replace(platform=device["platform"])
         on_cpu = run.platform == "cpu"
@@ -110,7 +111,7 @@ def _measure(flags: argparse.Namespace) -> None:
         result = {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "settings": {"repeats": run.repeats, "seconds": run.seconds, "dtypes": list(dtypes)},
-            "device": device,
+            "device": {**device, "load_before": load},
             "versions": versions,
             "skipped": {},
             "rows": [],

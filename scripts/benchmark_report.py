@@ -18,13 +18,17 @@ TITLES = {
 LEGENDS = {
     "step": (
         "ms: median of the rounds, and their quartiles. speed: how many times as fast as the faster row of PyTorch, "
-        "the median of\nthe ratios in each round. memory: peak beyond what the process held before. GFLOP: of "
-        "convolutions and matrix products.\nof peak: GFLOP/s as a share of what a large product of matrices of that "
-        "type reaches here."
+        "the median\n"
+        "of the ratios in each round. memory: peak beyond what the process held before. GFLOP: of convolutions and "
+        "matrix\n"
+        "products, as written. of peak: GFLOP/s as a share of what a large product of matrices of that type reaches "
+        "here;\n"
+        "convolutions by Winograd's method multiply less than is written, so that it can exceed 100 %."
     ),
     "input": (
-        "of need: images/s as a multiple of those of the step alone, which waits for none. waiting: share of a training "
-        "spent\nwaiting for images. pipeline: nothing but the images. files: PNG, decoded and resized each time."
+        "of need: images/s as a multiple of those of the step alone, which waits for none. waiting: share of a "
+        "training\n"
+        "spent waiting for images. pipeline: nothing but the images. files: PNG, decoded and resized each time."
     ),
     "startup": (
         "cold: nothing cached, until the first finished training step of configs/shapes.py; warm: the same again."
@@ -42,13 +46,19 @@ def format_head(result: Mapping[str, Any]) -> str:
     device, settings = result["device"], result["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     on_cpu = device["platform"] == "cpu"
+    busy = ""
+    if device["load_before"] > 0.2 * device["cores"]:
+        busy = (
+            f"\nWARNING  the machine is busy (load {device['load_before']:.1f} of {device['cores']} before it began): "
+            "that slows one more than the other"
+        )
     precision = (
         "float32 in full" if on_cpu else "float32 with JAX's default, TensorFloat-32 where there is one, in both"
     )
     return (
         f"device   {device['device_count']} x {device['device_kind']}, one used; {device['cores']} cores of "
         f"{device['cpu']}\nversions {versions}\nrounds   {settings['repeats']} of about {settings['seconds']:g} s "
-        f"for each row, in turn, a process for each row; {precision}"
+        f"for each row, in turn, a process for each row; {precision}{busy}"
     )
 
 

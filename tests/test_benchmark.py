@@ -221,7 +221,14 @@ def test_real_processes(measured):
 
 
 def _result(rows):
-    device = {"platform": "cpu", "device_kind": "cpu", "device_count": 1, "cpu": "A CPU", "cores": 2}
+    device = {
+        "platform": "cpu",
+        "device_kind": "cpu",
+        "device_count": 1,
+        "cpu": "A CPU",
+        "cores": 2,
+        "load_before": 1.9,
+    }
     settings = {"repeats": 3, "seconds": 0.01, "dtypes": ["float32"]}
     return {"device": device, "versions": {"jax": "1.2.3"}, "settings": settings, "skipped": {}, "rows": rows}
 
@@ -248,6 +255,7 @@ def test_table_and_picture_are_made_of_the_file(measured, tmp_path):
     assert max(map(len, table.splitlines())) <= 120
     for row in measured[:4]:
         assert f"{row['ratio']:.2f}x" in table and benchmark_report._number(1e3 * row["median_s"]) in table
+    assert "WARNING  the machine is busy (load 1.9 of 2" in table
     assert "jax 1.2.3" in table and "A CPU" in table and "xxx" in table and "batch x 4" in table
     assert benchmark_report._size(measured[0]["memory_bytes"]) in table
     assert benchmark_report.draw(result, tmp_path / "a.png").startswith(" and ")
