@@ -6,7 +6,7 @@
 
 step     a training step: forward, softmax cross-entropy, backward, Adam; beside PyTorch eager and torch.compile
 predict  class probabilities of a batch, likewise
-input    our images alone, from memory and from files, and how long a training waits for them
+input    our images alone, from the cache and from files, and how long a training waits for them
 startup  python -m unet_jax.main until its first finished training step, with cold caches and warm ones; --help
 scaling  how the cost of our step grows with pixels, batch, width and virtual CPU devices
 
@@ -98,7 +98,9 @@ def _parse() -> argparse.Namespace:
 
 
 def _measure(flags: argparse.Namespace) -> None:
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # as unet_jax.main runs; for all contenders
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         run = benchmark_suites.Run(flags.repeats, flags.seconds, "", cores, pathlib.Path(folder))
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # of the last minute

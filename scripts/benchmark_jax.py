@@ -139,7 +139,8 @@ def _predict(task, devices):
             logits = predict.logits(model, variables, window, work.size, "multiclass")
             return predict.to_probability(logits, "multiclass")
 
-        return jax.jit(probability, out_shardings=mesh.by_example(devices))
+        options = mesh.compiler_options(devices)
+        return jax.jit(probability, out_shardings=mesh.by_example(devices), compiler_options=options)
 
     model = make_model(work, task.dtype, devices)
     init = jax.jit(model.init, out_shardings=mesh.replicated(devices))
@@ -210,18 +211,18 @@ def _input(task, devices):
 
 
 def _read_batches(task: Task, devices: jax.sharding.Mesh, where: str) -> Iterator[dict[str, np.ndarray]]:
-    """Training batches of `task.folder`, held in memory or read anew from its files."""
+    """Training batches of `task.folder`, from the cache of decoded images or read anew from its files."""
     from configs import folder
     from unet_jax.data import pipeline
 
     config, work = folder.get_config().data, task.work
     config.root, config.size, config.channels = task.folder, work.size, work.channels
     config.labels = tuple(f"{i} class_{i}" for i in range(work.classes))
-    config.cache_gib = 4.0 if where == "memory" else 0.0
+    config.cache_gib = 4.0 if where == "cache" else 0.0
     data.settle(config, lambda text: None)
     images = pipeline.Pipeline(data.load(config, "train"), config.size, config.resize, config.cache_gib)
-    if images.cached != (where == "memory"):
-        raise RuntimeError("the images do not fit in memory")
+    if images.cached != (where == "cache"):
+        raise RuntimeError("the images cannot be cached")
     return images.train_batches(work.batch, 0, 0, mesh.process_rows(devices, work.batch))
 
 

@@ -88,12 +88,12 @@ def add_ratios(rows: list[Row]) -> list[Row]:
 
 
 def measure_input(work: Work, dtype: str, run: Run) -> list[Row]:
-    """Our images alone and in a training, from memory and from files, beside a step that waits for none."""
+    """Our images alone and in a training, from the cache and from files, beside a step that waits for none."""
     say(f"input {work.name} {dtype}")
     folder = run.folder / f"images-{work.name}"
     if not folder.exists():
         _write_images(work, folder)
-    parts = [f"{part} from {where}" for where in ("memory", "files") for part in ("pipeline", "training")]
+    parts = [f"{part} from {where}" for where in ("cache", "files") for part in ("pipeline", "training")]
     tasks = {
         name: Task("step" if name == OURS else "input", work, dtype, name, run.platform, 1, run.cores, str(folder))
         for name in (OURS, *parts)
@@ -188,7 +188,7 @@ def seconds_until(arguments: Sequence[str], line: str, folder: pathlib.Path) -> 
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # where unet_jax is not installed
-    environment |= {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(path)}
+    environment |= {"PYTHONPATH": os.pathsep.join(path)}
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
         command = [sys.executable, "-m", "unet_jax.main", *arguments]
         command += [f"--workdir={workdir}/run"] if line else []

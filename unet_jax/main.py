@@ -209,5 +209,16 @@ def _fields(config) -> list[str]:
     return names
 
 
+def _use_huge_pages() -> None:
+    """Begins anew where huge pages of memory must be asked for: glibc reads this only when a program begins.
+
+    On a CPU each step takes its memory anew; in pages of 4 KiB that is about a tenth of its time.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 if __name__ == "__main__":
+    _use_huge_pages()
     app.run(main, flags_parser=_parse_flags)
