@@ -264,6 +264,7 @@ def serve(connection, task: Task, log: str) -> None:
         connection.send(facts | contender.facts)
         rounds = 0
         while (steps := connection.recv()) is not None:
+            contender.run(1)  # a training never idles, and what idled has lost caches, perhaps memory
             started = time.perf_counter()
             result = contender.run(steps)
             answer = {"seconds": time.perf_counter() - started}

@@ -19,9 +19,8 @@ _CACHE = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-os.environ.setdefault(
-    "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
-)  # so that main.py goes on in the process it is called in
+# So that main.py goes on in the process that it is called in.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 # The background job of a shell ignores SIGINT, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

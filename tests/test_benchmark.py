@@ -349,7 +349,7 @@ def test_input(tmp_path):
     run = benchmark_suites.Run(1, 0.05, "cpu", 2, tmp_path)
     rows = {row["contender"]: row for row in benchmark_suites.measure_input(CARLA, "float32", run)}
     assert [row.get("error") for row in rows.values()] == [None] * 5
-    assert rows["pipeline from memory"]["of_need"] > 0 and 0 <= rows["training from files"]["waited"] <= 1
+    assert rows["pipeline from cache"]["of_need"] > 0 and 0 <= rows["training from files"]["waited"] <= 1
     table = benchmark_report.format_suite(_result(list(rows.values())), "input")
     assert "step alone" in table and "waiting" in table
     legends = "\n".join(benchmark_report.LEGENDS.values()).splitlines()

@@ -80,6 +80,7 @@ def test_bad_input_ends_with_a_message_and_no_traceback(index, answers):
 def test_a_training_and_its_evaluation_from_the_command_line(tmp_path):
     settings = ["--config.data.size=(48,48)", "--config.data.shapes_train=16", "--config.data.shapes_validation=4"]
     settings += ["--config.model.features=(4,8)", "--config.train.batch_size=4", "--config.train.epochs=1"]
+    settings += ["--config.deterministic=True"]
     # The default work directory is runs/<config name>, in the folder of the command, which may be any.
     config = f"--config={ROOT / 'configs' / 'shapes.py'}"
     result = _run(config, *settings, cwd=tmp_path)
@@ -92,6 +93,39 @@ def test_a_training_and_its_evaluation_from_the_command_line(tmp_path):
     scored = _run("--mode=eval", "--workdir=runs/shapes", "--split=test", cwd=tmp_path)
     assert scored.returncode == 0 and "mean IoU" in scored.stdout
     assert (tmp_path / "runs" / "shapes" / "eval.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is of Linux")
+@pytest.mark.parametrize("given", [None, "glibc.malloc.arena_max=8"])
+def test_a_command_asks_for_huge_pages_and_keeps_its_flags(tmp_path, given):
+    config = tmp_path / "tell.py"
+    config.write_text("import os\ndef get_config(): raise ValueError(os.environ['GLIBC_TUNABLES'])\n")
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment |= {"GLIBC_TUNABLES": given} if given else {}
+    command = [sys.executable, "-m", "unet_jax.main", f"--config={config}"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith(f"{config}: ValueError: {given or 'glibc.malloc.hugetlb=1'}")
+
+
+def test_what_is_compiled_is_kept_and_found_again(tmp_path):
+    """In the user's cache folder, unless told otherwise."""
+    hidden = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    settings = ["--config.data.size=(48,48)", "--config.model.features=(4,8)", "--config.train.batch_size=4"]
+    command = [sys.executable, "-m", "unet_jax.main", f"--config={ROOT / 'configs' / 'shapes.py'}", *settings]
+    kept = []
+    for _ in range(2):
+        result = subprocess.run(
+            [*command, "--mode=plan"],
+            env={**environment, "XDG_CACHE_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        kept.append({path.name for path in (tmp_path / "unet_jax" / "compiled").glob("*-cache")})
+    assert any(name.startswith("jit_train_step-") for name in kept[0])
+    assert kept[0] == kept[1]
 
 
 def test_installing_again_does_nothing(tmp_path):

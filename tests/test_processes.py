@@ -1,6 +1,7 @@
 """The same training on any devices and processes, and processes that end together."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from test_survival import assert_equal, flags, rows
 
 from unet_jax import checkpoint, data, integrity, mesh, optimizer, processes, state, workdir
+from unet_jax.errors import UserError
 from unet_jax.models import unet
 
 # Sums are rounded in another order. Not Adam with a norm: see test_one_device_equals_eight.
@@ -212,3 +214,17 @@ def test_a_work_directory_that_not_all_see_is_named(tmp_path):
     for command in cluster:
         assert command.wait(90) == 1, command.output
         assert "--workdir=run is not the same folder on process 1 as on process 0" in command.output
+
+
+def test_repeats_on_gpus_are_asked_for_before_they_start(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    processes.be_deterministic()
+    expected = "--xla_cpu_enable_fast_math=false --xla_gpu_deterministic_ops=true"
+    assert os.environ["XLA_FLAGS"] == expected
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    processes.be_deterministic()  # in time: nothing to change
+    assert os.environ["XLA_FLAGS"] == expected
+    monkeypatch.delenv("XLA_FLAGS")
+    jax.devices()
+    with pytest.raises(UserError, match="too late.*XLA_FLAGS=--xla_gpu_deterministic_ops=true"):
+        processes.be_deterministic()
