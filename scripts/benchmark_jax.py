@@ -74,14 +74,20 @@ def make_training(work: Work, dtype: str, devices: jax.sharding.Mesh) -> Trainin
 
 
 def make_train_steps(training: Training, compiled: Callable) -> Callable[[int], float]:
-    """A function that takes n steps, from where it stopped, and returns the last loss."""
+    """A function that takes n steps, from where it stopped, and returns the last loss.
+
+    As in a training, the metrics of a step are fetched when the next one is under way.
+    """
     held = training.state
 
     def steps(count):
         nonlocal held
+        pending = None
         for _ in range(count):
             held, metrics = compiled(held, training.batch, training.signals)
-        jax.block_until_ready((held, metrics))
+            jax.device_get(pending)
+            pending = metrics
+        jax.block_until_ready(held)
         return float(metrics["loss"])
 
     return steps
@@ -150,8 +156,11 @@ def _predict(task, devices):
     compiled, facts = _compile(make(model), plain, variables, image)
 
     def predictions(count):
+        pending = None
         for _ in range(count):
             found = compiled(variables, image)
+            jax.block_until_ready(pending)
+            pending = found
         found.block_until_ready()
 
     return predictions, facts | {"parameters": _count(variables)}
