@@ -44,8 +44,9 @@ def test_tiles_of_a_valid_network_equal_the_whole_image(size, extra_conv):
     predictor = predict.Predictor(model, variables, THREE, (32, 48), batch_size=3)
     found, whole = predictor.probability(_image(*size)), _whole(model, variables, _image(*size))
     assert found.shape == (*size, 3) and found.dtype == np.float32
-    # float32 sums in another order for another size of image; the tolerance is ten roundings of a number below one.
-    np.testing.assert_allclose(found, whole, atol=6e-7)
+    # float32 sums in another order: for another size of image, and by Eigen, while `_whole` takes what XLA takes by
+    # default. The tolerance is sixteen roundings of a number below one; twelve were seen.
+    np.testing.assert_allclose(found, whole, atol=1e-6)
     assert whole.std() > 0.01
 
 

@@ -59,10 +59,8 @@ def _conv_backward(padding, residuals, gradient):
     x, kernel = residuals
     border = _BORDER[padding]
     if _winograd_pays(x, kernel, border):
-        transformed = _both(_transform_kernel, kernel)
-        turned = [
-            [transformed[i][j] for j in (3, 1, 2, 0)] for i in (3, 1, 2, 0)
-        ]  # of the kernel turned by 180 degrees
+        transformed = _both(_transform_kernel, kernel)  # below in the order of a kernel turned by 180 degrees
+        turned = [[transformed[i][j] for j in (3, 1, 2, 0)] for i in (3, 1, 2, 0)]
         x_gradient = _winograd(gradient, turned, 2 - border, 1)
     else:
         (x_gradient,) = jax.linear_transpose(lambda x: _conv(x, kernel, border), x)(gradient)
