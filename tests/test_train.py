@@ -83,7 +83,9 @@ def test_one_device_equals_eight(config, space, variant, norm, name, rate):
     assert one.step == eight.step == 5
 
 
-def test_the_form_for_one_cpu_trains_the_same(config):
+@pytest.mark.parametrize("features", [(4, 8, 8), (64, 128)])  # the wide one takes Winograd's form
+def test_the_form_for_one_cpu_trains_the_same(config, features):
+    config.model.features = features
     config.model.norm, config.optimizer.name, config.optimizer.learning_rate = "none", "sgd", 0.05
     results = [_run_steps(config, _one_device(), one_cpu=one_cpu) for one_cpu in (False, True)]
     for a, b in zip(*(history for _, history in results), strict=True):
