@@ -29,12 +29,14 @@ def _image(height, width, seed=0):
     return np.uint8(255 * (smooth - smooth.min()) / np.ptp(smooth))[..., None]
 
 
-def _whole(model, variables, image, task="multiclass", tta="none"):
-    """The whole image in one piece, compiled as a predictor is."""
+def _whole(model, variables, image, task="multiclass", tta="none", compiled=False):
+    """The whole image in one piece; operation by operation, or compiled as a predictor is."""
     size = image.shape[:2]
     window = predict.surround(predict.as_float(image[None]), predict.margins(model, size, tta))
     probability = lambda v, x: predict.to_probability(predict.logits(model, v, x, size, task, tta), task)
-    return np.asarray(mesh.jit_replicated(mesh.create(0, 1), probability)(variables, window)[0])
+    if compiled:
+        probability = mesh.jit_replicated(mesh.create(0, 1), probability)
+    return np.asarray(probability(variables, window)[0])
 
 
 @pytest.mark.usefixtures("optimized")
@@ -43,7 +45,7 @@ def _whole(model, variables, image, task="multiclass", tta="none"):
 def test_tiles_of_a_valid_network_equal_the_whole_image(size, extra_conv):
     model, variables = _network(**VALID, extra_conv=extra_conv)
     predictor = predict.Predictor(model, variables, THREE, (32, 48), batch_size=3)
-    found, whole = predictor.probability(_image(*size)), _whole(model, variables, _image(*size))
+    found, whole = predictor.probability(_image(*size)), _whole(model, variables, _image(*size), compiled=True)
     assert found.shape == (*size, 3) and found.dtype == np.float32
     # float32 sums in another order for another size of image; the tolerance is ten roundings of a number below one.
     np.testing.assert_allclose(found, whole, atol=6e-7)
