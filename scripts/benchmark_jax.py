@@ -10,8 +10,11 @@ import numpy as np
 import optax
 from benchmark_workers import Contender, Task, Work, draw_batch
 
-from unet_jax import data, mesh, optimizer, predict, program, state, step
+from unet_jax import data
+from unet_jax.inference import forward
 from unet_jax.models import unet
+from unet_jax.parallel import sharding
+from unet_jax.training import optimizer, program, state, step
 
 FULL_QUEUE = 3  # batches that the pipeline may have ready before they are asked for
 
@@ -55,7 +58,7 @@ def make_model(work: Work, dtype: str, devices: jax.sharding.Mesh, plain: bool =
     """
     settings = {"padding": "same", "upsample": "transposed_2x2", "dropout": 0.0, **work.model}
     settings |= {"norm": "none", "kernel_init": "he", "dtype": dtype}
-    model = unet.create(work.classes, **settings, one_cpu=mesh.is_one_cpu(devices) and not plain)
+    model = unet.create(work.classes, **settings, one_cpu=sharding.is_one_cpu(devices) and not plain)
     left, right, above, below = work.around
     assert model.margins(work.size) == ((above, below), (left, right)), model.margins(work.size)
     return model
@@ -69,8 +72,8 @@ def make_training(work: Work, dtype: str, devices: jax.sharding.Mesh) -> Trainin
     train_state = state.create(0, models[0], (1, *models[0].smallest_input, work.channels), tx, False, devices)
     layout = jax.tree.map(lambda array: array.sharding, train_state)
     steps = [step.make_train_step(model, tx, CONFIG, classes, devices, layout) for model in models]
-    batch = mesh.put_batch(devices, {**draw_batch(work), "mask": np.ones(work.batch, bool)})
-    return Training(devices, train_state, batch, mesh.put_everywhere(devices, 0), *steps)
+    batch = sharding.put_batch(devices, {**draw_batch(work), "mask": np.ones(work.batch, bool)})
+    return Training(devices, train_state, batch, sharding.per_device(devices, 0), *steps)
 
 
 def make_train_steps(training: Training, compiled: Callable) -> Callable[[int], float]:
@@ -108,7 +111,7 @@ def start(task: Task) -> dict[str, Any]:
 
 def build(task: Task) -> Contender:
     """Makes the work of a task."""
-    devices = mesh.create(0, 1, jax.devices()[: task.devices])
+    devices = sharding.create_mesh(0, 1, jax.devices()[: task.devices])
     make = {"step": _step, "predict": _predict, "matmul": _matmul, "input": _input}[task.suite]
     run, facts = make(task, devices)
     memory = devices.devices.flat[0].memory_stats
@@ -141,17 +144,17 @@ def _predict(task, devices):
 
     def make(model):
         def probability(variables, image):
-            window = mesh.split_height(devices, predict.surround_image(model, image))
-            logits = predict.logits(model, variables, window, work.size, "multiclass")
-            return predict.to_probability(logits, "multiclass")
+            window = sharding.split_height(devices, forward.pad_image(model, image))
+            logits = forward.logits(model, variables, window, work.size, "multiclass")
+            return forward.to_probability(logits, "multiclass")
 
-        options = mesh.compiler_options(devices)
-        return jax.jit(probability, out_shardings=mesh.by_example(devices), compiler_options=options)
+        options = sharding.compiler_options(devices)
+        return jax.jit(probability, out_shardings=sharding.by_example(devices), compiler_options=options)
 
     model = make_model(work, task.dtype, devices)
-    init = jax.jit(model.init, out_shardings=mesh.replicated(devices))
+    init = jax.jit(model.init, out_shardings=sharding.replicated(devices))
     variables = init(jax.random.key(0), jnp.zeros((1, *model.smallest_input, work.channels)))
-    image = mesh.put_batch(devices, draw_batch(work))["image"]
+    image = sharding.put_batch(devices, draw_batch(work))["image"]
     plain = make(make_model(work, task.dtype, devices, plain=True))
     compiled, facts = _compile(make(model), plain, variables, image)
 
@@ -195,24 +198,24 @@ def _input(task, devices):
         return read, {}
 
     training = make_training(task.work, task.dtype, devices)
-    batch = mesh.put_batch(devices, next(batches))
+    batch = sharding.put_batch(devices, next(batches))
     compiled, facts = _compile(training.step, training.plain, training.state, batch, training.signals)
     held = training.state
 
     def train(count):
         nonlocal held
         _drain(batches)
-        batch, pending, waited = mesh.put_batch(devices, next(batches)), None, 0.0
+        batch, pending, waited = sharding.put_batch(devices, next(batches)), None, 0.0
         started = time.perf_counter()
         for _ in range(count):
-            held, metrics = compiled(held, batch, mesh.put_everywhere(devices, 0))
+            held, metrics = compiled(held, batch, sharding.per_device(devices, 0))
             if pending is not None:
                 jax.device_get(pending)
             pending = metrics
             waiting = time.perf_counter()
             rows = next(batches)
             waited += time.perf_counter() - waiting
-            batch = mesh.put_batch(devices, rows)
+            batch = sharding.put_batch(devices, rows)
         jax.block_until_ready((held, pending))
         return {"seconds": time.perf_counter() - started, "waited_s": waited}
 
@@ -228,11 +231,11 @@ def _read_batches(task: Task, devices: jax.sharding.Mesh, where: str) -> Iterato
     config.root, config.size, config.channels = task.folder, work.size, work.channels
     config.labels = tuple(f"{i} class_{i}" for i in range(work.classes))
     config.cache_gib = 4.0 if where == "cache" else 0.0
-    data.settle(config, lambda text: None)
+    data.infer_settings(config, lambda text: None)
     images = pipeline.Pipeline(data.load(config, "train"), config.size, config.resize, config.cache_gib)
     if images.cached != (where == "cache"):
         raise RuntimeError("the images cannot be cached")
-    return images.train_batches(work.batch, 0, 0, mesh.process_rows(devices, work.batch))
+    return images.train_batches(work.batch, 0, 0, sharding.process_rows(devices, work.batch))
 
 
 def _drain(batches: Iterator) -> None:

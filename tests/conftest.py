@@ -51,12 +51,12 @@ def real_data():
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The work directory of a short training, to be left as it is."""
-    from unet_jax import train
+    from unet_jax.training import loop
 
     config = tiny.get_config()
     config.train.epochs = 2.0
     path = tmp_path_factory.mktemp("trained") / "run"
-    train.train(config, path)
+    loop.train(config, path)
     return path
 
 

@@ -5,7 +5,6 @@ import clu.parameter_overview
 import matplotlib.pyplot
 import tensorflow
 
-from unet_jax import train
 from unet_jax.data import shapes
 
 __all__ = ["clu", "matplotlib", "shapes", "tensorflow", "train"]

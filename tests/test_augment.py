@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unet_jax import augment
 from unet_jax.errors import UserError
+from unet_jax.training import augment
 
 OFF = dict(
     flip_horizontal=False,

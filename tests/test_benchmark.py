@@ -20,7 +20,7 @@ import benchmark_report
 import benchmark_suites
 import benchmark_workers
 
-from unet_jax import mesh
+from unet_jax.parallel import sharding
 
 WORKS = benchmark_workers.WORKS
 SCRIPT = str(ROOT / "scripts" / "benchmark.py")
@@ -75,7 +75,7 @@ def test_the_networks_are_the_same_function(work):
     torch = pytest.importorskip("torch")
     import unet_torch
 
-    devices = mesh.create(0, 1, jax.devices()[:1])
+    devices = sharding.create_mesh(0, 1, jax.devices()[:1])
     model = benchmark_jax.make_model(work, "float32", devices)
     height, width = (n + sum(around) for n, around in zip(work.size, model.margins(work.size), strict=True))
     image = np.random.default_rng(0).random((2, height, width, work.channels), np.float32)
@@ -97,7 +97,7 @@ def test_the_steps_are_the_same(work):
     import unet_torch
 
     work = work._replace(model={**work.model, "dropout": 0.0})
-    devices = mesh.create(0, 1, jax.devices()[:1])
+    devices = sharding.create_mesh(0, 1, jax.devices()[:1])
     training = benchmark_jax.make_training(work, "float32", devices)
     net = unet_torch.make_model(work).to(memory_format=torch.channels_last)
     _copy_weights(net, training.state.params)
@@ -114,7 +114,7 @@ def test_parameters(name, expected):
     import unet_torch
 
     work = WORKS[name]
-    model = benchmark_jax.make_model(work, "float32", mesh.create(0, 1))
+    model = benchmark_jax.make_model(work, "float32", sharding.create_mesh(0, 1))
     size = (1, *model.smallest_input, work.channels)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(size, np.float32))
     assert sum(array.size for array in jax.tree.leaves(shapes)) == expected

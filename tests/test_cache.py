@@ -1,7 +1,9 @@
-"""The cache of decoded images: right, or not used; and never in the way."""
+"""The cache of decoded images is never stale, never used when damaged, and never stops a run."""
 
+import dataclasses
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from unet_jax import data, user_cache
+from unet_jax import data, defaults, user_cache
 from unet_jax.data import border, cache, folder, images, pipeline
 from unet_jax.errors import UserError
 
@@ -33,14 +35,14 @@ def read(index):
     time.sleep(delay)
     print("read", index, flush=True)
     return {"image": np.full((10, 100), index, np.uint8)}
-found = cache.examples({"made of": "the same"}, ["image"], 10, read, 1e6)
-print("sum", None if found is None else int(found["image"].sum()), flush=True)
+arrays = cache.load_or_write({"key": "the same"}, ["image"], 10, read, 1e6)
+print("sum", None if arrays is None else int(arrays["image"].sum()), flush=True)
 """
 
 
 @pytest.fixture(autouse=True)
 def entries(tmp_path, monkeypatch):
-    """The folder of the entries, empty, of one test."""
+    """The folder of the cache entries; empty at the start of each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "unet_jax" / "examples"
 
@@ -63,39 +65,40 @@ def config(tmp_path, config):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The images that were read from their files."""
-    found, read = [], images.read_image
+    """The stems of the image files that were read."""
+    stems, read = [], images.read_image
 
-    def noted(path, *args):
-        found.append(path.stem)
+    def recording(path, *args):
+        stems.append(path.stem)
         return read(path, *args)
 
-    monkeypatch.setattr(folder.images, "read_image", noted)
-    return found
+    monkeypatch.setattr(folder.images, "read_image", recording)
+    return stems
 
 
-def _open(config, gib=1.0, weigh=None, **changed):
+def _open(config, gib=1.0, pixel_weight_fn=None, **changed):
     settings = config.data.copy_and_resolve_references()
-    settings.update(changed)
-    return pipeline.Pipeline(data.load(settings, "all"), settings.size, settings.resize, gib, weigh)
+    with settings.unlocked():
+        settings.update(changed)
+    return pipeline.Pipeline(data.load(settings, "all"), settings.size, settings.resize, gib, pixel_weight_fn)
 
 
 def _batches(opened):
     return list(opened.eval_batches(4, np.arange(4)))
 
 
-def _assert_equal(some, others):
-    for one, other in zip(some, others, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert one[name].dtype == other[name].dtype
-            np.testing.assert_array_equal(one[name], other[name])
+def _assert_equal(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for name in batch:
+            assert batch[name].dtype == other[name].dtype
+            np.testing.assert_array_equal(batch[name], other[name])
 
 
-def _put(name, megabytes, limit=3.0):
-    """An entry of that many megabytes, or None."""
-    return cache.examples(
-        {"of": name}, ["image"], 1, lambda _: {"image": np.zeros(megabytes * 10**6, "u1")}, limit * 1e6
+def _cache_megabytes(name, megabytes, limit=3.0):
+    """The arrays of an entry of that many megabytes; None if it is not cached."""
+    return cache.load_or_write(
+        {"key": name}, ["image"], 1, lambda _: {"image": np.zeros(megabytes * 10**6, "u1")}, limit * 1e6
     )
 
 
@@ -111,7 +114,7 @@ def test_a_second_start_reads_no_image(config, reads, entries):
     again = _open(config)
     _assert_equal(_batches(first), _batches(again))
     _assert_equal([again.read(3)], [_open(config, gib=0.0).read(3)])
-    assert set(reads) == {"0", "3"}  # by the one without a cache
+    assert set(reads) == {"0", "3"}  # by the pipeline without a cache
     assert [path.suffix for path in entries.iterdir()] == [""]
 
 
@@ -135,7 +138,7 @@ def test_a_changed_file_is_read_again(config, reads, entries, change):
     assert len(reads) > 6 and len(list(entries.iterdir())) == 2
 
 
-def test_whatever_changes_the_examples_has_an_entry_of_its_own(config, entries, monkeypatch):
+def test_any_change_of_the_examples_makes_a_new_entry(config, entries, monkeypatch):
     changes = [
         {},
         {"size": (8, 16)},
@@ -143,8 +146,8 @@ def test_whatever_changes_the_examples_has_an_entry_of_its_own(config, entries, 
         {"labels": ("0 a", "1 -> ignore", "2 -> 1 b")},
         {"value_range": (0, 100)},
         {"channels": 1},
-        {"weigh": border.Weigh(10.0, 5.0, 255)},
-        {"weigh": border.Weigh(10.0, 4.0, 255)},
+        {"pixel_weight_fn": border.BorderWeights(10.0, 5.0, 255)},
+        {"pixel_weight_fn": border.BorderWeights(10.0, 4.0, 255)},
     ]
     for change in changes:
         _assert_equal(_batches(_open(config, **change)), _batches(_open(config, gib=0.0, **change)))
@@ -159,24 +162,58 @@ def test_whatever_changes_the_examples_has_an_entry_of_its_own(config, entries, 
     assert len(list(entries.iterdir())) == len(changes) + 1 + len(shapes)
 
 
-def test_examples_of_unknown_origin_are_never_cached(config, entries):
-    source = folder.load(config.data, "all")  # `data.load` would tell its settings
+def _keys(entries):
+    return {path.name for path in entries.iterdir()}
+
+
+def test_a_new_field_at_its_default_changes_no_key(config, entries, monkeypatch):
+    _open(config)
+    keys = _keys(entries)
+    known = {**defaults.fields(), "data.new_field": [0, 1]}
+    monkeypatch.setattr(defaults, "fields", lambda: known)
+    _open(config, new_field=(0, 1))
+    assert _keys(entries) == keys
+    _open(config, new_field=(0, 2))
+    assert len(_keys(entries)) == 2
+    # So that a key means the same in all versions, a default cannot change silently.
+    pinned = {"name": "shapes", "variant": "multiclass", "size": [96, 96], "resize": "bilinear", "validation": 0.2}
+    pinned |= {"shapes_seed": 0, "shapes_train": 800, "shapes_validation": 100, "labels": [], "channels": 0}
+    pinned |= {"images": ["images"], "masks": ["masks"], "mask_suffix": "_mask", "value_range": [], "lists": []}
+    for name, default in {**pinned, "group": ""}.items():
+        assert known[f"data.{name}"] == default, "the default has changed: raise cache.FORMAT, and change this test"
+
+
+def test_a_new_setting_of_the_weights_at_its_default_changes_no_key(config, entries):
+    @dataclasses.dataclass(frozen=True)
+    class Extended(border.BorderWeights):
+        new_setting: float = 1.0
+
+    _open(config, pixel_weight_fn=border.BorderWeights(10.0, 5.0, 255))
+    keys = _keys(entries)
+    _open(config, pixel_weight_fn=Extended(10.0, 5.0, 255))
+    assert _keys(entries) == keys
+    _open(config, pixel_weight_fn=Extended(10.0, 5.0, 255, new_setting=2.0))
+    assert len(_keys(entries)) == 2
+
+
+def test_a_source_without_settings_is_never_cached(config, entries):
+    source = folder.load(config.data, "all")  # `data.load` would add the settings
     assert not pipeline.Pipeline(source, (8, 8), "nearest", 1.0).cached
     assert not entries.exists()
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_of_two_processes_one_writes_the_entry(entries, locks):
+def test_only_one_of_two_processes_writes_an_entry(entries, locks):
     both = [_start(delay=0.2, locks=locks) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in both]
     assert all("sum 45000" in output for output in outputs)
     if locks:
-        assert "".join(outputs).count("read") <= 11  # to know how large they are, each reads one
+        assert "".join(outputs).count("read") <= 11  # each reads the first, to learn the size
     assert [path.suffix for path in entries.iterdir()] == [""]
     assert "read" not in _start().communicate(timeout=60)[0]
 
 
-def test_what_a_killed_process_leaves_is_never_used(entries):
+def test_the_leftovers_of_a_killed_process_are_never_used(entries):
     process = _start(delay=0.2)
     while "read 4" not in process.stdout.readline():
         pass
@@ -185,16 +222,16 @@ def test_what_a_killed_process_leaves_is_never_used(entries):
     (partial,) = entries.glob("*.partial")
     assert not [path for path in entries.iterdir() if not path.suffix]
     assert "sum 45000" in _start().communicate(timeout=60)[0]
-    assert partial.exists()  # it might still be written
-    long_ago = time.time() - 2 * cache.ABANDONED
+    assert partial.exists()  # another process might still be writing it
+    long_ago = time.time() - 2 * cache.ABANDONED_AFTER
     for path in (*partial.iterdir(), partial):
         os.utime(path, (long_ago, long_ago))
-    _put("another", 1)
+    _cache_megabytes("another", 1)
     assert {path.suffix for path in entries.iterdir()} == {""}
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "missing"])
-def test_a_damaged_entry_is_made_again(config, reads, entries, damage):
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_a_damaged_entry_is_replaced(config, reads, entries, damage):
     expected = _batches(_open(config))
     (file,) = entries.glob("*/label.npy")
     if damage == "missing":
@@ -206,62 +243,61 @@ def test_a_damaged_entry_is_made_again(config, reads, entries, damage):
     assert len(reads) >= 6 and len(list(entries.iterdir())) == 1
 
 
-def test_those_not_used_for_longest_make_room(entries):
-    def held():
+def test_the_least_recently_used_entries_make_room(entries):
+    def sizes():
         return sorted(np.load(file, mmap_mode="r").nbytes // 10**5 for file in entries.glob("*/image.npy"))
 
     long_ago = time.time() - 100
     for age, megabytes in enumerate((1, 2)):
-        _put(megabytes, megabytes, 10)
+        _cache_megabytes(megabytes, megabytes, 10)
         (entry,) = (p.parent for p in entries.glob("*/image.npy") if p.stat().st_size // 10**6 == megabytes)
         for path in (*entry.iterdir(), entry):
             os.utime(path, (long_ago + age, long_ago + age))
-    assert held() == [10, 20]
-    assert _put(1, 1) is not None  # used again
-    third = _put("third", 1, limit=3.5)
-    assert held() == [10, 10]
-    assert _put("fourth", 3, limit=3.5) is None and held() == [10, 10]  # one is in use, so that nothing would help
-    assert third is not None and _put("fourth", 3, limit=4.5) is not None and held() == [10, 30]
+    assert sizes() == [10, 20]
+    assert _cache_megabytes(1, 1) is not None  # makes it the most recently used
+    third = _cache_megabytes("third", 1, limit=3.5)
+    assert sizes() == [10, 10]
+    # The third is in use, so removing the other would not make enough room.
+    assert _cache_megabytes("fourth", 3, limit=3.5) is None and sizes() == [10, 10]
+    assert third is not None and _cache_megabytes("fourth", 3, limit=4.5) is not None and sizes() == [10, 30]
 
 
-def test_what_does_not_fit_is_read_anew(config, entries, reads, capsys):
+def test_examples_that_do_not_fit_are_read_again_in_each_epoch(config, entries, reads, capsys):
     cached, gib = _open(config), 6 * 8 * 8 * 4 / 2**30
-    for path in entries.iterdir():
-        cache._remove(path)
+    shutil.rmtree(entries)
     assert _open(config, gib=gib).cached
-    for path in entries.iterdir():
-        cache._remove(path)
-    anew = _open(config, gib=gib * 0.99)
-    assert not anew.cached and not list(entries.iterdir())
+    shutil.rmtree(entries)
+    streamed = _open(config, gib=gib * 0.99)
+    assert not streamed.cached and not list(entries.iterdir())
     reads.clear()
     for _ in range(2):
-        _assert_equal(_batches(anew), _batches(cached))
+        _assert_equal(_batches(streamed), _batches(cached))
     assert len(reads) >= 12
-    train = [opened.train_batches(4, 7, 0, np.arange(4)) for opened in (anew, cached)]
+    train = [opened.train_batches(4, 7, 0, np.arange(4)) for opened in (streamed, cached)]
     _assert_equal(*([next(batches) for _ in range(5)] for batches in train))
     assert not capsys.readouterr().out
 
 
-def test_a_cache_that_cannot_be_written_stops_nothing(config, tmp_path, monkeypatch, capsys):
+def test_a_run_continues_without_a_cache_that_cannot_be_written(config, tmp_path, monkeypatch, capsys):
     file = tmp_path / "file"
     file.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
     monkeypatch.setattr(tempfile, "tempdir", str(file))
-    anew = _open(config)
+    streamed = _open(config)
     output = capsys.readouterr().out
-    assert not anew.cached and output.count("\n") == 1 and "cannot be cached" in output
-    _assert_equal(_batches(anew), _batches(_open(config, gib=0.0)))
+    assert not streamed.cached and output.count("\n") == 1 and "cannot be cached" in output
+    _assert_equal(_batches(streamed), _batches(_open(config, gib=0.0)))
 
 
-def test_a_full_disk_stops_nothing(entries):
+def test_a_run_continues_when_the_disk_is_full(entries):
     output = _start(file_size=5_000).communicate(timeout=60)[0]
-    assert "sum None" in output and "cannot be cached, so that they are read anew each epoch: [Errno 27]" in output
+    assert "sum None" in output and "cannot be cached and will be read again in each epoch: [Errno 27]" in output
     assert not list(entries.iterdir())
 
 
-def test_more_than_the_disk_has_is_not_begun(entries, monkeypatch, capsys):
+def test_nothing_is_written_if_it_cannot_fit_on_the_disk(entries, monkeypatch, capsys):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: cache.shutil._ntuple_diskusage(10**9, 10**9 - 1, 1))
-    assert _put("one", 1) is None
+    assert _cache_megabytes("one", 1) is None
     assert f"they need 0.00 GiB, but 0.00 GiB are free in {entries}" in capsys.readouterr().out
     assert not list(entries.iterdir())
 
@@ -274,7 +310,7 @@ def test_an_image_that_cannot_be_read_is_named(config, entries):
         assert not list(entries.iterdir())
 
 
-def test_the_folder_is_of_the_user(tmp_path, monkeypatch):
+def test_the_cache_folder_belongs_to_the_user(tmp_path, monkeypatch):
     assert user_cache.folder("a") == tmp_path / "cache" / "unet_jax" / "a"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

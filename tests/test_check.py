@@ -12,8 +12,8 @@ import tifffile
 from conftest import ROOT
 from PIL import Image
 
-from unet_jax import check
 from unet_jax.errors import UserError
+from unet_jax.evaluation import check
 
 RNG = np.random.default_rng(0)
 

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from unet_jax import augment, data, evaluate, losses, mesh, metrics, optimizer, plan, state, step
+from unet_jax import data, losses
 from unet_jax.data import NAMES, carla
+from unet_jax.evaluation import evaluate
+from unet_jax.metrics import confusion
 from unet_jax.models import unet
+from unet_jax.parallel import sharding
+from unet_jax.training import augment, optimizer, plan, state, step
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
@@ -26,7 +30,7 @@ def test_every_config_builds(path):
     config = runpy.run_path(str(path))["get_config"]()
     assert config.is_locked and config.data.name in NAMES
     classes = _classes(config)
-    devices = mesh.create(1, 1, jax.devices()[:1])
+    devices = sharding.create_mesh(1, 1, jax.devices()[:1])
     model = unet.create(classes.num_outputs, **config.model)
     augment.check(config.augment, config.data.size)
     evaluate.check(config.eval, classes)
@@ -37,7 +41,7 @@ def test_every_config_builds(path):
     inputs = plan.abstract_batch(config, classes, devices)
     layout = state.shardings(made, devices, False)
     train_step = step.make_train_step(model, tx, config, classes, devices, layout)
-    after, values = jax.eval_shape(train_step, made, inputs, mesh.put_everywhere(devices, 0))
+    after, values = jax.eval_shape(train_step, made, inputs, sharding.per_device(devices, 0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), made)
     assert values["loss"].shape == () and values["loss"].dtype == jnp.float32
     count = sum(leaf.size for leaf in jax.tree.leaves(made.params))
@@ -50,4 +54,4 @@ def test_every_config_builds(path):
 def test_carla_tables():
     assert len(carla.NAMES) == len(carla.PALETTE) == 23 == len(set(carla.NAMES)) == len(set(carla.PALETTE))
     assert carla.NAMES[7] == "road" and carla.NAMES[12] == "traffic sign" and carla.NAMES[22] == "terrain"
-    assert metrics.scores(np.eye(23), carla.NAMES)["miou"] == 1
+    assert confusion.scores(np.eye(23), carla.NAMES)["miou"] == 1

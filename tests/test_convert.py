@@ -12,8 +12,11 @@ from conftest import ROOT
 
 import unet_jax
 from configs import default
-from unet_jax import convert, evaluate, train, weights, workdir
 from unet_jax.errors import UserError
+from unet_jax.evaluation import evaluate
+from unet_jax.interop import convert, weight_files
+from unet_jax.training import loop
+from unet_jax.workdir import files
 
 h5py = pytest.importorskip("h5py")
 save_safetensors = pytest.importorskip("safetensors.numpy").save_file
@@ -29,8 +32,8 @@ def _conv(inputs, outputs):
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
-class TorchSeed(nn.Module):
-    """The U-Net of the PyTorch seed, of any widths."""
+class TorchUNet(nn.Module):
+    """The U-Net with the names e11 ... outconv, with any widths."""
 
     def __init__(self, channels, widths, outputs):
         super().__init__()
@@ -102,7 +105,7 @@ class OutConv(nn.Module):
 
 
 class Milesial(nn.Module):
-    """The network of milesial/Pytorch-UNet, of any widths."""
+    """The network of milesial/Pytorch-UNet, with any widths."""
 
     def __init__(self, channels, widths, outputs, bilinear=False):
         super().__init__()
@@ -124,7 +127,7 @@ class Milesial(nn.Module):
 
 
 def _randomize(model, seed=0):
-    """Random biases and running statistics too; a state dict of fresh ones would hide mistakes in zeros and ones."""
+    """Randomises all arrays: the zeros and ones of fresh biases and running statistics would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda shape: torch.randn(shape, generator=generator)
     for name, value in model.state_dict().items():
@@ -141,7 +144,7 @@ def _images(channels):
     return np.random.default_rng(0).integers(0, 256, (2, *SIZE, channels), np.uint8)
 
 
-def _logits_of_torch(model, images):
+def _torch_logits(model, images):
     with torch.no_grad():
         return model(torch.from_numpy(images / np.float32(255)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
 
@@ -164,8 +167,8 @@ def _check_logits(workdir, images, expected):
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
-def test_pytorch_seed(tmp_path, kind):
-    model = _randomize(TorchSeed(3, (4, 6, 8, 6, 10), 6))  # five levels as the source, other widths
+def test_pytorch_unet(tmp_path, kind):
+    model = _randomize(TorchUNet(3, (4, 6, 8, 6, 10), 6))  # five levels
     file, images = tmp_path / f"unet.{kind}", _images(3)
     if kind == "pth":
         torch.save(model.state_dict(), file)
@@ -174,7 +177,7 @@ def test_pytorch_seed(tmp_path, kind):
     network, classes = convert.convert(file, tmp_path / "run", default.get_config(), task="multilabel")
     assert network.settings["features"] == (4, 6, 8, 6, 10) and network.channels == 3
     assert classes.task == "multilabel" and len(set(classes.palette)) == 6
-    trained = _check_logits(tmp_path / "run", images, _logits_of_torch(model, images))
+    trained = _check_logits(tmp_path / "run", images, _torch_logits(model, images))
     assert trained.step == 0 and trained.config.optimizer.ema == 0 and trained.config.model.norm == "none"
 
 
@@ -183,13 +186,13 @@ def test_milesial_with_its_mask_values(tmp_path):
     torch.save(model.state_dict() | {"mask_values": [0, 255]}, tmp_path / "unet.pth")
     network, classes = convert.convert(tmp_path / "unet.pth", tmp_path / "run", default.get_config(), ["cell", "gap"])
     assert classes.names == ("cell", "gap") and classes.task == "multiclass" and classes.channels == 1
-    trained = _check_logits(tmp_path / "run", _images(1), _logits_of_torch(model, _images(1)))
+    trained = _check_logits(tmp_path / "run", _images(1), _torch_logits(model, _images(1)))
     assert trained.config.model.norm == "batch" and tuple(trained.config.model.features) == (4, 6, 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_checkpoints_of_other_types_and_strides(tmp_path, dtype):
-    model = _randomize(TorchSeed(3, (4, 6), 1)).to(dtype)
+def test_checkpoints_with_other_dtypes_and_strides(tmp_path, dtype):
+    model = _randomize(TorchUNet(3, (4, 6), 1)).to(dtype)
     values = model.state_dict()
     values["e12.weight"] = values["e12.weight"].to(memory_format=torch.channels_last)
     values["outconv.bias"] = torch.cat([torch.zeros(3, dtype=dtype), values["outconv.bias"]])[3:]  # with an offset
@@ -198,11 +201,11 @@ def test_checkpoints_of_other_types_and_strides(tmp_path, dtype):
     torch.save(wrapped, tmp_path / "unet.pt")
     network, classes = convert.convert(tmp_path / "unet.pt", tmp_path / "run", default.get_config())
     assert classes.task == "binary" and classes.names == ("background", "foreground")
-    _check_logits(tmp_path / "run", _images(3), _logits_of_torch(model.float(), _images(3)))
+    _check_logits(tmp_path / "run", _images(3), _torch_logits(model.float(), _images(3)))
 
 
 def _keras_isbi(keras, widths, outputs, join):
-    """The Keras U-Net of the ISBI 2012 seed."""
+    """A Keras U-Net for ISBI 2012, with up-sampling and dropout after the skips are taken."""
     layers = keras.layers
     conv = lambda width: layers.Conv2D(width, 3, activation="relu", padding="same")
     x = inputs = keras.Input((*SIZE, 1))
@@ -219,7 +222,7 @@ def _keras_isbi(keras, widths, outputs, join):
 
 
 def _keras_carla(keras, widths, outputs, join):
-    """The Keras U-Net of the CARLA seed."""
+    """A Keras U-Net for CARLA, with 3x3 transposed convolutions and dropout before the skips are taken."""
     layers = keras.layers
     conv = lambda width: layers.Conv2D(width, 3, activation="relu", padding="same")
     x = inputs = keras.Input((*SIZE, 3))
@@ -241,7 +244,7 @@ def keras():
 
 
 def _random_keras(build, keras, widths, outputs, swapped=False):
-    """The model with random weights, and a function of images: its logits."""
+    """A model with random weights, and a function from images to its logits."""
     join = lambda up, skip: keras.layers.Concatenate(axis=3)([skip, up] if swapped else [up, skip])
     model = build(keras, widths, outputs, join)
     random = np.random.default_rng(1)
@@ -250,7 +253,7 @@ def _random_keras(build, keras, widths, outputs, swapped=False):
         for w in model.get_weights()
     ]
     model.set_weights([w.astype(np.float32) for w in drawn])
-    model.compile("adam", "mse")  # for the optimizer's arrays in the file
+    model.compile("adam", "mse")  # so that the file also holds the optimizer's arrays
 
     def logits(images):
         values = np.asarray(model(images / np.float32(255), training=False))
@@ -293,17 +296,17 @@ def test_keras_carla(tmp_path, keras, kind, swapped):
 
 @pytest.mark.filterwarnings(KERAS_WARNING)
 def test_keras_file_of_tensorflow_2_1(tmp_path, keras):
-    """As the seed wrote it: `tf.concat`, older inbound nodes, and names of arrays that end in `:0`."""
+    """With `tf.concat`, older inbound nodes, and array names that end in `:0`."""
     model, logits = _random_keras(_keras_isbi, keras, (4, 6), 2)
     file = tmp_path / "unet.h5"
     model.save(file)
     with h5py.File(file, "a") as opened:
         config = json.loads(opened.attrs["model_config"])
         for layer in config["config"]["layers"]:
-            inputs = weights._input_names(layer["inbound_nodes"])
+            inputs = weight_files._input_names(layer["inbound_nodes"])
             layer["inbound_nodes"] = [[[name, 0, 0, {}] for name in inputs]] if inputs else []
-            for later in ("groups", "output_padding"):
-                layer["config"].pop(later, None)
+            for newer in ("groups", "output_padding"):
+                layer["config"].pop(newer, None)
             if layer["class_name"] == "Concatenate":
                 node = {"name": "concat", "op": "ConcatV2", "input": ["a", "b", "concat/axis"]}
                 layer["class_name"] = "TensorFlowOpLayer"
@@ -330,22 +333,22 @@ def test_other_keras_networks_are_refused(tmp_path, keras):
     merged = lambda skip: conv(conv(layers.Concatenate()([up, skip])))
     head = layers.Conv2D(1, 1)
     cases = {
-        "no U-Net of ours": head(high),
+        "not a supported U-Net": head(high),
         "BatchNormalization": head(layers.BatchNormalization()(merged(high))),
-        "Conv2D as it is set": head(layers.Conv2D(4, 3, activation="relu")(merged(high))),
-        "as in no U-Net of ours": head(merged(first)),
+        "Conv2D with these settings": head(layers.Conv2D(4, 3, activation="relu")(merged(high))),
+        "unsupported inputs": head(merged(first)),
     }
     for message, outputs in cases.items():
         keras.Model(image, outputs).save(tmp_path / "unet.keras")
         with pytest.raises(UserError, match=message):
             convert.read_network(tmp_path / "unet.keras")
     keras.Model(image, head(merged(high))).save_weights(tmp_path / "only.weights.h5")
-    with pytest.raises(UserError, match="without their network"):
+    with pytest.raises(UserError, match="without the model"):
         convert.read_network(tmp_path / "only.weights.h5")
 
 
 class Foreign:
-    """Leaves a marker where it is unpickled."""
+    """Creates a marker file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -357,20 +360,20 @@ class Foreign:
 @pytest.mark.parametrize("zipped", [True, False], ids=["torch", "plain"])
 def test_foreign_objects_are_refused_and_not_run(tmp_path, zipped):
     file, marker = tmp_path / "unet.pth", tmp_path / "marker"
-    values = TorchSeed(3, (4, 6), 1).state_dict() | {"extra": Foreign(marker)}
+    values = TorchUNet(3, (4, 6), 1).state_dict() | {"extra": Foreign(marker)}
     if zipped:
         torch.save(values, file)
-        refused = "system, which is no tensor"
+        refused = "system, which is not a tensor"
     else:
         file.write_bytes(pickle.dumps(values["extra"]))
-        refused = "not a file of torch.save"
+        refused = "was not written by torch.save"
     with pytest.raises(UserError, match=refused):
         convert.convert(file, tmp_path / "run", default.get_config())
     assert not marker.exists() and not (tmp_path / "run").exists()
 
 
 def _rewrite(file, change):
-    """Changes the bytes of the entries of a zip archive."""
+    """Changes the content of the entries of a zip archive."""
     with zipfile.ZipFile(file) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(file, "w") as archive:
@@ -379,7 +382,7 @@ def _rewrite(file, change):
 
 
 def test_damaged_files_are_named(tmp_path):
-    model = TorchSeed(3, (4, 6), 1)
+    model = TorchUNet(3, (4, 6), 1)
     file = tmp_path / "unet.pth"
     torch.save(model.state_dict(), file)
     whole = file.read_bytes()
@@ -391,7 +394,7 @@ def test_damaged_files_are_named(tmp_path):
 
     for share in (0.3, 0.7, 0.99):
         file.write_bytes(whole[: int(len(whole) * share)])
-        refuses("damaged or cut off")
+        refuses("damaged or truncated")
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1  # in the bytes of a tensor
     file.write_bytes(flipped)
@@ -403,7 +406,7 @@ def test_damaged_files_are_named(tmp_path):
     refuses("before 1.6")
     torch.save({"accuracy": 0.9}, file)
     refuses("holds no state dict")
-    torch.save({"e11.weight": torch.zeros(1).expand(10**6, 10**6)}, file)  # small in the file, 4 TB unfolded
+    torch.save({"e11.weight": torch.zeros(1).expand(10**6, 10**6)}, file)  # small in the file, 4 TB when copied
     refuses("reaches beyond its storage")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("unet/data.pkl", bytes(10**6))
@@ -415,17 +418,17 @@ def test_damaged_files_are_named(tmp_path):
     save_safetensors({"e11.weight": np.zeros((4, 3, 3, 3), np.float32)}, tmp_path / "unet.safetensors")
     content = (tmp_path / "unet.safetensors").read_bytes()
     (tmp_path / "unet.safetensors").write_bytes(content[:-8])
-    refuses("damaged or cut off", "unet.safetensors")
+    refuses("damaged or truncated", "unet.safetensors")
 
     for name in ("unet.keras", "unet.h5"):
         (tmp_path / name).write_bytes(whole[:100])
-        refuses("damaged or cut off", name)
+        refuses("damaged or truncated", name)
     with h5py.File(tmp_path / "unet.h5", "w") as opened:
         opened.create_dataset("model_weights/a/a/kernel", (10**5, 10**5), compression="gzip")
-    refuses("declares more than it holds", "unet.h5")
+    refuses("declares more data than it holds", "unet.h5")
     with h5py.File(tmp_path / "unet.h5", "w") as opened:
         opened.create_dataset("model_weights/a/a/kernel", (4,), external=[("/etc/hostname", 0, 16)])
-    refuses("in other files", "unet.h5")
+    refuses("weights in other files", "unet.h5")
     refuses("no such file", "none.pth")
     refuses("end in .pth", "unet.onnx")
 
@@ -439,19 +442,19 @@ def test_other_networks_are_refused(tmp_path):
             convert.convert(file, tmp_path / "run", default.get_config())
         assert not (tmp_path / "run").exists()
 
-    refuses("no known layout: it has conv1.weight", {"conv1.weight": torch.zeros(1)})
+    refuses("unknown format: it holds conv1.weight", {"conv1.weight": torch.zeros(1)})
     refuses("bilinear variant", Milesial(3, (4, 8), 2, bilinear=True).state_dict())
-    seed = TorchSeed(3, (4, 6), 2).state_dict()
-    refuses("lacks d12.bias", {name: value for name, value in seed.items() if name != "d12.bias"})
-    refuses("also has more.weight", seed | {"more.weight": torch.zeros(1)})
-    refuses(r"d11.weight, \(5, 8, 3, 3\), does not fit", seed | {"d11.weight": torch.zeros(5, 8, 3, 3)})
-    refuses("e11.weight has the shape", seed | {"e11.weight": torch.zeros(3)})
-    refuses("e11.bias is not finite", seed | {"e11.bias": torch.full((4,), torch.nan)})
+    unet = TorchUNet(3, (4, 6), 2).state_dict()
+    refuses("lacks d12.bias", {name: value for name, value in unet.items() if name != "d12.bias"})
+    refuses("also has more.weight", unet | {"more.weight": torch.zeros(1)})
+    refuses(r"d11.weight, \(5, 8, 3, 3\), does not fit", unet | {"d11.weight": torch.zeros(5, 8, 3, 3)})
+    refuses("e11.weight has the shape", unet | {"e11.weight": torch.zeros(3)})
+    refuses("e11.bias is not finite", unet | {"e11.bias": torch.full((4,), torch.nan)})
 
 
 def test_classes_and_work_directory_must_fit(tmp_path):
     file = tmp_path / "unet.pth"
-    torch.save(TorchSeed(3, (4, 6), 3).state_dict(), file)
+    torch.save(TorchUNet(3, (4, 6), 3).state_dict(), file)
     run = tmp_path / "run"
     for names, task, message in [
         (["a", "b"], "", "has 3 classes"),
@@ -468,46 +471,46 @@ def test_classes_and_work_directory_must_fit(tmp_path):
         convert.convert(file, run, default.get_config())
 
 
-def _count(monkeypatch, shapes, layers=None):
-    """The parameters of the network that is read from a file with arrays of these shapes."""
+def _count_parameters(monkeypatch, shapes, layers=None):
+    """The number of parameters of the network that is read from a file with arrays of these shapes."""
     arrays = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-    monkeypatch.setattr(weights, "read", lambda file: weights.Weights(arrays, layers))
+    monkeypatch.setattr(weight_files, "read", lambda file: weight_files.Weights(arrays, layers))
     return sum(array.size for array in jax.tree.leaves(convert.read_network("unet").variables["params"]))
 
 
-@pytest.mark.parametrize("build, outputs, count", [(TorchSeed, 6, 31_032_070), (Milesial, 2, 31_037_698)])
-def test_parameters_of_the_whole_pytorch_networks(monkeypatch, build, outputs, count):
-    with torch.device("meta"):  # shapes without arrays
+@pytest.mark.parametrize("build, outputs, count", [(TorchUNet, 6, 31_032_070), (Milesial, 2, 31_037_698)])
+def test_parameter_counts_of_full_size_pytorch_networks(monkeypatch, build, outputs, count):
+    with torch.device("meta"):  # shapes only
         model = build(3, (64, 128, 256, 512, 1024), outputs)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    assert _count(monkeypatch, shapes) == count
+    assert _count_parameters(monkeypatch, shapes) == count
 
 
 @pytest.mark.parametrize(
     "build, top, outputs, count", [(_keras_isbi, 64, 1, 34_512_193), (_keras_carla, 32, 23, 8_640_471)]
 )
-def test_parameters_of_the_whole_keras_networks(monkeypatch, keras, build, top, outputs, count):
+def test_parameter_counts_of_full_size_keras_networks(monkeypatch, keras, build, top, outputs, count):
     widths = [top * 2**level for level in range(5)]
     model = build(keras, widths, outputs, lambda up, skip: keras.layers.Concatenate(axis=3)([up, skip]))
-    kinds = ("kernel", "bias")
-    shapes = {f"{a.name}/{kind}": w.shape for a in model.layers for kind, w in zip(kinds, a.weights, strict=False)}
-    layers = weights._keras_layers(json.loads(model.to_json()))
-    assert _count(monkeypatch, shapes, layers) == count
+    names = ("kernel", "bias")
+    shapes = {f"{a.name}/{name}": w.shape for a in model.layers for name, w in zip(names, a.weights, strict=False)}
+    layers = weight_files._keras_layers(json.loads(model.to_json()))
+    assert _count_parameters(monkeypatch, shapes, layers) == count
 
 
-def test_evaluates_and_begins_other_trainings_but_does_not_go_on(tmp_path, config, capsys):
-    torch.save(_randomize(TorchSeed(1, (4, 6), 7)).state_dict(), tmp_path / "unet.pth")
+def test_imported_weights_can_be_evaluated_and_fine_tuned_but_not_resumed(tmp_path, config, capsys):
+    torch.save(_randomize(TorchUNet(1, (4, 6), 7)).state_dict(), tmp_path / "unet.pth")
     run = tmp_path / "run"
     convert.convert(tmp_path / "unet.pth", run, config)
     result = evaluate.evaluate_workdir(run, None, None, "validation")
     assert np.isfinite(result.loss) and result.confusion.sum() == 10 * 48 * 48
-    imported = workdir.read_config(run)
+    imported = files.read_config(run)
     with pytest.raises(UserError, match="holds imported weights.*--config.init_from="):
-        train.train(imported, run)
-    assert unet_jax.load(run).classes.names[0] == "class 0"  # left as it was
+        loop.train(imported, run)
+    assert unet_jax.load(run).classes.names[0] == "class 0"  # the work directory was not changed
     config.model, config.init_from, config.train.epochs = imported.model, str(run), 0.4
-    train.train(config, tmp_path / "finetuned")
-    assert f"Begins with the weights of {run}, step 0" in capsys.readouterr().out
+    loop.train(config, tmp_path / "finetuned")
+    assert f"Starting from the weights of {run}, step 0" in capsys.readouterr().out
 
 
 def test_command(tmp_path):
@@ -524,7 +527,7 @@ def test_command(tmp_path):
     torch.save(Foreign(tmp_path / "marker"), tmp_path / "foreign.pth")
     for flags, message in [
         ((file, f"--workdir={run}"), "not empty"),
-        ((tmp_path / "foreign.pth", f"--workdir={tmp_path / 'new'}"), "system, which is no tensor"),
+        ((tmp_path / "foreign.pth", f"--workdir={tmp_path / 'new'}"), "system, which is not a tensor"),
         ((file, f"--workdir={tmp_path / 'new'}", "--config=configs/none.py"), "no such file"),
     ]:
         failed = call(*flags)
@@ -534,7 +537,7 @@ def test_command(tmp_path):
 
 
 def _zip_pickle(path, program, storage=b"\0" * 16):
-    """A file as torch.save makes it, around any pickle."""
+    """Writes a file in the format of torch.save with any pickle."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data.pkl", program)
         archive.writestr("x/data/0", storage)
@@ -544,30 +547,28 @@ STORAGE = b"(Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI4\ntQ"  # a persistent i
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
 
 
-def test_a_tensor_of_a_tensor_shows_no_foreign_memory(tmp_path):
+def test_a_view_of_a_view_cannot_expose_other_memory(tmp_path):
     inner = TENSOR + b"(" + STORAGE + b"I3\n(I4\nt(I0\ntI00\nNtR"
     outer = b"(dVe11.weight\n" + TENSOR + b"(" + inner + b"I0\n(I4\nt(I1\ntI00\nNtRs."
     _zip_pickle(tmp_path / "a.pth", outer)
-    with pytest.raises(UserError, match="a tensor of no storage"):
-        weights.read(tmp_path / "a.pth")
+    with pytest.raises(UserError, match="a tensor that is not a view of a storage"):
+        weight_files.read(tmp_path / "a.pth")
     _zip_pickle(tmp_path / "b.pth", b"(dVe11.weight\n" + inner + b"s.")
-    assert weights.read(tmp_path / "b.pth").arrays["e11.weight"].tolist() == [0, 0, 0, 0]
+    assert weight_files.read(tmp_path / "b.pth").arrays["e11.weight"].tolist() == [0, 0, 0, 0]
 
 
-def test_copies_without_end_are_refused(tmp_path):
+def test_endless_copies_are_refused(tmp_path):
     _zip_pickle(tmp_path / "a.pth", b"ccollections\nOrderedDict\n((dtR.")
     with pytest.raises(UserError, match="cannot be read"):
-        weights.read(tmp_path / "a.pth")
+        weight_files.read(tmp_path / "a.pth")
 
 
-def test_arrays_of_other_files_are_refused(tmp_path):
-    import h5py
-
+def test_arrays_in_other_files_are_refused(tmp_path):
     with h5py.File(tmp_path / "other.h5", "w") as other:
         other["secret"] = np.arange(4.0)
-    layout = h5py.VirtualLayout((4,), float)
-    layout[:] = h5py.VirtualSource(tmp_path / "other.h5", "secret", (4,))
+    virtual = h5py.VirtualLayout((4,), float)
+    virtual[:] = h5py.VirtualSource(tmp_path / "other.h5", "secret", (4,))
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.create_virtual_dataset("model_weights/conv/conv/kernel:0", layout)
-    with pytest.raises(UserError, match="its weights are in other files"):
-        weights.read(tmp_path / "a.h5")
+        file.create_virtual_dataset("model_weights/conv/conv/kernel:0", virtual)
+    with pytest.raises(UserError, match="it refers to weights in other files"):
+        weight_files.read(tmp_path / "a.h5")

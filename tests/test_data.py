@@ -1,4 +1,4 @@
-"""The data sets: generated ones, files in their published layouts, and the real samples."""
+"""The data sets: generated shapes, files in the published layouts, and samples of the real images."""
 
 import pathlib
 import tarfile
@@ -15,7 +15,7 @@ from unet_jax.errors import UserError
 
 
 def make_frames(folder, numbers, masks="CameraMask", size=(12, 8), alpha=False):
-    """CARLA frames of two colours, with class 1 in the red channel above class 7."""
+    """CARLA frames of two colours, with class 1 in the upper half and class 7 in the lower half of the mask."""
     for name in ("CameraRGB", masks):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for number in numbers:
@@ -46,7 +46,7 @@ def test_shapes_are_a_function_of_seed_split_and_index(config):
     assert (first[0] != data.load(config.data, "train").read(3)[0]).any()
 
 
-def test_shapes_are_those_of_the_source():
+def test_shapes_look_like_those_of_the_pytorch_u_net():
     areas = []
     for index in range(50):
         image, masks = shapes.generate((192, 192), [0, 0, index])
@@ -62,7 +62,7 @@ def test_shapes_are_those_of_the_source():
     assert np.pi * 4**2 < circle.min() and circle.max() < np.pi * 12**2
 
 
-def test_multiclass_shapes_paint_later_shapes_over_earlier_ones(config):
+def test_in_multiclass_labels_later_shapes_cover_earlier_ones(config):
     _, label = data.load(config.data, "train").read(0)
     _, masks = shapes.generate((48, 48), [0, 0, 0])
     for k in range(6):
@@ -104,7 +104,7 @@ def test_carla_layouts(config, tmp_path, layout, packed):
         assert label.shape == (8, 12) and (label[:4] == 1).all() and (label[4:] == 7).all()
 
 
-def test_carla_is_prepared_anew_when_a_file_changes(config, tmp_path):
+def test_carla_is_prepared_again_when_a_file_changes(config, tmp_path):
     make_frames(tmp_path, range(5))
     before = data.load(_config(config, tmp_path), "all").read(0)[0]
     make_frames(tmp_path, range(5), size=(16, 8))
@@ -112,16 +112,16 @@ def test_carla_is_prepared_anew_when_a_file_changes(config, tmp_path):
     assert before.shape == (8, 12, 3) and after.shape == (8, 16, 3)
 
 
-def test_carla_splits_by_drive_and_leaks_nothing(tmp_path):
+def test_carla_splits_by_drive(tmp_path):
     make_frames(tmp_path, range(40))
     drives = {f"{n:06d}": str(n // 4) for n in range(40)}
-    rows = "".join(f"{frame}.png,{drive}\n" for frame, drive in drives.items())
-    (tmp_path / "sequences.csv").write_text("frame,sequence\n" + rows)
+    lines = "".join(f"{frame}.png,{drive}\n" for frame, drive in drives.items())
+    (tmp_path / "sequences.csv").write_text("frame,sequence\n" + lines)
     assert carla.read_sequences(str(tmp_path)) == drives
     splits = carla.split_pairs(carla.find_pairs(str(tmp_path)), drives, 0.2)
-    sides = [{drives[pair.id] for pair in splits[name]} for name in ("train", "validation")]
+    train_drives, validation_drives = ({drives[pair.id] for pair in splits[s]} for s in ("train", "validation"))
     assert len(splits["validation"]) == 8 and len(splits["train"]) == 32
-    assert not sides[0] & sides[1]
+    assert not train_drives & validation_drives
 
 
 def test_carla_without_drives_holds_out_one_block_of_frame_numbers(tmp_path):
@@ -136,7 +136,7 @@ def test_carla_without_drives_holds_out_one_block_of_frame_numbers(tmp_path):
 
 
 def _break(root: pathlib.Path, fault: str) -> str:
-    """Breaks one thing; returns what the error must say."""
+    """Breaks one file; returns a part of the expected error message."""
     image, mask = root / "CameraRGB/000002.png", root / "CameraMask/000002.png"
     if fault == "no mask":
         mask.unlink()
@@ -165,7 +165,7 @@ def _break(root: pathlib.Path, fault: str) -> str:
     raise AssertionError(fault)
 
 
-def test_all_frames_of_one_drive_can_be_scored(config, tmp_path):
+def test_a_single_drive_can_be_evaluated_as_a_whole(config, tmp_path):
     make_frames(tmp_path, range(6))
     (tmp_path / "sequences.csv").write_text("frame,sequence\n" + "".join(f"{n:06d}.png,1\n" for n in range(6)))
     assert len(data.load(_config(config, tmp_path), "all")) == 6
@@ -205,7 +205,7 @@ def test_broken_carla_files_are_named(config, tmp_path, fault):
     assert expected in str(error.value)
 
 
-def test_missing_and_empty_folders_say_what_to_put_there(config, tmp_path):
+def test_the_error_for_missing_and_empty_folders_says_what_to_put_there(config, tmp_path):
     for root in (tmp_path / "nowhere", tmp_path, ""):
         with pytest.raises(UserError, match=r"CameraRGB(.|\n)*configs/shapes.py needs no data"):
             data.load(_config(config, root), "train")
@@ -214,7 +214,7 @@ def test_missing_and_empty_folders_say_what_to_put_there(config, tmp_path):
         data.load(_config(config, tmp_path / "file.zip"), "train")
 
 
-def test_names_and_splits_that_do_not_exist(config):
+def test_unknown_names_and_splits_are_refused(config):
     with pytest.raises(UserError, match="Did you mean 'shapes'"):
         config.data.name = "shape"
         data.load(config.data, "train")
@@ -228,7 +228,7 @@ def test_names_and_splits_that_do_not_exist(config):
 
 
 def make_pets(root, names):
-    """An unpacked Oxford folder: trimaps of 2 around 1, a border of 3 between."""
+    """An unpacked Oxford folder: trimaps with the pet (1), a border (3) around it, and background (2)."""
     (root / "images").mkdir(parents=True)
     (root / "annotations" / "trimaps").mkdir(parents=True)
     trimap = np.full((20, 16), 2, np.uint8)
@@ -260,7 +260,7 @@ def test_pets_from_an_unpacked_folder(config, tmp_path):
     assert (label[0, 0], label[4, 4], label[8, 8]) == (0, 255, 1)
 
 
-def test_pets_that_are_nowhere_say_where_to_put_them(config, tmp_path, monkeypatch):
+def test_the_error_for_missing_pets_says_where_to_put_them(config, tmp_path, monkeypatch):
     from unet_jax.data import oxford_iiit_pet
 
     monkeypatch.setattr(oxford_iiit_pet, "_reachable", lambda: False)
@@ -291,13 +291,13 @@ def test_broken_pets_are_named(config, tmp_path, fault):
         expected = f"there is no {trimap}"
     elif fault == "size":
         Image.new("L", (5, 5), 1).save(trimap)
-        expected = f"{image} is 16x20 pixels but {trimap} is 5x5"
+        expected = f"{image} is 16x20 pixels but its mask {trimap} is 5x5"
     elif fault == "unreadable":
         image.write_bytes(image.read_bytes()[:100])
         expected = f"{image}: not a readable image"
     elif fault == "label":
         Image.new("L", (16, 20), 4).save(trimap)
-        expected = f"{trimap}, less 1: label 3 is not in 0..2"
+        expected = f"{trimap}, minus 1: label 3 is not in 0..2"
     else:
         (tmp_path / "annotations/trainval.txt").write_text("Bengal_1 6 1 2\nBengal_2\n")
         expected = "trainval.txt, line 2: 'Bengal_2' is not NAME CLASS SPECIES BREED"
@@ -306,7 +306,7 @@ def test_broken_pets_are_named(config, tmp_path, fault):
     assert expected in str(error.value)
 
 
-def test_wrong_labels_get_a_hint():
+def test_errors_about_wrong_labels_hint_at_the_cause():
     for values, hint in (([0, 255], "divide it by 255"), ([1, 2, 3], "subtract 1"), ([0, 7, 90], "coloured mask")):
         with pytest.raises(UserError, match=hint):
             check_label(np.array(values, np.uint8), 3, "mask.png")

@@ -5,10 +5,15 @@ import jax
 import numpy as np
 import pytest
 
-from unet_jax import checkpoint, data, evaluate, integrity, mesh, workdir
+from unet_jax import data
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
+from unet_jax.evaluation import evaluate
+from unet_jax.metrics import confusion
 from unet_jax.models import unet
+from unet_jax.parallel import sharding
+from unet_jax.training import state
+from unet_jax.workdir import checkpoints, files, integrity, metrics_log
 
 
 def _evaluate(config, variables, batch_size, variant, devices=None):
@@ -16,7 +21,7 @@ def _evaluate(config, variables, batch_size, variant, devices=None):
     source = data.load(config.data, "validation")
     images = pipeline.Pipeline(source, config.data.size, config.data.resize, 1.0)
     model = unet.create(source.classes.num_outputs, **config.model)
-    devices = devices or mesh.create(0, 1)
+    devices = devices or sharding.create_mesh(0, 1)
     if variables is None:
         variables = model.init(jax.random.key(3), np.zeros((1, *config.data.size, 1), np.float32))
     step = evaluate.make_eval_step(model, source.classes, config, devices)
@@ -40,7 +45,7 @@ def test_evaluation_is_exact_and_does_not_depend_on_batch_size_or_devices(config
                 np.add.at(expected[k], (label[..., k], (logits[..., k] > 0).astype(int)), 1)
     assert (result.confusion == expected).all()
     assert result.confusion.sum() == 10 * 48 * 48 * (6 if variant == "multilabel" else 1)
-    for batch_size, devices in ((16, None), (24, None), (10, mesh.create(1, 1, jax.devices()[:1]))):
+    for batch_size, devices in ((16, None), (24, None), (10, sharding.create_mesh(1, 1, jax.devices()[:1]))):
         other, *_ = _evaluate(config, variables, batch_size, variant, devices)
         assert (other.confusion == result.confusion).all()
         assert other.loss == pytest.approx(result.loss, rel=1e-6)  # convolutions of other batch sizes may round
@@ -55,7 +60,7 @@ def test_eval_mode_needs_the_work_directory_alone(trained, capsys, tmp_path):
         written = json.loads((moved / "eval.json").read_text())
         assert written["miou"] == result.scores["miou"] and written["split"] == "validation"
         assert np.array(written["confusion"]).sum() == 10 * 48 * 48
-        rows = {row["step"]: row for row in workdir.read_metrics(moved) if "val/miou" in row}
+        rows = {row["step"]: row for row in metrics_log.read(moved) if "val/miou" in row}
         best = max(rows.values(), key=lambda row: row["val/miou"])
         assert written["step"] == best["step"] and written["miou"] == best["val/miou"]
         assert written["loss"] == pytest.approx(best["val/loss"], rel=1e-6)
@@ -82,10 +87,10 @@ def test_eval_mode_names_what_is_missing(trained, tmp_path):
 
 
 def test_absent_classes_are_shown_as_absent():
-    from unet_jax import metrics
+    from unet_jax.evaluation import evaluate
 
     counts = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
-    table = evaluate.format_table(evaluate.Evaluation(0.5, metrics.scores(counts, ("a", "b", "dog")), counts, {}))
+    table = evaluate.format_table(evaluate.Evaluation(0.5, confusion.scores(counts, ("a", "b", "dog")), counts, {}))
     assert [line.split() for line in table.splitlines() if line.startswith("dog")] == [["dog", "absent", "absent"]]
     assert "over 2 classes present" in table
 
@@ -95,13 +100,13 @@ def test_the_best_survives_nan_and_never_displaces_the_latest(config, tmp_path):
     model = unet.create(source.classes.num_outputs, **config.model)
     import optax
 
-    from unet_jax import state
+    from unet_jax.parallel import sharding
 
-    tiny = state.create(0, model, (1, 48, 48, 1), optax.identity(), False, mesh.create(0, 1))
-    checkpoints = checkpoint.Checkpoints(tmp_path)
+    tiny = state.create(0, model, (1, 48, 48, 1), optax.identity(), False, sharding.create_mesh(0, 1))
+    writer = checkpoints.CheckpointWriter(tmp_path)
     for step, score in ((1, 0.5), (2, float("nan")), (3, 0.9), (4, None), (5, 0.1), (6, 0.2), (7, None)):
-        checkpoints.save(step, tiny, {}, score)
-    checkpoints.close()
+        writer.save(step, tiny, {}, score)
+    writer.close()
     assert (integrity.best_step(tmp_path), integrity.steps(tmp_path)) == (3, [3, 6, 7])
 
 
@@ -138,8 +143,8 @@ def test_a_flipped_bit_and_a_missing_file_are_named_with_another_step(trained, t
 
 def test_images_of_another_task_are_refused(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    config = workdir.read_json(tmp_path / "run/config.json")
+    config = files.read_json(tmp_path / "run/config.json")
     config["data"]["variant"] = "multilabel"
-    workdir.write_json(tmp_path / "run/config.json", config)
+    files.write_json(tmp_path / "run/config.json", config)
     with pytest.raises(UserError, match="for a multiclass task of 7 classes.* are for a multilabel task of 6"):
         evaluate.evaluate_workdir(tmp_path / "run", None, None, "validation", None)

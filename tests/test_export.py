@@ -1,4 +1,4 @@
-"""Exported files in processes that know neither flax nor unet_jax, against the network, on real images."""
+"""Exported files, run on real images without flax and unet_jax, compared with the network."""
 
 import dataclasses
 import json
@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import tiny
 from conftest import ROOT
+from flax import linen as nn
 from flax import traverse_util
 from PIL import Image
 
 import unet_jax
-from unet_jax import data, export, mesh, predict
-from unet_jax import trained as trained_network
+from unet_jax import data, models
 from unet_jax.errors import UserError
-from unet_jax.models import unet
+from unet_jax.inference import forward, trained
+from unet_jax.interop import export
+from unet_jax.parallel import sharding
 
 # Every setting of `config.model` that changes the graph, and every task.
 VARIANTS = {
@@ -32,11 +34,14 @@ VARIANTS = {
     "binary": dict(norm="batch", task="binary"),
     "multilabel": dict(padding="valid", extra_conv=True, norm="batch", task="multilabel"),
     "two levels": dict(features=(3, 5), task="binary"),
+    "normalized": dict(
+        norm="batch", task="binary", normalization=forward.Normalization((120.0, 110.0, 100.0), (60.0, 55.0, 50.0))
+    ),
 }
 SIZES = [(2, 37, 53), (1, 120, 160), (3, 1, 9), (1, 64, 48)]  # batch, height, width
-VARIANT_SIZES = [(2, 37, 53)]  # one: each is compiled anew
+VARIANT_SIZES = [(2, 37, 53)]  # only one, as each is compiled
 
-# Runs every artefact on every batch of images, and nothing of this project.
+# Runs every exported file on every batch of images, without this project.
 PROGRAM = """
 import json, pathlib, sys
 class Blocked:
@@ -66,13 +71,14 @@ assert not {"flax", "unet_jax"} & sys.modules.keys()
 """
 
 
-def _network(images, task="multiclass", **settings):
-    """A network of random weights, normalisation statistics included, that finds each class about equally often."""
+def _network(images, task="multiclass", normalization=None, **settings):
+    """A network with random weights and statistics that predicts each class about equally often."""
     config = tiny.get_config()
     config.model.update({"dropout": 0.0, "norm": "none", "features": (4, 6, 8), **settings})
     names = ("road", "sky") if task == "binary" else ("road", "sky", "pole", "wall")
     classes = data.Classes(task, names, tuple((60 * i, 0, 255) for i in range(len(names))))
-    model = unet.create(classes.num_outputs, **config.model, one_cpu=True)
+    mesh = sharding.create_mesh(0, 1)
+    network = forward.create_network(config.model, classes, mesh, normalization)
     random = np.random.default_rng(1)
 
     def draw(x):  # He-normal kernels; positive biases and statistics
@@ -80,14 +86,12 @@ def _network(images, task="multiclass", **settings):
             return np.float32(random.uniform(0.1, 0.3, x.shape))
         return np.float32(random.normal(0, np.sqrt(2 / np.prod(x.shape[:-1])), x.shape))
 
-    variables = jax.tree.map(draw, unet.abstract(model, 3))
-    # Logits of mean 0 and deviation 1: then every class is found.
-    logits = jax.jit(lambda v, x: model.apply(v, predict.surround_image(model, x)))(
-        variables, images[:2, 240:277, 200:253]
-    )
+    variables = jax.tree.map(draw, models.abstract_variables(network.model, 3))
+    # Logits with mean 0 and standard deviation 1, so that every class is predicted.
+    logits = jax.jit(network.logits)(variables, images[:2, 240:277, 200:253])
     mean, deviation, head = logits.mean((0, 1, 2)), logits.std((0, 1, 2)), variables["params"]["head"]
     head.update(kernel=head["kernel"] / deviation, bias=(head["bias"] - mean) / deviation)
-    return trained_network.Trained(config, classes, model, variables, 7, mesh.create(0, 1))
+    return trained.Trained(config, classes, network, variables, 7)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +111,7 @@ def networks(images, trained):
 
 @pytest.fixture(scope="module")
 def folder(images, networks, tmp_path_factory):
-    """The images, and for each network which parts of them it is run on."""
+    """The images, and the sizes on which each network is run."""
     folder = tmp_path_factory.mktemp("artefacts")
     for name, network in networks.items():
         np.save(folder / f"{name}.npy", images[..., : network.classes.channels])
@@ -115,7 +119,7 @@ def folder(images, networks, tmp_path_factory):
     return folder
 
 
-def _run_elsewhere(kind, folder):
+def _run_without_project(kind, folder):
     subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM, kind, str(folder)], check=True, cwd=folder)
     return folder
 
@@ -124,7 +128,7 @@ def _run_elsewhere(kind, folder):
 def stablehlo(networks, folder):
     for name, network in networks.items():
         (folder / f"{name}.stablehlo").write_bytes(export.to_stablehlo(network))
-    return _run_elsewhere("stablehlo", folder)
+    return _run_without_project("stablehlo", folder)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +139,7 @@ def onnx_files(networks, folder):
         proto = export.to_onnx(network)
         onnx.checker.check_model(proto, full_check=True)
         (folder / f"{name}.onnx").write_bytes(proto.SerializeToString())
-    return _run_elsewhere("onnx", folder)
+    return _run_without_project("onnx", folder)
 
 
 def _compare(network, images, folder, name, kind):
@@ -143,7 +147,7 @@ def _compare(network, images, folder, name, kind):
         found = np.load(folder / f"{name}.{kind}.{i}.npz")
         expected = np.asarray(network.predict(images[:b, 240 : 240 + h, 200 : 200 + w, : network.classes.channels]))
         assert found["probability"].shape == expected.shape and found["probability"].dtype == np.float32
-        # float32 sums in another order. With groups the network itself is 4e-5 from float64, the ONNX graph 2e-5.
+        # float32 sums in another order. With group norm, the network is 4e-5 from float64, the ONNX graph 2e-5.
         tolerance = 1e-4 if network.model.norm == "group" else 1e-5
         np.testing.assert_allclose(found["probability"], expected, atol=tolerance)
         if network.classes.task == "multiclass":
@@ -155,7 +159,7 @@ def _compare(network, images, folder, name, kind):
             label, decided = label[..., 0], decided[..., 0]
         assert found["label"].shape == label.shape and found["label"].dtype == np.uint8
         assert (found["label"] == label)[decided].all() and decided.mean() > 0.99
-        if h > 30:  # not trivial: no class is nearly everything
+        if h > 30:  # not trivial: no class covers nearly everything
             assert max(np.bincount(found["label"].ravel()) / label.size) < 0.98, np.bincount(found["label"].ravel())
 
 
@@ -170,20 +174,30 @@ def test_onnx_agrees_without_flax_on_real_images_of_any_size(networks, images, o
     _compare(networks[name], images, onnx_files, name, "onnx")
 
 
-def test_margins_longer_than_the_image_run_back_and_forth(networks):
+def test_margins_in_closed_form_equal_those_of_the_network(networks):
     for network in networks.values():
-        before, smallest, covered, grid = export._geometry(network.model)
-        for length in range(1, 60):
-            side = smallest + (length - covered + grid - 1) // grid * grid
-            assert network.model.margins((length, length))[0] == (before, side - length - before)
-    image = np.random.default_rng(0).integers(0, 256, (1, 3, 1, 3), np.uint8)
+        model = network.model
+        for axis, (before, smallest, covered) in enumerate(export.geometry(model)):
+            for length in range(1, 60):
+                padded = smallest + (length - covered + model.stride - 1) // model.stride * model.stride
+                assert model.margins((length, length))[axis] == (before, padded - length - before)
+    image = np.random.default_rng(0).integers(0, 256, (1, 3, 1, 3), np.uint8)  # margins longer than the image
     model = networks["paper"].model
-    np.testing.assert_array_equal(export._surround(model, image), predict.surround_image(model, image))
+    np.testing.assert_array_equal(export.reflect_pad(model, image), forward.reflect_pad(image, model.margins((3, 1))))
 
 
-def test_weights_and_what_they_mean_are_read_without_flax(networks, images, tmp_path):
+def test_onnx_is_refused_for_other_networks(networks):
+    class Other(nn.Module):
+        pass
+
+    network = dataclasses.replace(networks["paper"].network, model=Other())
+    with pytest.raises(UserError, match=r"ONNX is written only for config.model.name = 'unet', not for Other"):
+        export.to_onnx(dataclasses.replace(networks["paper"], network=network))
+
+
+def test_weights_and_metadata_are_read_without_flax(networks, images, tmp_path):
     pytest.importorskip("safetensors")
-    network = networks["binary"]
+    network = networks["normalized"]
     (tmp_path / "w.safetensors").write_bytes(export.to_safetensors(network))
     read = """
 from safetensors import safe_open
@@ -193,18 +207,22 @@ with safe_open("w.safetensors", "numpy") as file:
 """
     program = PROGRAM.split("kind, folder")[0] + read
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
-    metadata = json.loads((tmp_path / "metadata.json").read_text())
-    classes, config = (json.loads(metadata[name]) for name in ("classes", "config"))
-    assert metadata["step"] == "7" and data.Classes.from_json(classes) == network.classes
+    metadata = {key: json.loads(value) for key, value in json.loads((tmp_path / "metadata.json").read_text()).items()}
+    classes = data.Classes.from_json(metadata["classes"])
+    assert metadata["step"] == 7 and classes == network.classes
     weights = dict(np.load(tmp_path / "weights.npz"))
-    assert {name: x.shape for name, x in weights.items()} == trained_network.shapes(network.variables)
+    assert {name: x.shape for name, x in weights.items()} == models.shapes(network.variables)
     variables = traverse_util.unflatten_dict(weights, sep="/")
-    model = unet.create(network.classes.num_outputs, **config["model"], one_cpu=True)
-    rebuilt = dataclasses.replace(network, model=model, variables=variables)
+    normalization = forward.Normalization.from_json(metadata["normalization"])
+    rebuilt = dataclasses.replace(
+        network,
+        variables=variables,
+        network=forward.create_network(metadata["config"]["model"], classes, network.mesh, normalization),
+    )
     np.testing.assert_array_equal(rebuilt.predict(images[:2, :37, :53]), network.predict(images[:2, :37, :53]))
 
 
-def test_onnx_says_what_the_classes_are(networks):
+def test_onnx_files_hold_the_metadata(networks):
     pytest.importorskip("onnx")
     found = {entry.key: entry.value for entry in export.to_onnx(networks["binary"]).metadata_props}
     assert json.loads(found["classes"])["names"] == ["road", "sky"] and found == export.metadata(networks["binary"])
@@ -223,7 +241,7 @@ def _script(*flags, cwd):
 
 
 @pytest.mark.parametrize("kind", ["stablehlo", "onnx", "safetensors"])
-def test_the_command_writes_compares_and_says_how_to_read(trained, tmp_path, kind):
+def test_the_command_writes_checks_and_prints_how_to_read_it(trained, tmp_path, kind):
     for package in {"onnx": ("onnx", "onnxruntime"), "safetensors": ("safetensors",)}.get(kind, ()):
         pytest.importorskip(package)
     flags = f"--workdir={trained}", f"--format={kind}", "--output=file"

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import unet_jax
-from unet_jax import data, train, workdir
+from unet_jax import data
 from unet_jax.errors import UserError
+from unet_jax.training import loop
+from unet_jax.workdir import files
 
 
 def _params(path, step=None):
@@ -20,7 +22,7 @@ def test_the_first_step_begins_with_the_other_weights(trained, config, tmp_path,
     config.init_from = str(trained)
     config.optimizer.learning_rate, config.optimizer.ema = 1e-30, 0.0
     config.train.epochs = 0.4  # one step
-    train.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
     assert f"Begins with the weights of {trained}, step" in capsys.readouterr().out
     for old, new in zip(jax.tree.leaves(_params(trained)), jax.tree.leaves(_params(tmp_path / "run")), strict=True):
         np.testing.assert_allclose(old, new, atol=1e-20)
@@ -30,7 +32,7 @@ def test_another_number_of_classes_draws_the_head_anew(trained, config, tmp_path
     config.init_from = str(trained)
     config.data.variant = "multilabel"
     config.optimizer.learning_rate, config.train.epochs = 1e-30, 0.4
-    train.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
     assert "its head has 7 outputs and is drawn anew with 6" in capsys.readouterr().out
     old, new = _params(trained), _params(tmp_path / "run")
     assert new["head"]["kernel"].shape[-1] == 6 and new["head"]["kernel"].std() > 0.01
@@ -43,7 +45,7 @@ def test_frozen_weights_stay_bit_for_bit_and_survive_a_restart(trained, config, 
     config.optimizer.name, config.optimizer.weight_decay, config.optimizer.clip_norm = "adamw", 0.1, 1.0
     config.optimizer.ema = 0.0
     config.train.epochs = 4.0
-    train.train(config, tmp_path / "whole")
+    loop.train(config, tmp_path / "whole")
     flat = lambda tree: {"/".join(k.key for k in p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
     begun, ended = flat(_params(trained)), flat(_params(tmp_path / "whole", 10))
     for name, value in ended.items():
@@ -52,7 +54,7 @@ def test_frozen_weights_stay_bit_for_bit_and_survive_a_restart(trained, config, 
     shutil.rmtree(tmp_path / "whole/checkpoints/10")
     moved = trained.rename(tmp_path / "moved")
     try:
-        train.train(config, tmp_path / "whole")
+        loop.train(config, tmp_path / "whole")
     finally:
         moved.rename(trained)
     for name, value in flat(_params(tmp_path / "whole", 10)).items():
@@ -63,11 +65,11 @@ def test_what_does_not_fit_is_named(trained, config, tmp_path):
     config.init_from = str(trained)
     config.model.features = (4, 8, 16)
     with pytest.raises(UserError, match=r"batch_stats/down_2/BatchNorm_0/mean is \(8,\) there, but \(16,\)"):
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     config.model.features = (4, 8, 8)
     config.init_from = str(tmp_path / "nothing")
     with pytest.raises(UserError, match="has no config.json"):
-        train.train(config, tmp_path / "run2")
+        loop.train(config, tmp_path / "run2")
     assert not any((tmp_path / name / "config.json").exists() for name in ("run", "run2"))  # not claimed
     config.init_from = ""
     for frozen, message in (
@@ -77,14 +79,14 @@ def test_what_does_not_fit_is_named(trained, config, tmp_path):
     ):
         config.optimizer.frozen = frozen
         with pytest.raises(UserError, match=message):
-            train.train(config, tmp_path / "run3")
+            loop.train(config, tmp_path / "run3")
 
 
 def test_files_that_do_not_belong_together_are_named(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    values = workdir.read_classes(tmp_path / "run")
+    values = files.read_classes(tmp_path / "run")
     classes = data.Classes.from_json(values)
     fewer = dataclasses.replace(classes, names=classes.names[:5], palette=classes.palette[:5])
-    workdir.write_json(tmp_path / "run/classes.json", fewer.to_json())
+    files.write_json(tmp_path / "run/classes.json", fewer.to_json())
     with pytest.raises(UserError, match=r"params/head/bias is \(7,\), but the network .* 5 classes .* needs \(5,\)"):
         unet_jax.load(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Own images: pairing, label maps, 16 bits, splits."""
+"""Folders of images and masks: pairing, label maps, 16-bit images, splits."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import tifffile
 from PIL import Image
 
 from unet_jax import data
-from unet_jax.data import images, labels
+from unet_jax.data import images, labels, pairing
 from unet_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -50,10 +50,11 @@ def _fill(root, count=10, mask=lambda k: _mask()):
     return root
 
 
-def _settled(config):
-    said = []
-    data.settle(config, said.append)
-    return "\n".join(said)
+def _infer(config):
+    """Infers the settings of `config`; returns what was printed."""
+    texts = []
+    data.infer_settings(config, texts.append)
+    return "\n".join(texts)
 
 
 def test_files_of_all_kinds_are_paired_by_name(tmp_path):
@@ -74,7 +75,7 @@ def test_files_of_all_kinds_are_paired_by_name(tmp_path):
     (tmp_path / "images/.DS_Store").write_text("")
     (tmp_path / "images/notes.txt").write_text("")
     config = _config(tmp_path, labels=("0 back", "1 front", "255 -> 1"))
-    assert "3 channel(s) (1 of 5 are grey)" in _settled(config)
+    assert "3 channel(s) (1 of 5 are grey)" in _infer(config)
     source = data.load(config, "all")
     assert list(source.ids) == ["a", "b", "c", "e", "sub/d"] and source.classes.names == ("back", "front")
     for index, name in enumerate(source.ids):
@@ -88,7 +89,7 @@ def test_files_of_all_kinds_are_paired_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(20, 30), (20, 30, 3)])
-def test_16_bit_images_are_stretched_over_what_they_hold(shape, tmp_path):
+def test_16_bit_images_are_scaled_to_their_range_of_values(shape, tmp_path):
     deep = [RNG.integers(200, 4000, shape).astype(np.uint16) for _ in range(4)]
     for k, array in enumerate(deep):
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -96,11 +97,14 @@ def test_16_bit_images_are_stretched_over_what_they_hold(shape, tmp_path):
         tifffile.imwrite(tmp_path / f"images/{k}.tif", array, photometric=kind)
         _save(_mask(), tmp_path / f"masks/{k}.png")
     config = _config(tmp_path)
-    said = _settled(config)
+    printed = _infer(config)
     low, high = config.value_range
     values = np.sort(np.concatenate([array.ravel() for array in deep]))
     assert 0.0005 < (values < low).mean() < 0.0015 and 0.0005 < (values > high).mean() < 0.0015
-    assert f"values {low} to {high} become 0 to 255" in said and config.channels == (1 if len(shape) == 2 else 3)
+    assert (
+        f"values {low} to {high}, all but 0.2 % of the pixels, are scaled to 0..255" in printed
+        and config.channels == (1 if len(shape) == 2 else 3)
+    )
     image, _ = data.load(config, "all").read(0)
     expected = np.rint((deep[0].astype(np.float64) - low).clip(0, high - low) / (high - low) * 255)
     assert abs(image.reshape(shape) - expected).max() <= 1  # float32
@@ -109,12 +113,12 @@ def test_16_bit_images_are_stretched_over_what_they_hold(shape, tmp_path):
     assert images.read_any(png).dtype == np.uint16
 
 
-def test_labels_are_read_as_they_are_written():
+def test_label_entries_are_parsed():
     label_map = labels.parse(("0 background", "255 -> 1 a cell", "7 -> 1", "9->ignore"))
     assert label_map.ids == {0: 0, 255: 1, 7: 1, 9: 255} and label_map.names == ("background", "a cell")
     mask = np.array([[0, 255, 7, 9]], np.uint8)
     assert label_map.apply(mask, "m.png").tolist() == [[0, 1, 1, 255]]
-    assert label_map.apply(np.dstack([mask] * 3), "m.png").tolist() == [[0, 1, 1, 255]]  # grey, saved in colours
+    assert label_map.apply(np.dstack([mask] * 3), "m.png").tolist() == [[0, 1, 1, 255]]  # grey, saved as RGB
     colors = labels.parse(("0 0 0 road", "128 0 64 car", "255, 255, 255 -> ignore"))
     assert colors.ids == {(0, 0, 0): 0, (128, 0, 64): 1, (255, 255, 255): 255}
     assert colors.classes("multiclass", 3).palette == ((0, 0, 0), (128, 0, 64))
@@ -125,16 +129,16 @@ def test_labels_are_read_as_they_are_written():
 @pytest.mark.parametrize(
     "entries, message",
     [
-        (("background",), "is no entry"),
-        (("0 a", "0 b"), "0 stands there twice"),
+        (("background",), "is not a valid entry"),
+        (("0 a", "0 b"), "lists the value 0 twice"),
         (("0 a", "2 b"), r"the classes are \[0, 2\]"),
         (("0 a",), "at least two"),
         (("0 a", "1 2 3 b"), "mixes numbers and colours"),
-        (("0 a", "1 a"), "a name is used twice"),
-        ((0, 255), "is no entry"),
+        (("0 a", "1 a"), "uses a name twice"),
+        ((0, 255), "is not a valid entry"),
     ],
 )
-def test_labels_without_meaning_are_refused(entries, message):
+def test_invalid_labels_are_refused(entries, message):
     with pytest.raises(UserError, match=message):
         labels.parse(entries)
 
@@ -154,53 +158,53 @@ def test_labels_are_guessed(found, expected):
     labels.parse(expected)
 
 
-def test_a_guess_is_printed_and_kept(tmp_path):
+def test_guessed_labels_are_printed_and_recorded(tmp_path):
     config = _config(_fill(tmp_path, mask=lambda k: _mask(values=(0, 255) if k else (0, 0))))
-    said = _settled(config)
-    assert """--config.data.labels="('0 -> 0 background', '255 -> 1 foreground')\"""" in said
-    assert "255 is in 9 of 10 masks" in said
+    printed = _infer(config)
+    assert """--config.data.labels="('0 -> 0 background', '255 -> 1 foreground')\"""" in printed
+    assert "255 is in 9 of 10 masks" in printed
     assert config.labels == ("0 -> 0 background", "255 -> 1 foreground")
     mixed = _config(_fill(tmp_path / "mixed", mask=lambda k: _mask(values=(0, 1 if k % 2 else 255))))
-    _settled(mixed)
+    _infer(mixed)
     assert mixed.labels == ("0 background", "1 foreground", "255 -> 1")
     with pytest.raises(UserError, match="nothing but 0"):
-        _settled(_config(_fill(tmp_path / "b", mask=lambda k: _mask(values=(0, 0)))))
+        _infer(_config(_fill(tmp_path / "b", mask=lambda k: _mask(values=(0, 0)))))
     with pytest.raises(UserError, match="smooth edges"):
-        _settled(_config(_fill(tmp_path / "c", mask=lambda k: _picture(channels=1))))
+        _infer(_config(_fill(tmp_path / "c", mask=lambda k: _picture(channels=1))))
 
 
-def test_palettes_that_differ_are_refused(tmp_path):
+def test_masks_with_different_palettes_are_refused(tmp_path):
     for k, colors in enumerate(([0, 0, 0, 255, 255, 255], [255, 255, 255, 0, 0, 0])):
         _save(_picture(), tmp_path / f"images/{k}.png")
         mask = Image.fromarray(_mask(values=(0, 1)))
         mask.putpalette(colors)
         (tmp_path / "masks").mkdir(exist_ok=True)
         mask.save(tmp_path / f"masks/{k}.png")
-    with pytest.raises(UserError, match="palettes that differ"):
-        _settled(_config(tmp_path))
+    with pytest.raises(UserError, match="different palettes"):
+        _infer(_config(tmp_path))
     config = _config(tmp_path, labels=("255 255 255 paper", "0 0 0 ink"))
-    _settled(config)
+    _infer(config)
     first, second = (data.load(config, "all").read(k)[1] for k in (0, 1))
     np.testing.assert_array_equal(first, 1 - second)  # colours, not indices
 
 
-def test_groups_stay_together_and_few_move_when_images_are_added(tmp_path):
+def test_groups_stay_together_and_adding_images_moves_few(tmp_path):
     for video in range(12):
         for frame in range(3):
             _save(_picture(4, 4), tmp_path / f"images/v{video}_{frame}.png")
             _save(_mask(4, 4), tmp_path / f"masks/v{video}_{frame}.png")
     config = _config(tmp_path, group="(.*)_", validation=0.25)
-    _settled(config)
-    parts = {split: set(data.load(config, split).ids) for split in ("train", "validation", "all")}
-    videos = {split: {name.split("_")[0] for name in ids} for split, ids in parts.items()}
+    _infer(config)
+    ids = {split: set(data.load(config, split).ids) for split in ("train", "validation", "all")}
+    videos = {split: {name.split("_")[0] for name in names} for split, names in ids.items()}
     assert len(videos["validation"]) == 3 and not videos["train"] & videos["validation"]
-    assert parts["train"] | parts["validation"] == parts["all"] and len(parts["all"]) == 36
+    assert ids["train"] | ids["validation"] == ids["all"] and len(ids["all"]) == 36
     for frame in range(3):
         _save(_picture(4, 4), tmp_path / f"images/v99_{frame}.png")
         _save(_mask(4, 4), tmp_path / f"masks/v99_{frame}.png")
     after = {name.split("_")[0] for name in data.load(config, "validation").ids}
     assert len(after & videos["validation"]) >= 2
-    for pattern, message in (("(", "no regular expression"), ("x(.*)_", "finds nothing in the name 'v0_0'")):
+    for pattern, message in (("(", "not a regular expression"), ("x(.*)_", "matches nothing in the name 'v0_0'")):
         with pytest.raises(UserError, match=message):
             data.load(_config(tmp_path, group=pattern, labels=config.labels, channels=3), "train")
     with pytest.raises(UserError, match="leave none for validation"):
@@ -212,7 +216,7 @@ def test_lists_name_the_splits(tmp_path):
     (tmp_path / "train.txt").write_text("0\n1.png\n\n/elsewhere/images/2.png /elsewhere/masks/2.png\n")
     (tmp_path / "val.txt").write_text("images/5\n")
     config = _config(tmp_path, lists=("train.txt", "val.txt"))
-    _settled(config)
+    _infer(config)
     assert list(data.load(config, "train").ids) == ["0", "1", "2"]
     assert list(data.load(config, "validation").ids) == ["5"]
     assert list(data.load(config, "all").ids) == ["0", "1", "2", "5"]
@@ -228,7 +232,7 @@ def test_camvid(real_data):
 
     config = camvid.get_config().data
     config.root = str(real_data / "camvid/CamVid")
-    data.settle(config, lambda text: None)
+    data.infer_settings(config, lambda text: None)
     train, validation = (data.load(config, split) for split in ("train", "validation"))
     assert (len(train), len(validation), len(data.load(config, "all"))) == (34, 8, 42)
     image, label = train.read(0)
@@ -242,7 +246,7 @@ def test_carvana(real_data):
 
     config = carvana.get_config().data
     config.root = str(real_data / "carvana")
-    data.settle(config, lambda text: None)
+    data.infer_settings(config, lambda text: None)
     train, validation = (data.load(config, split) for split in ("train", "validation"))
     cars = [{name.split("_")[0] for name in source.ids} for source in (train, validation)]
     assert len(train) + len(validation) == 65 and not cars[0] & cars[1] and len(cars[0] | cars[1]) == 13
@@ -257,22 +261,15 @@ def test_a_folder_without_a_readable_image_is_named(tmp_path):
     _fill(tmp_path, 3)
     for file in (tmp_path / "images").iterdir():
         file.write_text("no image")
-    with pytest.raises(UserError, match=r"not one of 3 files can be read: .*0.png: not a readable image"):
-        _settled(_config(tmp_path))
+    with pytest.raises(UserError, match=r"none of the 3 files can be read, .*0.png: not a readable image"):
+        _infer(_config(tmp_path))
     with pytest.raises(UserError, match=r"nowhere' is not a folder"):
-        _settled(_config(tmp_path / "nowhere"))
+        _infer(_config(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"photos is not a folder; folders in .*: images, masks"):
-        _settled(_config(tmp_path, images=("photos",)))
+        _infer(_config(tmp_path, images=("photos",)))
 
 
-def _find(config):
-    from unet_jax.data import pairs
-
-    found, faults = pairs.find(config)
-    return [pair.id for pair in found], faults
-
-
-def test_images_and_masks_in_one_folder_behind_links_and_of_other_formats(tmp_path):
+def test_one_folder_of_images_and_masks_with_links_and_other_formats(tmp_path):
     for k in range(3):
         _save(_picture(), tmp_path / f"elsewhere/{k}.png")
         _save(_mask(), tmp_path / f"elsewhere/{k}_mask.png")
@@ -281,9 +278,9 @@ def test_images_and_masks_in_one_folder_behind_links_and_of_other_formats(tmp_pa
     _save(_picture(), tmp_path / "data/all/c.bmp")
     (tmp_path / "data/all/sub").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data/all/sub/circle").symlink_to(tmp_path / "data/all")
-    ids, faults = _find(_config(tmp_path / "data", images=("all",), masks=("all",)))
-    assert ids == ["a.b", "sub/0", "sub/1", "sub/2"]
-    assert len(faults) == 1 and "c.bmp: .bmp files are not read" in faults[0]
+    pairs, faults = pairing.find(_config(tmp_path / "data", images=("all",), masks=("all",)))
+    assert [pair.id for pair in pairs] == ["a.b", "sub/0", "sub/1", "sub/2"]
+    assert len(faults) == 1 and "c.bmp: .bmp files are not supported" in faults[0]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +295,7 @@ def test_images_and_masks_in_one_folder_behind_links_and_of_other_formats(tmp_pa
         ("0", "2 pairs have that name"),
     ],
 )
-def test_a_line_of_a_list_names_one_pair_or_none(line, expected, tmp_path):
+def test_a_line_of_a_list_names_one_pair_or_is_a_fault(line, expected, tmp_path):
     for folder, names in (("train", ("0", "frame.001", "a b")), ("val", ("0", "9"))):
         for name in names:
             _save(_picture(), tmp_path / f"{folder}/{name}.png")
@@ -323,22 +320,22 @@ def test_a_line_of_a_list_names_one_pair_or_none(line, expected, tmp_path):
         (dict(channels=2), "channels = 2 must be 1"),
         (dict(value_range=(5, 5)), r"value_range = \(5, 5\) must be"),
         (dict(value_range=(5,)), "value_range"),
-        (dict(group="(b)?."), "finds nothing in the name '0'"),
-        (dict(labels=("0 a", "1 -> car")), "'1 -> car' is no entry"),
-        (dict(labels=("0 0 0 a", "0 0 300 b")), "'0 0 300 b' is no entry"),
+        (dict(group="(b)?."), "matches nothing in the name '0'"),
+        (dict(labels=("0 a", "1 -> car")), "'1 -> car' is not a valid entry"),
+        (dict(labels=("0 0 0 a", "0 0 300 b")), "'0 0 300 b' is not a valid entry"),
         (dict(variant="binary", labels=("0 a", "255 -> 1 b", "2 c")), "for two classes, but config.data.labels has 3"),
     ],
     ids=str,
 )
-def test_settings_without_meaning_are_refused(fields, message, tmp_path):
+def test_invalid_settings_are_refused(fields, message, tmp_path):
     _fill(tmp_path, 3)
     config = _config(tmp_path, **fields)
     with pytest.raises(UserError, match=message):
-        _settled(config)
+        _infer(config)
         data.load(config, "train")
 
 
-def test_void_beyond_the_palette_turned_photos_and_photos_with_previews(tmp_path):
+def test_void_outside_the_palette_and_rotated_photos_with_previews(tmp_path):
     _fill(tmp_path, 2)
     mask = Image.fromarray(_mask(values=(0, 1, 255)))
     mask.putpalette([k % 256 for k in range(63)])  # 21 colours
@@ -349,6 +346,6 @@ def test_void_beyond_the_palette_turned_photos_and_photos_with_previews(tmp_path
     exif[0x0112] = 3
     photo.save(tmp_path / "images/0.jpg", "MPO", save_all=True, append_images=[photo], exif=exif)
     config = _config(tmp_path)
-    said = _settled(config)
-    assert "255 -> ignore" in config.labels and "1 photo(s) are marked as turned" in said
+    printed = _infer(config)
+    assert "255 -> ignore" in config.labels and "the EXIF data of 1 photo(s) say they are rotated" in printed
     assert set(np.unique(data.load(config, "all").read(0)[1])) == {0, 1, 255}

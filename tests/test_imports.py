@@ -91,26 +91,30 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTensorFlow
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
 from configs import shapes
-from unet_jax import checkpoint, data, draw, evaluate, mesh, optimizer, state, step
+from unet_jax import data
+from unet_jax.evaluation import evaluate
+from unet_jax.parallel import sharding
+from unet_jax.training import optimizer, state, step
+from unet_jax.workdir import checkpoints
 from unet_jax.models import unet
 
 config = shapes.get_config()
 config.data.size, config.model.features, config.train.batch_size = (48, 48), (4, 8), 2
 source = data.load(config.data, "train")
-devices = mesh.create(0, 1)
+devices = sharding.create_mesh(0, 1)
 model = unet.create(source.classes.num_outputs, **config.model)
 tx = optimizer.make_optimizer(config.optimizer, optimizer.make_schedule(config.optimizer, 2, 10))
 made = state.create(0, model, (1, 48, 48, 1), tx, False, devices)
 images, labels = zip(*(source.read(i) for i in range(2)))
-batch = mesh.put_batch(devices, dict(image=np.stack(images), label=np.stack(labels), mask=np.ones(2, bool)))
+batch = sharding.put_batch(devices, dict(image=np.stack(images), label=np.stack(labels), mask=np.ones(2, bool)))
 layout = state.shardings(made, devices, False)
 train_step = step.make_train_step(model, tx, config, source.classes, devices, layout)
-made, values = train_step(made, batch, mesh.put_everywhere(devices, 0))
+made, values = train_step(made, batch, sharding.per_device(devices, 0))
 counts, *_ = evaluate.make_eval_step(model, source.classes, config, devices)(made.eval_variables, batch)
 assert counts.sum() == 2 * 48 * 48
-checkpoints = checkpoint.Checkpoints({str(tmp_path)!r})
-checkpoints.save(1, made, {{}}, 0.5)
-checkpoints.close()
+writer = checkpoints.CheckpointWriter({str(tmp_path)!r})
+writer.save(1, made, {{}}, 0.5)
+writer.close()
 assert np.isfinite(float(values["loss"]))
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

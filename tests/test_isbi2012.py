@@ -1,3 +1,5 @@
+"""ISBI 2012: slices in folders and in stacks, errors in the files, and the whole recipe on small images."""
+
 import json
 import struct
 import zlib
@@ -7,23 +9,26 @@ import pytest
 import tifffile
 from PIL import Image
 
-from unet_jax import data, draw, evaluate, train, workdir
+from unet_jax import data
 from unet_jax.errors import UserError
+from unet_jax.evaluation import evaluate, pictures
+from unet_jax.training import loop
+from unet_jax.workdir import metrics_log
 
 
 def make_stack(count, size=(40, 56)):
-    """Noise over cells: uint8 `[count, h, w]` images and labels 0/255."""
+    """Noisy images of cells and their labels 0/255, both uint8 `[count, h, w]`."""
     rng = np.random.default_rng(0)
-    rows, columns = np.mgrid[: size[0], : size[1]]
-    labels = np.stack([np.uint8(255 * (((rows + k) % 16 > 2) & (columns % 14 > 2))) for k in range(count)])
+    y, x = np.mgrid[: size[0], : size[1]]
+    labels = np.stack([np.uint8(255 * (((y + k) % 16 > 2) & (x % 14 > 2))) for k in range(count)])
     images = np.uint8(np.clip(labels * 0.6 + 40 + rng.normal(0, 20, labels.shape), 0, 255))
     return images, labels
 
 
 def write_16_bit_png(path, grey):
     """A grey image as 16-bit RGB, which Pillow reads but cannot write."""
-    rows = np.stack([grey.astype(">u2")] * 3, -1).tobytes()
-    lines = np.frombuffer(rows, np.uint8).reshape(len(grey), -1)
+    pixels = np.stack([grey.astype(">u2")] * 3, -1).tobytes()
+    lines = np.frombuffer(pixels, np.uint8).reshape(len(grey), -1)
     lines = np.pad(lines, ((0, 0), (1, 0))).tobytes()  # each line begins with its filter
     with path.open("wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")
@@ -63,13 +68,13 @@ def test_folders_and_stacks_give_the_same_slices(config, tmp_path, layout, varia
     else:
         write_folders(root / layout if layout == "membrane" else root, images, labels)
     _config(config, root).variant = variant
-    parts = {split: data.load(config.data, split) for split in ("train", "validation", "all")}
-    assert {split: len(part) for split, part in parts.items()} == {"train": 10, "validation": 2, "all": 12}
-    assert [int(i) for i in parts["validation"].ids] == [10, 11]  # one block, in the order of numbers, not of text
-    assert [int(i) for i in parts["all"].ids] == list(range(12))
-    assert parts["train"].classes.task == variant and parts["train"].classes.names == ("membrane", "cell")
+    sources = {split: data.load(config.data, split) for split in ("train", "validation", "all")}
+    assert {split: len(source) for split, source in sources.items()} == {"train": 10, "validation": 2, "all": 12}
+    assert [int(i) for i in sources["validation"].ids] == [10, 11]  # one block, in numerical order
+    assert [int(i) for i in sources["all"].ids] == list(range(12))
+    assert sources["train"].classes.task == variant and sources["train"].classes.names == ("membrane", "cell")
     for index, k in ((0, 10), (1, 11)):
-        image, label = parts["validation"].read(index)
+        image, label = sources["validation"].read(index)
         assert image.shape == (40, 56, 1) and image.dtype == label.dtype == np.uint8
         assert (image[..., 0] == images[k]).all() and (label == labels[k] // 255).all()
 
@@ -129,7 +134,7 @@ def _break_stack(root, fault):
     if fault == "two stacks":
         write_stacks(root, images, labels)
         tifffile.imwrite(root / "train-labels.tif", labels[:3, :20], photometric="minisblack", append=True)
-        return r"train-labels.tif holds 2 stacks, or pages of several sizes"
+        return r"train-labels.tif holds 2 stacks, or pages of different sizes"
     write_stacks(root, images, labels)
     (root / "train-labels.tif").write_bytes(b"II*\0no")
     return r"train-labels.tif: not a readable TIFF stack"
@@ -142,7 +147,7 @@ def test_broken_stacks_are_named(config, tmp_path, fault):
         data.load(_config(config, tmp_path), "train")
 
 
-def test_grey_in_other_forms_is_converted_without_loss(config, tmp_path):
+def test_other_forms_of_grey_are_converted_without_loss(config, tmp_path):
     images, labels = make_stack(5)
     write_folders(tmp_path / "a", images, labels // 255)  # 0 and 1
     Image.fromarray(images[0]).convert("RGB").save(tmp_path / "a" / "train" / "image" / "0.png")
@@ -157,7 +162,7 @@ def test_grey_in_other_forms_is_converted_without_loss(config, tmp_path):
             assert (image[..., 0] == images[k]).all() and (label == labels[k] // 255).all()
 
 
-def test_what_is_missing_says_what_to_put_there(config, tmp_path):
+def test_the_error_for_missing_slices_says_what_to_put_there(config, tmp_path):
     with pytest.raises(UserError, match=r"is not a folder\. Put the slices there as train/image/K\.png"):
         data.load(_config(config, tmp_path / "nowhere"), "train")
     with pytest.raises(UserError, match="holds no slices"):
@@ -171,8 +176,8 @@ def test_what_is_missing_says_what_to_put_there(config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant, padding", [("multiclass", "valid"), ("binary", "same")])
-def test_the_whole_recipe_in_small(config, tmp_path, variant, padding, capsys):
-    """Weight map, elastic tiles, valid network, EM scores, rotated scoring: from the files to the table."""
+def test_the_whole_recipe_on_small_images(config, tmp_path, variant, padding, capsys):
+    """Weight map, elastic crops, valid network, EM scores, rotations in the evaluation: from the files to the table."""
     write_stacks(tmp_path / "data", *make_stack(10))
     _config(config, tmp_path / "data", size=(40, 56)).variant = variant
     config.update_from_flattened_dict(
@@ -192,14 +197,14 @@ def test_the_whole_recipe_in_small(config, tmp_path, variant, padding, capsys):
         }
     )
     path = tmp_path / "run"
-    train.train(config, path)
+    loop.train(config, path)
     out = capsys.readouterr().out
     assert "training predicts 26x30 from" in out and "v_rand" in out
-    rows = [row for row in workdir.read_metrics(path) if "val/v_rand" in row]
+    rows = [row for row in metrics_log.read(path) if "val/v_rand" in row]
     assert rows and all(0 <= row["val/v_rand"] <= 1 and 0 <= row["val/pixel_error"] <= 1 for row in rows)
     with Image.open(next((path / "panels").rglob("*.png"))) as picture:
         # Image, truth, prediction, error and weight, each enlarged seven times.
-        assert picture.size[0] == draw.MARGIN + 5 * (7 * 56 + draw.MARGIN)
+        assert picture.size[0] == pictures.MARGIN + 5 * (7 * 56 + pictures.MARGIN)
 
     plain = evaluate.evaluate_workdir(path, None, None, "validation", "none")
     assert plain.confusion.sum() == 2 * 40 * 56  # every pixel, though the network has no padding
@@ -214,20 +219,20 @@ def test_the_whole_recipe_in_small(config, tmp_path, variant, padding, capsys):
         evaluate.evaluate_workdir(path, None, None, "validation", "rotation")
 
 
-def test_settings_that_do_not_fit_are_named(config, tmp_path):
+def test_settings_that_do_not_fit_the_data_are_named(config, tmp_path):
     config.data.variant = "multilabel"
     config.loss.border_weight = 10.0
     with pytest.raises(UserError, match="border_weight is for labels of one class per pixel"):
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     config.loss.border_weight, config.eval.em_scores = 0.0, True
     with pytest.raises(UserError, match="em_scores is for two classes"):
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     config.eval.em_scores, config.eval.tta = False, "rotated"
     with pytest.raises(UserError, match=r"config\.eval\.tta = 'rotated'"):
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     config.eval.tta, config.loss.border_sigma = "none", 0.0
-    with pytest.raises(UserError, match=r"border_sigma = 0\.0 positive"):
-        train.train(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"border_sigma = 0\.0 must be positive"):
+        loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 
 

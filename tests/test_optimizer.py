@@ -3,8 +3,8 @@ import numpy as np
 import optax
 import pytest
 
-from unet_jax import optimizer
 from unet_jax.errors import UserError
+from unet_jax.training import optimizer
 
 
 def _schedule(config, **settings):

@@ -1,3 +1,5 @@
+"""Batches: a pure function of source, seed and step, whether cached or not, for any number of processes."""
+
 import numpy as np
 import pytest
 
@@ -9,14 +11,14 @@ CLASSES = Classes("multiclass", ("a", "b"), ((0, 0, 0), (1, 1, 1)), channels=1)
 
 
 def _source(count=10, broken=()):
-    """Images whose every pixel tells their index."""
+    """Images whose pixels all hold the index of the image."""
 
     def read(index):
         if index in broken:
             raise UserError(f"image {index} is broken")
         return np.full((6, 8, 1), index, np.uint8), np.full((6, 8), index % 2, np.uint8)
 
-    settings = {"made for": "test_pipeline", "broken": broken}
+    settings = {"test": "test_pipeline", "broken": broken}
     return Source(CLASSES, [str(i) for i in range(count)], read, files=(), settings=settings)
 
 
@@ -30,7 +32,7 @@ def _train(images, steps, start=0, rows=np.arange(0, 4), seed=7):
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_every_epoch_is_another_permutation(cached):
+def test_every_epoch_is_a_new_permutation(cached):
     images = _pipeline(cached=cached)
     assert images.cached == cached
     order = np.concatenate(_train(images, 10)).reshape(4, 10)
@@ -39,14 +41,14 @@ def test_every_epoch_is_another_permutation(cached):
     assert _train(images, 10, seed=8) != _train(images, 10)
 
 
-def test_the_order_of_the_first_two_is_uniform():
+def test_shuffles_are_uniform():
     counts = np.zeros((3, 3))
     batches = _pipeline(3).train_batches(3, 0, 0, np.arange(0, 3))
     for _ in range(600):
         first, second, _ = next(batches)["image"][:, 0, 0, 0]
         counts[first, second] += 1
     pairs = counts[~np.eye(3, dtype=bool)]
-    # Chi-square with 5 degrees of freedom: 20.5 is exceeded once in 1,000 seeds.
+    # Chi-square with 5 degrees of freedom: one seed in 1,000 exceeds 20.5.
     assert ((pairs - 100) ** 2 / 100).sum() < 20.5
 
 
@@ -67,10 +69,10 @@ def test_two_processes_feed_the_batches_of_one(cached):
     images = _pipeline(cached=cached)
     halves = [_train(images, 6, rows=rows) for rows in (np.arange(0, 2), np.arange(2, 4))]
     assert [a + b for a, b in zip(*halves, strict=True)] == _train(images, 6)
-    parts = [list(images.eval_batches(4, rows)) for rows in (np.arange(0, 2), np.arange(2, 4))]
-    for whole, *shares in zip(images.eval_batches(4, np.arange(0, 4)), *parts, strict=True):
-        for name, rows in whole.items():
-            assert (np.concatenate([share[name] for share in shares]) == rows).all()
+    per_process = [list(images.eval_batches(4, rows)) for rows in (np.arange(0, 2), np.arange(2, 4))]
+    for whole, *shares in zip(images.eval_batches(4, np.arange(0, 4)), *per_process, strict=True):
+        for name, array in whole.items():
+            assert (np.concatenate([share[name] for share in shares]) == array).all()
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -90,7 +92,7 @@ def test_a_broken_image_is_named(cached):
         list(_pipeline(cached=cached, broken=(3,)).eval_batches(4, np.arange(0, 4)))
 
 
-def test_batches_are_bytes_of_the_right_shape():
+def test_batches_are_uint8_of_the_right_shape():
     batch = next(_pipeline().train_batches(4, 0, 0, np.arange(0, 4)))
     assert batch["image"].dtype == batch["label"].dtype == np.uint8
     assert batch["label"].shape == (4, 6, 8)

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from configs import camvid, carla, default, folder, isbi2012, oxford_iiit_pet
-from unet_jax import data, mesh, plan, program
+from unet_jax import data
 from unet_jax.errors import UserError
 from unet_jax.models import unet
+from unet_jax.parallel import sharding
+from unet_jax.training import plan, program
 
 CARLA = {
     "features": (32, 64, 128, 256, 512),
@@ -22,7 +24,7 @@ CARLA = {
 
 def _compile(config, count=8, space=1):
     config.mesh.space = space
-    devices = mesh.create(0, space, jax.devices()[:count])
+    devices = sharding.create_mesh(0, space, jax.devices()[:count])
     return plan.compile_step(config, plan.find_classes(config.data), devices)
 
 
@@ -69,7 +71,7 @@ def test_flops_of_training_equal_the_known_numbers(settings, image, outputs, exp
 
 
 def test_work_that_is_done_again_counts_again(plain):
-    devices = mesh.create(0, 1)
+    devices = sharding.create_mesh(0, 1)
     classes = plan.find_classes(plain.data)
     kept = plan.flops(plain, classes, devices, plan.compile_step(plain, classes, devices))
     plain.model.remat = (0, 1, 2)

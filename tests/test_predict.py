@@ -9,10 +9,11 @@ import pytest
 from conftest import ROOT
 from scipy import ndimage
 
-from unet_jax import mesh, predict
 from unet_jax.data import Classes
 from unet_jax.errors import UserError
+from unet_jax.inference import forward, tiles
 from unet_jax.models.unet import UNet
+from unet_jax.parallel import sharding
 
 THREE = Classes("multiclass", ("a", "b", "c"), ((0, 0, 0),) * 3, channels=1)
 VALID = dict(padding="valid", kernel_init="paper")
@@ -32,10 +33,10 @@ def _image(height, width, seed=0):
 def _whole(model, variables, image, task="multiclass", tta="none", compiled=False):
     """The whole image in one piece; operation by operation, or compiled as a predictor is."""
     size = image.shape[:2]
-    window = predict.surround(predict.as_float(image[None]), predict.margins(model, size, tta))
-    probability = lambda v, x: predict.to_probability(predict.logits(model, v, x, size, task, tta), task)
+    window = forward.reflect_pad(forward.as_float(image[None]), forward.margins(model, size, tta))
+    probability = lambda v, x: forward.to_probability(forward.logits(model, v, x, size, task, tta), task)
     if compiled:
-        probability = mesh.jit_replicated(mesh.create(0, 1), probability)
+        probability = sharding.jit_replicated(sharding.create_mesh(0, 1), probability)
     return np.asarray(probability(variables, window)[0])
 
 
@@ -44,7 +45,7 @@ def _whole(model, variables, image, task="multiclass", tta="none", compiled=Fals
 @pytest.mark.parametrize("extra_conv", [False, True])
 def test_tiles_of_a_valid_network_equal_the_whole_image(size, extra_conv):
     model, variables = _network(**VALID, extra_conv=extra_conv)
-    predictor = predict.Predictor(model, variables, THREE, (32, 48), batch_size=3)
+    predictor = tiles.Predictor(model, variables, THREE, (32, 48), batch_size=3)
     found, whole = predictor.probability(_image(*size)), _whole(model, variables, _image(*size), compiled=True)
     assert found.shape == (*size, 3) and found.dtype == np.float32
     # float32 sums in another order for another size of image; the tolerance is ten roundings of a number below one.
@@ -70,7 +71,7 @@ def test_other_networks_blend_smoothly_and_nearly_agree(settings, task, outputs)
     image = _image(200, 150)
     assert not model.is_local
     names = ("a", "b", "c")[: max(outputs, 2)]
-    predictor = predict.Predictor(
+    predictor = tiles.Predictor(
         model, variables, Classes(task, names, ((0, 0, 0),) * len(names), channels=1), (96, 96)
     )
     found, whole = predictor.probability(image), _whole(model, variables, image, task)
@@ -88,13 +89,13 @@ def test_other_networks_blend_smoothly_and_nearly_agree(settings, task, outputs)
 def test_flips_and_quarter_turns_keep_tiles_exact(tta):
     model, variables = _network(**VALID)
     image = _image(97, 130)
-    found = predict.Predictor(model, variables, THREE, (32, 48), tta=tta).probability(image)
+    found = tiles.Predictor(model, variables, THREE, (32, 48), tta=tta).probability(image)
     np.testing.assert_allclose(found, _whole(model, variables, image, tta=tta), atol=6e-7)
 
 
 @pytest.mark.parametrize("length, tile", [(97, 32), (20, 32), (640, 128), (129, 128)])
 def test_the_shares_of_overlapping_tiles_add_up_to_one_everywhere(length, tile):
-    predictor = predict.Predictor(*_network(), THREE, (tile, tile))
+    predictor = tiles.Predictor(*_network(), THREE, (tile, tile))
     starts = predictor._starts(length, 0)
     total = np.zeros(starts[-1] + tile)
     for start, share in zip(starts, predictor._weights(starts, 0), strict=True):
@@ -106,7 +107,7 @@ def test_the_shares_of_overlapping_tiles_add_up_to_one_everywhere(length, tile):
 
 def test_images_of_any_size_need_one_compilation_and_small_ones_are_said_to_be_mirrored(capsys):
     model, variables = _network(**VALID)
-    predictor = predict.Predictor(model, variables, THREE, (32, 32), batch_size=2)
+    predictor = tiles.Predictor(model, variables, THREE, (32, 32), batch_size=2)
     for size in ((70, 90), (33, 200), (5, 5)):
         predictor.probability(_image(*size))
     assert predictor._step._cache_size() == 1
@@ -145,7 +146,7 @@ def test_test_time_augmentation_puts_every_view_back_in_its_place(tta, tolerance
     np.testing.assert_allclose(averaged, plain, atol=tolerance)
     assert np.ptp(plain) > 0.2
     classes = Classes("multiclass", ("a", "b"), ((0, 0, 0),) * 2, channels=1)
-    tiled = predict.Predictor(model, variables, classes, (32, 32), tta=tta).probability(image)
+    tiled = tiles.Predictor(model, variables, classes, (32, 32), tta=tta).probability(image)
     np.testing.assert_allclose(tiled, plain, atol=tolerance)
 
 
@@ -166,14 +167,14 @@ def test_test_time_augmentation_averages_probabilities_over_its_views(monkeypatc
 
 def test_devices_and_batches_do_not_change_the_result():
     model, variables = _network(**VALID)
-    one = predict.Predictor(model, variables, THREE, (32, 32), devices=mesh.create(1, 1, jax.devices()[:1]))
-    eight = predict.Predictor(model, variables, THREE, (32, 32), batch_size=11)
+    one = tiles.Predictor(model, variables, THREE, (32, 32), devices=sharding.create_mesh(1, 1, jax.devices()[:1]))
+    eight = tiles.Predictor(model, variables, THREE, (32, 32), batch_size=11)
     image = _image(70, 90)
     np.testing.assert_allclose(one.probability(image), eight.probability(image), atol=6e-7)
 
 
 def test_what_is_no_image_is_refused():
-    predictor = predict.Predictor(*_network(), THREE, (32, 32))
+    predictor = tiles.Predictor(*_network(), THREE, (32, 32))
     shapes = ((8, 8), np.uint8), ((8, 8, 1), np.float32), ((0, 8, 1), np.uint8), ((8, 8, 3), np.uint8)
     for bad in (np.zeros(*shape) for shape in shapes):
         with pytest.raises(UserError, match=r"must be uint8 \[height, width, 1 channel"):
@@ -181,9 +182,9 @@ def test_what_is_no_image_is_refused():
     with pytest.raises(UserError, match=r"out must be of shape \(8, 9, 3\), not \(8, 9, 2\)"):
         predictor.probability(np.zeros((8, 9, 1), np.uint8), np.zeros((8, 9, 2)))
     with pytest.raises(UserError, match="Did you mean 'flips'"):
-        predict.Predictor(*_network(), THREE, (32, 32), tta="flip")
+        tiles.Predictor(*_network(), THREE, (32, 32), tta="flip")
     with pytest.raises(UserError, match="must be positive"):
-        predict.Predictor(*_network(), THREE, (0, 32))
+        tiles.Predictor(*_network(), THREE, (0, 32))
 
 
 @pytest.mark.slow
@@ -192,13 +193,15 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import jax, jax.numpy as jnp, numpy as np
-from unet_jax import data, predict
+from unet_jax import data
+from unet_jax.inference import forward, tiles
+from unet_jax.parallel import sharding
 from unet_jax.models.unet import UNet
 
 model = UNet(2, features=(2, 2), padding="valid")
 variables = model.init(jax.random.key(0), jnp.zeros((1, *model.smallest_input, 1)))
 classes = data.Classes("multiclass", ("a", "b"), ((0, 0, 0),) * 2, channels=1)
-predictor = predict.Predictor(model, variables, classes, (256, 256))
+predictor = tiles.Predictor(model, variables, classes, (256, 256))
 def peak(height):
     image = np.memmap({str(tmp_path / "image")!r}, np.uint8, "w+", shape=(height, 2000, 1))
     out = np.memmap({str(tmp_path / "out")!r}, np.float16, "w+", shape=(height, 2000, 2))

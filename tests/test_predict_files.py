@@ -12,8 +12,10 @@ from conftest import ROOT
 from PIL import Image
 
 import unet_jax
-from unet_jax import predict_files, train
 from unet_jax.errors import UserError
+from unet_jax.evaluation import evaluate
+from unet_jax.inference import predict, tiles
+from unet_jax.training import loop
 
 RNG = np.random.default_rng(0)
 
@@ -23,7 +25,7 @@ def _train(path, variant, size=(48, 48)):
     config.data.variant = variant
     config.data.size = size
     config.train.epochs = 1.0
-    train.train(config, path)
+    loop.train(config, path)
     return path
 
 
@@ -44,7 +46,7 @@ def test_a_folder_of_many_sizes(trained, tmp_path):
         name: _save(RNG.integers(0, 256, size, np.uint8), tmp_path / "in" / name) for name, size in sizes.items()
     }
     output = tmp_path / "in/out"  # below the inputs, but beside them
-    predict_files.predict_files(trained, str(tmp_path / "in"), output, scale="fit", probabilities="npy")
+    predict.predict_files(trained, str(tmp_path / "in"), output, scale="fit", probabilities="npy")
     network = unet_jax.load(trained)
     made = json.loads((output / "predictions.json").read_text())
     assert (made["scale"], made["interpolation"], made["step"]) == ("fit", "bilinear", network.step)
@@ -68,12 +70,11 @@ def test_a_folder_of_many_sizes(trained, tmp_path):
 def test_images_at_the_scale_of_the_training_are_tiled(trained, tmp_path, capsys):
     """The generated shapes are not resized, so that a larger image is one of more pixels, not of larger things."""
     picture = _save(RNG.integers(0, 256, (100, 130), np.uint8), tmp_path / "a.png")
-    predict_files.predict_files(trained, str(tmp_path / "a.png"), tmp_path / "out", probabilities="png")
+    predict.predict_files(trained, str(tmp_path / "a.png"), tmp_path / "out", probabilities="png")
     assert "at their own size, in tiles of 48x48" in capsys.readouterr().out
-    from unet_jax import predict
 
     network = unet_jax.load(trained)
-    tiles = predict.Predictor(network.model, network.variables, network.classes, (48, 48))
+    tiles = tiles.Predictor(network.model, network.variables, network.classes, (48, 48))
     expected = tiles.probability(picture[..., None])
     np.testing.assert_array_equal(_load(tmp_path / "out/a.png"), expected.argmax(-1))
     with Image.open(tmp_path / "out/a_probability_circle.png") as written:
@@ -85,7 +86,7 @@ def test_overlapping_masks_are_files_of_their_own(tmp_path):
     picture = _save(RNG.integers(0, 256, (48, 48), np.uint8), tmp_path / "a.png")
     probability = np.asarray(unet_jax.load(path).predict(picture[None, ..., None])[0])
     threshold = float(np.median(probability[..., 1]))
-    predict_files.predict_files(path, str(tmp_path / "a.png"), tmp_path / "out", scale="fit", threshold=threshold)
+    predict.predict_files(path, str(tmp_path / "a.png"), tmp_path / "out", scale="fit", threshold=threshold)
     with Image.open(tmp_path / "out/a_circle.png") as mask:
         np.testing.assert_array_equal(np.asarray(mask), (probability[..., 1] > threshold) * 255)
     assert json.loads((tmp_path / "out/predictions.json").read_text())["threshold"] == threshold
@@ -104,8 +105,8 @@ def test_a_binary_network_of_own_16_bit_images(tmp_path, capsys):
         image = RNG.normal(300, 20, (40, 40)) + 500 * (mask > 0)
         tifffile.imwrite(tmp_path / f"data/images/{k}.tif", image.astype(np.uint16), photometric="minisblack")
         _save(mask, tmp_path / f"data/masks/{k}.png")
-    train.train(config, tmp_path / "run")
-    predict_files.predict_files(
+    loop.train(config, tmp_path / "run")
+    predict.predict_files(
         tmp_path / "run", str(tmp_path / "data/images/*.tif"), tmp_path / "out", probabilities="png"
     )
     out = capsys.readouterr().out
@@ -115,7 +116,6 @@ def test_a_binary_network_of_own_16_bit_images(tmp_path, capsys):
         Image.open(tmp_path / "out/3.png") as label,
     ):
         np.testing.assert_array_equal(np.asarray(label), np.asarray(written) > 0.5 * 65535)
-    from unet_jax import evaluate
 
     result = evaluate.evaluate_workdir(tmp_path / "run", None, None, "validation", None)
     assert result.confusion.sum() == 2 * 32 * 32
@@ -147,12 +147,12 @@ def test_bad_input_is_refused_before_any_work(trained, tmp_path, monkeypatch, ch
     (tmp_path / "full/note.txt").write_text("")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message):
-        predict_files.predict_files(trained, **{"inputs": "a.png", "output": "out", **change})
+        predict.predict_files(trained, **{"inputs": "a.png", "output": "out", **change})
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_classes_whose_names_clean_up_alike_keep_files_of_their_own():
-    assert predict_files._suffixes(("a b", "a_b", "c/d")) == ["_0_a_b", "_1_a_b", "_c_d"]
+    assert predict._suffixes(("a b", "a_b", "c/d")) == ["_0_a_b", "_1_a_b", "_c_d"]
 
 
 def test_unreadable_files_are_listed_and_the_others_predicted(trained, tmp_path):
@@ -181,9 +181,9 @@ def test_constant_predictions_are_noticed(trained, tmp_path, capsys):
     import jax.numpy as jnp
 
     fixed = predict(jnp.eye(7)[3])
-    original, predict_files.trained.load = predict_files.trained.load, lambda *_: fixed
+    original, predict.trained.load = predict.trained.load, lambda *_: fixed
     try:
-        predict_files.predict_files(path, str(tmp_path / "a.png"), tmp_path / "out")
+        predict.predict_files(path, str(tmp_path / "a.png"), tmp_path / "out")
     finally:
-        predict_files.trained.load = original
+        predict.trained.load = original
     assert "warning: every pixel of every image is triangle" in capsys.readouterr().out

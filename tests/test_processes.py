@@ -1,4 +1,4 @@
-"""The same training on any devices and processes, and processes that end together."""
+"""Training gives the same result on any number of devices and processes, and processes end together."""
 
 import json
 import os
@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from test_survival import assert_equal, flags, rows
 
-from unet_jax import checkpoint, data, integrity, mesh, optimizer, processes, state, workdir
+from unet_jax import data, models
 from unet_jax.errors import UserError
-from unet_jax.models import unet
+from unet_jax.parallel import distributed, sharding
+from unet_jax.training import optimizer, state
+from unet_jax.workdir import checkpoints, files, integrity
 
-# Sums are rounded in another order. Not Adam with a norm: see test_one_device_equals_eight.
+# Sums are added, and so rounded, in another order. Adam would amplify this: see test_one_device_equals_eight.
 STEADY = ("--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.05")
 STEADY += ("--config.optimizer.schedule=constant", "--config.train.log_every_steps=1")
 
@@ -28,7 +30,7 @@ def losses(path):
 
 
 def assert_close(path, reference):
-    """The losses of all steps agree within 1e-5: float32 sums in another order."""
+    """Checks that the losses of all steps agree within 1e-5, the rounding of float32 sums in another order."""
     expected, found = losses(reference), losses(path)
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=0, atol=1e-5)
@@ -43,7 +45,7 @@ def succeed_together(*flags, **settings):
 
 @pytest.fixture(scope="module")
 def steady(tmp_path_factory):
-    """A training of 30 steps on eight devices."""
+    """A training run of 30 steps on eight devices."""
     path = tmp_path_factory.mktemp("steady") / "run"
     commands.succeed(*flags(path, *STEADY, "--config.train.epochs=12"), folder=path.parent)
     return path
@@ -55,8 +57,8 @@ def test_one_device_eight_four_by_two_and_two_processes_train_and_score_the_same
     for name, settings in {
         "one device": {"devices": 1},
         "four by two": {"more": ["--config.mesh.space=2"]},
-        "two by four, over the processes' border": {"more": ["--config.mesh.data=2", "--config.mesh.space=4"]},
-        "shared optimizer": {"more": ["--config.mesh.shard_optimizer=True"]},
+        "two by four": {"more": ["--config.mesh.data=2", "--config.mesh.space=4"]},
+        "sharded optimizer": {"more": ["--config.mesh.shard_optimizer=True"]},
         "two processes": {"together": True, "devices": 4},
     }.items():
         path = tmp_path / name / "run"
@@ -74,7 +76,7 @@ def test_one_device_eight_four_by_two_and_two_processes_train_and_score_the_same
 
 
 @pytest.mark.slow
-def test_a_training_goes_on_with_one_device_four_and_two_processes(steady, tmp_path):
+def test_training_resumes_on_one_device_then_four_then_two_processes(steady, tmp_path):
     path = tmp_path / "run"
     more = flags(path, *STEADY, "--config.train.epochs=12")
     for devices in (8, 1, 4):
@@ -86,34 +88,34 @@ def test_a_training_goes_on_with_one_device_four_and_two_processes(steady, tmp_p
         assert before < integrity.steps(path)[-1] < 30
     succeed_together(*more, folder=tmp_path, devices=2)
     assert_close(path, steady)
-    assert len(workdir.read_environment(path)) == 4
+    assert len(files.read_environment(path)) == 4
 
 
-def test_what_is_restored_on_other_devices_is_bit_equal(steady):
-    config = workdir.read_config(steady)
+def test_a_checkpoint_restored_on_other_devices_is_bit_equal(steady):
+    config = files.read_config(steady)
     classes = data.load(config.data, "train").classes
-    model = unet.create(classes.num_outputs, **config.model)
+    model = models.create(num_outputs=classes.num_outputs, **config.model)
     tx = optimizer.make_optimizer(config.optimizer, optimizer.make_schedule(config.optimizer, 2.5, 30))
     found = []
-    checkpoints = checkpoint.Checkpoints(steady)
-    for devices, shard in (
-        (mesh.create(8, 1), False),
-        (mesh.create(1, 1, jax.devices()[:1]), False),
-        (mesh.create(2, 2, jax.devices()[:4]), True),
-        (mesh.create(8, 1), True),
+    writer = checkpoints.CheckpointWriter(steady)
+    for mesh, shard_optimizer in (
+        (sharding.create_mesh(8, 1), False),
+        (sharding.create_mesh(1, 1, jax.devices()[:1]), False),
+        (sharding.create_mesh(2, 2, jax.devices()[:4]), True),
+        (sharding.create_mesh(8, 1), True),
     ):
-        blank = state.create(1, model, (1, 48, 48, classes.channels), tx, True, devices, shard)
-        restored, _ = checkpoints.restore(30, blank)
-        spread = {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(restored.ema)}
-        assert spread == ({True, False} if shard else {True})
+        blank = state.create(1, model, (1, 48, 48, classes.channels), tx, True, mesh, shard_optimizer)
+        restored, _ = writer.restore(30, blank)
+        replicated = {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(restored.ema)}
+        assert replicated == ({True, False} if shard_optimizer else {True})
         found.append(jax.device_get(restored))
-    checkpoints.close()
+    writer.close()
     for other in found[1:]:
         chex.assert_trees_all_equal(other, found[0])
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_saves_the_same_step_of_both(tmp_path):
+def test_sigterm_to_one_of_two_processes_saves_the_same_step_on_both(tmp_path):
     reference, path = tmp_path / "reference", tmp_path / "run"
     outputs = succeed_together(*flags(reference), folder=tmp_path, devices=2)
     assert "process 0 of 2: on " in outputs[0] and "process 1 of 2: on " in outputs[1]
@@ -124,17 +126,17 @@ def test_sigterm_to_one_of_two_saves_the_same_step_of_both(tmp_path):
         cluster[1].send(signal.SIGTERM)
     assert [command.wait() for command in cluster] == [143, 143], cluster[0].output + cluster[1].output
     assert 3 < integrity.steps(path)[-1] < 10
-    assert all("the same command goes on from there" in command.output for command in cluster)
+    assert all("the same command resumes it" in command.output for command in cluster)
     succeed_together(*flags(path), folder=tmp_path, devices=2)
     assert_equal(path, reference)
 
 
 @pytest.mark.slow
-def test_an_exception_in_one_ends_both_with_its_text(tmp_path):
+def test_an_exception_in_one_process_ends_both_with_its_text(tmp_path):
     path = tmp_path / "run"
     first, second = commands.start_cluster(
         *flags(path), folder=tmp_path, devices=2, each=[{"file_size": 15_000}, {}]
-    )  # process 0 alone cannot write
+    )  # only process 0 cannot write
     assert first.wait(40) == 1, first.output
     ended = time.monotonic()
     assert second.wait(30) == 1
@@ -146,37 +148,37 @@ def test_an_exception_in_one_ends_both_with_its_text(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_dead_peer_ends_the_other_which_says_why(tmp_path, killed):
+def test_a_killed_process_ends_the_other_with_a_reason(tmp_path, killed):
     cluster = commands.start_cluster(*flags(tmp_path / "run", "--config.train.epochs=4000"), folder=tmp_path, devices=2)
     cluster[0].wait_for("step 3/10000")
     cluster[killed].send(signal.SIGKILL)
     left = cluster[1 - killed]
-    assert left.wait(processes.HEARTBEAT_TIMEOUT + 30) not in (0, None)
-    assert "another task died" in left.output or "If another process has ended, this is why" in left.output
+    assert left.wait(distributed.HEARTBEAT_TIMEOUT + 30) not in (0, None)
+    assert "another task died" in left.output or "If another process has ended, that is the cause" in left.output
 
 
-def test_processes_that_were_started_differently_say_how(tmp_path):
+def test_processes_that_were_started_differently_print_the_difference(tmp_path):
     each = ["--config.optimizer.learning_rate=0.01", "--config.optimizer.learning_rate=0.02"]
     cluster = commands.start_cluster(
         *flags(tmp_path / "run"), folder=tmp_path, devices=2, each=[{"more": [flag]} for flag in each]
     )
     for command in cluster:
         assert command.wait(60) == 1, command.output
-        assert "process 1 was not started as process 0 was" in command.output
+        assert "process 1 was started differently from process 0" in command.output
         assert '"learning_rate": 0.01' in command.output and '"learning_rate": 0.02' in command.output
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("process_id", [0, 1])
-def test_a_coordinator_that_does_not_answer_is_named(process_id):
+def test_an_unreachable_coordinator_is_named(process_id):
     program = (
-        "from unet_jax import processes\n"
+        "from unet_jax.parallel import distributed, processes\n"
         "processes.START_TIMEOUT = 2\n"
-        f"with processes.together('127.0.0.1:{29871 + process_id}', 2, {process_id}): pass"
+        f"with distributed.initialized('127.0.0.1:{29871 + process_id}', 2, {process_id}): pass"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=commands.ROOT)
     assert result.returncode == 1
-    assert f"not all 2 processes came to 127.0.0.1:{29871 + process_id} within 2 s" in result.stderr
+    assert f"not all 2 processes reached 127.0.0.1:{29871 + process_id} within 2 s" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -185,7 +187,7 @@ def test_a_coordinator_that_does_not_answer_is_named(process_id):
     [
         ({}, None),
         ({"SLURM_STEP_NUM_TASKS": "1"}, None),
-        ({"SLURM_NTASKS": "4"}, None),  # of a batch script, not of a process that srun started
+        ({"SLURM_NTASKS": "4"}, None),  # set in the batch script too, not only in processes that srun started
         ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS"),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE"),
@@ -195,19 +197,19 @@ def test_a_coordinator_that_does_not_answer_is_named(process_id):
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES"),
     ],
 )
-def test_what_hints_at_more_processes(environment, found):
-    assert processes.hint(environment) == found
+def test_launchers_are_detected_from_the_environment(environment, found):
+    assert distributed.launcher_hint(environment) == found
 
 
 @pytest.mark.parametrize(
     "data, space, expected",
     [(0, 1, (8, 1)), (1, 8, (1, 8)), (0, 4, (2, 4)), (0, 3, (8, 1)), (2, 0, (2, 4)), (16, 0, (8, 1))],
 )
-def test_evaluation_splits_images_as_far_as_its_devices_allow(data, space, expected):
-    assert tuple(mesh.create_for_evaluation(data, space).shape.values()) == expected
+def test_evaluation_splits_images_if_its_devices_allow_it(data, space, expected):
+    assert tuple(sharding.create_eval_mesh(data, space).shape.values()) == expected
 
 
-def test_a_work_directory_that_not_all_see_is_named(tmp_path):
+def test_a_work_directory_that_is_not_shared_is_an_error(tmp_path):
     cluster = commands.start_cluster(
         *flags("run"), folder=tmp_path, devices=2, each=[{"folder": tmp_path / "a"}, {"folder": tmp_path / "b"}]
     )
@@ -216,15 +218,15 @@ def test_a_work_directory_that_not_all_see_is_named(tmp_path):
         assert "--workdir=run is not the same folder on process 1 as on process 0" in command.output
 
 
-def test_repeats_on_gpus_are_asked_for_before_they_start(monkeypatch):
+def test_deterministic_kernels_must_be_enabled_before_a_gpu_starts(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
-    processes.be_deterministic()
+    sharding.use_deterministic_kernels()
     expected = "--xla_cpu_enable_fast_math=false --xla_gpu_deterministic_ops=true"
     assert os.environ["XLA_FLAGS"] == expected
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    processes.be_deterministic()  # in time: nothing to change
+    sharding.use_deterministic_kernels()  # already enabled: nothing to change
     assert os.environ["XLA_FLAGS"] == expected
     monkeypatch.delenv("XLA_FLAGS")
     jax.devices()
     with pytest.raises(UserError, match="too late.*XLA_FLAGS=--xla_gpu_deterministic_ops=true"):
-        processes.be_deterministic()
+        sharding.use_deterministic_kernels()

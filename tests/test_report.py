@@ -10,12 +10,17 @@ import pytest
 import tiny
 from etils import epath
 
-from unet_jax import checkpoint, data, evaluate, mesh, metrics, page, report, state, workdir
-from unet_jax import trained as trained_network
+from unet_jax import data
 from unet_jax.data import pipeline
 from unet_jax.data.source import Classes
 from unet_jax.errors import UserError
+from unet_jax.evaluation import evaluate, page, report
+from unet_jax.inference import trained
+from unet_jax.metrics import confusion
 from unet_jax.models import unet
+from unet_jax.parallel import sharding
+from unet_jax.training import state
+from unet_jax.workdir import checkpoints, files, metrics_log
 
 NASTY = '<b>&"x"</b>$title'
 
@@ -41,20 +46,20 @@ def _render(names, counts, **extra):
     task = "multilabel" if np.ndim(counts) == 3 else "multiclass"
     values = {"name": "run", "config": tiny.get_config(), "classes": Classes(task, tuple(names), palette)}
     values |= {"step": 5, "rows": [], "runs": [], "missing": None, "origin": "10 images", "pictures": {}}
-    return page.render(scores=metrics.scores(counts, names), confusion=np.array(counts), **{**values, **extra})
+    return page.render(scores=confusion.scores(counts, names), confusion=np.array(counts), **{**values, **extra})
 
 
 def test_training_writes_a_report_and_says_so(trained):
     text = (trained / "report.html").read_text()
     assert text.count('<article class="card"') == 10  # the whole split, for it is smaller than 12
     assert len(text) < 2**20
-    environment = workdir.read_environment(trained)
+    environment = files.read_environment(trained)
     assert len(environment) == 1 and environment[0]["versions"]["jax"] in text
     assert "http" not in re.sub(r'data:image/[^"]*', "", text)
 
 
 def test_its_scores_are_those_of_eval_mode(copy):
-    network = trained_network.load(copy)
+    network = trained.load(copy)
     measured = report._measure(network, report._open_images(network, copy))
     result = evaluate.evaluate_workdir(copy, None, None, "validation")
     assert (measured.confusion == result.confusion).all()
@@ -73,12 +78,12 @@ def test_overlapping_masks_have_a_report(config, tmp_path):
     path = epath.Path(tmp_path)
     config.data.variant, config.data.shapes_validation, config.model.features = "multilabel", 3, (4, 8)
     classes = data.load(config.data, "validation").classes
-    workdir.claim(path, config, classes.to_json())
+    files.claim(path, config, classes.to_json())
     model = unet.create(classes.num_outputs, **config.model)
-    untrained = state.create(0, model, (1, 48, 48, classes.channels), optax.identity(), False, mesh.create(0, 1))
-    checkpoints = checkpoint.Checkpoints(path)
-    checkpoints.save(1, untrained, {}, None)
-    checkpoints.close()
+    untrained = state.create(0, model, (1, 48, 48, classes.channels), optax.identity(), False, sharding.create_mesh(0, 1))
+    writer = checkpoints.CheckpointWriter(path)
+    writer.save(1, untrained, {}, None)
+    writer.close()
     text = report.write(path).read_text()
     assert "False alarm" in text and text.count('<article class="card"') == 3
     assert "Curves" not in text  # there was no training
@@ -105,8 +110,8 @@ def test_ids_decide_between_equal_scores():
 
 def test_without_its_images_it_tells_what_is_known(copy, capsys):
     (copy / "eval.json").unlink(missing_ok=True)
-    step = trained_network.load(copy).step
-    row = next(r for r in workdir.read_metrics(copy) if r["step"] == step and "val/miou" in r)
+    step = trained.load(copy).step
+    row = next(r for r in metrics_log.read(copy) if r["step"] == step and "val/miou" in r)
     _without_images(copy)
     report.write(copy)
     assert "shows no images" in capsys.readouterr().out
@@ -150,7 +155,7 @@ def test_a_damaged_name_or_message_stays_text():
     run |= {"devices": NASTY, "platform": NASTY, "versions": {"jax": NASTY}}
     image = np.zeros((16, 16, 1), np.uint8)
     label = np.zeros((16, 16), np.uint8)
-    scores = metrics.scores([[256, 0], [0, 0]], (NASTY, "other"))
+    scores = confusion.scores([[256, 0], [0, 0]], (NASTY, "other"))
     picture = page.Picture(NASTY, scores, image, label, label)
     config = tiny.get_config()
     config.data.root = NASTY

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from unet_jax import resample
+from unet_jax.inference import resample
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import test_train
 
-from unet_jax import mesh, plan, step
+from unet_jax.parallel import sharding
+from unet_jax.training import plan, step
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def _compile(config, devices):
 def test_gradients_of_parts_sum_up_to_those_of_the_whole_batch(gradient_config, norm):
     config = gradient_config
     config.model.norm = norm
-    devices = mesh.create(2, 1, jax.devices()[:2])
+    devices = sharding.create_mesh(2, 1, jax.devices()[:2])
     whole, whole_history = test_train._run_steps(config, devices, steps=1)
     config.train.accumulate = 4
     parts, parts_history = test_train._run_steps(config, devices, steps=1)
@@ -39,13 +40,13 @@ def test_one_compilation_serves_all_steps_of_parts(gradient_config, monkeypatch)
     made, make = [], step.make_train_step
     monkeypatch.setattr(step, "make_train_step", lambda *args: made.append(make(*args)) or made[-1])
     gradient_config.train.accumulate, gradient_config.optimizer.learning_rate = 2, 0.01
-    test_train._run_steps(gradient_config, mesh.create(2, 1, jax.devices()[:2]), steps=3)
+    test_train._run_steps(gradient_config, sharding.create_mesh(2, 1, jax.devices()[:2]), steps=3)
     assert [function._cache_size() for function in made] == [1]
 
 
 def test_activations_computed_again_change_nothing(gradient_config):
     config = gradient_config
-    devices = mesh.create(2, 1, jax.devices()[:2])
+    devices = sharding.create_mesh(2, 1, jax.devices()[:2])
     kept, _ = test_train._run_steps(config, devices, steps=1)
     config.model.remat = (0, 1, 2)
     again, _ = test_train._run_steps(config, devices, steps=1)
@@ -56,7 +57,7 @@ def test_activations_computed_again_change_nothing(gradient_config):
 @pytest.mark.slow
 def test_parts_and_remat_save_memory(config, optimized):
     config.data.size, config.train.batch_size = (128, 128), 32
-    devices = mesh.create(0, 1)
+    devices = sharding.create_mesh(0, 1)
     peak = lambda: _compile(config, devices).peak
     whole = peak()
     config.model.remat = (0, 1, 2)
@@ -73,7 +74,7 @@ def test_networks_whose_images_are_shared_by_devices_train_the_same(gradient_con
     config = gradient_config
     config.model.update(model)
     one, one_history = test_train._run_steps(config, test_train._one_device(), steps=2)
-    many, many_history = test_train._run_steps(config, mesh.create(2, 4), steps=2)
+    many, many_history = test_train._run_steps(config, sharding.create_mesh(2, 4), steps=2)
     for a, b in zip(one_history, many_history, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
     chex.assert_trees_all_close(one.params, many.params, atol=1e-5)
@@ -84,7 +85,7 @@ def test_networks_whose_images_are_shared_by_devices_train_the_same(gradient_con
 def test_a_step_adds_nothing_up_in_an_order_that_a_gpu_chooses(gradient_config, model):
     config = gradient_config
     config.model.update(model)
-    devices, classes = mesh.create(2, 1, jax.devices()[:2]), plan.find_classes(config.data)
+    devices, classes = sharding.create_mesh(2, 1, jax.devices()[:2]), plan.find_classes(config.data)
     made = _compile(config, devices)
     layout = jax.tree.map(lambda x: x.sharding, made.arguments[0])
     train_step = step.make_train_step(made.parts.model, made.parts.tx, config, classes, devices, layout)

@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 import tiny
 
-from unet_jax import checkpoint, data, evaluate, integrity, log, mesh, optimizer, state, train, workdir
+from unet_jax import data
 from unet_jax.data import pipeline
 from unet_jax.errors import Interrupted, UserError
+from unet_jax.evaluation import evaluate
 from unet_jax.models import unet
+from unet_jax.parallel import sharding
+from unet_jax.training import log, loop, optimizer, state
+from unet_jax.workdir import checkpoints, files, integrity, metrics_log
 
 TIMES = {"train/images_per_sec", "train/data_wait"}
 
@@ -28,19 +32,19 @@ def flags(path, *more):
 
 def rows(path, *left_out):
     """The lines of metrics, without times."""
-    return [{k: v for k, v in row.items() if k not in {*TIMES, *left_out}} for row in workdir.read_metrics(path)]
+    return [{k: v for k, v in row.items() if k not in {*TIMES, *left_out}} for row in metrics_log.read(path)]
 
 
 def final(path):
     """The last state, what was saved beside it, and the metrics; nothing of it is restored by the code of training."""
-    config = workdir.read_config(path)
+    config = files.read_config(path)
     classes = data.load(config.data, "train").classes
     model = unet.create(classes.num_outputs, **config.model)
     tx = optimizer.make_optimizer(config.optimizer, optimizer.make_schedule(config.optimizer, 2.5, 10))
-    blank = state.create(1, model, (1, 48, 48, classes.channels), tx, True, mesh.create(0, 1))
-    checkpoints = checkpoint.Checkpoints(path)
-    found, meta = checkpoints.restore(integrity.steps(path)[-1], blank)
-    checkpoints.close()
+    blank = state.create(1, model, (1, 48, 48, classes.channels), tx, True, sharding.create_mesh(0, 1))
+    writer = checkpoints.CheckpointWriter(path)
+    found, meta = writer.restore(integrity.steps(path)[-1], blank)
+    writer.close()
     return jax.device_get(found), meta, rows(path)
 
 
@@ -62,7 +66,7 @@ def config():
 def finished(tmp_path_factory, config):
     """A training that was never interrupted: 10 steps, saved at 2, 4, 5, 6, 8, 10."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    train.train(config, path)
+    loop.train(config, path)
     return path
 
 
@@ -121,9 +125,9 @@ def test_what_libraries_catch_does_not_swallow_a_signal(config, finished, tmp_pa
     def interrupted(*_, **__):
         raise Interrupted("stopped", signal.SIGTERM)
 
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", interrupted)
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "restore", interrupted)
     with pytest.raises(Interrupted, match="stopped"):
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("at", ["step", "evaluation", "last evaluation"])
@@ -131,14 +135,14 @@ def test_a_signal_loses_no_step_and_no_evaluation(config, finished, tmp_path, mo
     path = tmp_path / "run"
     with monkeypatch.context() as patch:
         if at == "step":
-            add = log.Log.add
+            add = log.TrainingLog.add
 
             def add_and_signal(self, step, metrics):
                 if step == 3:
                     os.kill(os.getpid(), signal.SIGTERM)
                 return add(self, step, metrics)
 
-            patch.setattr(log.Log, "add", add_and_signal)
+            patch.setattr(log.TrainingLog, "add", add_and_signal)
         else:
             batches, calls = pipeline.Pipeline.eval_batches, []
 
@@ -151,9 +155,9 @@ def test_a_signal_loses_no_step_and_no_evaluation(config, finished, tmp_path, mo
 
             patch.setattr(pipeline.Pipeline, "eval_batches", some_batches)
         with pytest.raises(Interrupted, match="SIGTERM"):
-            train.train(config, path)
+            loop.train(config, path)
     assert integrity.steps(path)[-1] == {"step": 4, "evaluation": 5, "last evaluation": 10}[at]
-    train.train(config, path)
+    loop.train(config, path)
     assert_equal(path, finished)
 
 
@@ -164,13 +168,13 @@ def test_a_step_that_is_saved_again_with_its_score_is_never_lost(config, finishe
         with pytest.raises(Interrupted):
             config_late = config.copy_and_resolve_references()
             config_late.train.checkpoint_every_epochs = 2.0
-            train.train(config_late, path)
+            loop.train(config_late, path)
     assert integrity.steps(path) == [5]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Checkpoints, "_seal", lambda self: 1 / 0)
+        patch.setattr(checkpoints.CheckpointWriter, "_seal", lambda self: 1 / 0)
         with pytest.raises(UserError, match="5 could not be saved"):
-            train.train(config_late, path)
-    train.train(config_late, path)
+            loop.train(config_late, path)
+    loop.train(config_late, path)
     found, expected = final(path), final(finished)
     chex.assert_trees_all_equal(found[0], expected[0])
     assert [row for row in found[2] if "val/loss" in row] == [row for row in expected[2] if "val/loss" in row]
@@ -182,14 +186,14 @@ def test_checkpoints_that_are_gone_are_an_error(config, finished, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="has no checkpoint, though its metrics.jsonl reaches step 10"):
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_buckets_are_named_and_read_as_they_are(tmp_path):
     import tensorflow as tf
 
-    assert os.fspath(integrity.folder("gs://bucket/runs/x")) == "gs://bucket/runs/x/checkpoints"
+    assert os.fspath(integrity.checkpoints_dir("gs://bucket/runs/x")) == "gs://bucket/runs/x/checkpoints"
     (tmp_path / "file").write_bytes(bytes(range(256)) * 9999)
 
     class Opened:  # as the paths of a bucket open their files
@@ -204,7 +208,7 @@ def test_a_file_that_cannot_be_read_is_damage(finished, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(integrity, "_digest", fail)
-    assert "cannot be read" in integrity.fault(finished, 10)
+    assert "cannot be read" in integrity.find_damage(finished, 10)
 
 
 def damage(folder, how):
@@ -232,7 +236,7 @@ def test_a_damaged_step_is_named_and_the_one_before_taken(config, finished, tmp_
     result = evaluate.evaluate_workdir(path, None, None, "validation")  # reading moves nothing
     assert f"{path / 'checkpoints' / '10'} is damaged" in capsys.readouterr().out
     assert result is not None and (path / "checkpoints" / "10").exists()
-    train.train(config, path)
+    loop.train(config, path)
     said = capsys.readouterr().out
     assert f"{path / 'checkpoints' / '10'} is damaged" in said and "the newest good step is 8" in said
     assert "Going on from step 8" in said and (path / "damaged" / "10").exists()
@@ -244,7 +248,7 @@ def test_an_unfinished_step_is_named_and_left_out(config, finished, tmp_path, ca
     shutil.copytree(finished, path)
     folder = path / "checkpoints" / "10"
     folder.rename(folder.with_name("10.orbax-checkpoint-tmp-7"))
-    train.train(config, path)
+    loop.train(config, path)
     assert f"{folder} was not finished when the run ended" in capsys.readouterr().out
     assert_equal(path, finished)
 
@@ -256,7 +260,7 @@ def test_without_a_whole_step_it_never_begins_anew(config, finished, tmp_path):
         damage(path / "checkpoints" / str(step), "one bit flipped")
     before = sorted(path.rglob("*"))
     with pytest.raises(UserError, match="has no step that is whole(.|\n)*/8: (.|\n)*/10: .*its checksum differs"):
-        train.train(config, path)
+        loop.train(config, path)
     with pytest.raises(UserError, match="has no step that is whole"):
         evaluate.evaluate_workdir(path, None, None, "validation")
     assert sorted(path.rglob("*")) == before
@@ -273,7 +277,7 @@ def test_a_full_disk_is_an_error_and_the_previous_step_stays(finished, tmp_path)
     assert command.wait() == 1, command.output
     assert "could not be saved" in command.output and "Step 8 is as it was" in command.output
     assert "Traceback" not in command.output
-    assert integrity.fault(path, 8) is None and integrity.steps(path)[-1] == 8
+    assert integrity.find_damage(path, 8) is None and integrity.steps(path)[-1] == 8
     commands.succeed(*flags(path), folder=tmp_path)
     assert_equal(path, finished)
 
@@ -282,17 +286,17 @@ def test_a_step_that_failed_in_the_background_is_an_error_before_the_next_save(c
     config = config.copy_and_resolve_references()
     config.train.epochs, config.train.log_every_steps = 40.0, 1
     config.train.eval_every_epochs = config.train.checkpoint_every_epochs = 16.0  # after 40 and 80 steps
-    seal = checkpoint.Checkpoints._seal
+    seal = checkpoints.CheckpointWriter._seal
 
     def fail(self):
         if self._saving == 80:
             raise OSError("No space left on device")
         seal(self)
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "_seal", fail)
+    monkeypatch.setattr(checkpoints.CheckpointWriter, "_seal", fail)
     with pytest.raises(UserError, match="80 could not be saved: .*No space left.*Step 40 is as it was"):
-        train.train(config, tmp_path / "run")
-    assert integrity.steps(tmp_path / "run") == [40] and integrity.fault(tmp_path / "run", 40) is None
+        loop.train(config, tmp_path / "run")
+    assert integrity.steps(tmp_path / "run") == [40] and integrity.find_damage(tmp_path / "run", 40) is None
     assert rows(tmp_path / "run")[-1]["step"] < 100
 
 
@@ -303,7 +307,7 @@ def test_a_learning_rate_beyond_all_bounds(config, tmp_path, nonfinite, capsys):
     config.optimizer.learning_rate, config.optimizer.schedule = 1e20, "constant"
     kept = {"stop": "None was saved yet", "skip": r"The last good checkpoint is .*/checkpoints/8"}[nonfinite]
     with pytest.raises(UserError, match=rf"not finite: .*\. {kept}\. Try a lower config.optimizer"):
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     assert capsys.readouterr().out.count("Its update is skipped") == (log.MAX_SKIPPED if nonfinite == "skip" else 0)
 
 
@@ -318,9 +322,9 @@ def test_one_bad_step_is_skipped_counted_and_forgiven(config, tmp_path, monkeypa
         UserError, match="10. step in a row"
     ):  # SGD counts its own steps: the same update again and again
         config.train.epochs = 8.0
-        train.train(config, path)
+        loop.train(config, path)
     monkeypatch.setattr(optimizer, "make_schedule", make)
-    train.train(config, path)  # with a finite rate the same state goes on
+    loop.train(config, path)  # with a finite rate the same state goes on
     assert "Its update is skipped, the 1. so far" in capsys.readouterr().out
     found, meta, lines = final(path)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.params))

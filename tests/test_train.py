@@ -11,10 +11,14 @@ import pytest
 import test_data
 import tiny
 
-from unet_jax import checkpoint, data, evaluate, integrity, mesh, optimizer, state, step, train, workdir
+from unet_jax import data
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
+from unet_jax.evaluation import evaluate
 from unet_jax.models import unet
+from unet_jax.parallel import sharding
+from unet_jax.training import loop, optimizer, state, step
+from unet_jax.workdir import checkpoints, files, integrity, metrics_log
 
 TIMES = {"train/images_per_sec", "train/data_wait"}
 
@@ -30,17 +34,17 @@ def _run_steps(config, devices, steps=5, one_cpu=False):
     train_state = state.create(config.seed, model, shape, tx, True, devices, config.mesh.shard_optimizer)
     layout = jax.tree.map(lambda array: array.sharding, train_state)
     train_step = step.make_train_step(model, tx, config, source.classes, devices, layout)
-    quiet = mesh.put_everywhere(devices, 0)
+    quiet = sharding.per_device(devices, 0)
     size = config.train.batch_size
     batches, history = images.train_batches(size, config.seed, 0, np.arange(size)), []
     for _ in range(steps):
-        train_state, metrics = train_step(train_state, mesh.put_batch(devices, next(batches)), quiet)
+        train_state, metrics = train_step(train_state, sharding.put_batch(devices, next(batches)), quiet)
         history.append({name: float(value) for name, value in metrics.items()})
     return jax.device_get(train_state), history
 
 
 def _one_device():
-    return mesh.create(1, 1, jax.devices()[:1])
+    return sharding.create_mesh(1, 1, jax.devices()[:1])
 
 
 def test_golden_step(config):
@@ -74,7 +78,7 @@ def test_one_device_equals_eight(config, space, variant, norm, name, rate):
     config.data.variant, config.model.norm, config.loss.dice = variant, norm, 0.5
     config.optimizer.name, config.optimizer.learning_rate = name, rate
     one, one_history = _run_steps(config, _one_device())
-    eight, eight_history = _run_steps(config, mesh.create(0, space))
+    eight, eight_history = _run_steps(config, sharding.create_mesh(0, space))
     # Gradients are summed in another order: float32 rounding over five steps stays within 1e-5.
     for a, b in zip(one_history, eight_history, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
@@ -99,7 +103,7 @@ def test_a_size_that_the_network_cannot_take_is_mirrored_and_every_pixel_trained
 ):
     config.data.size, config.augment.crop, config.model.padding = (50, 53), (49, 51), padding
     config.model.extra_conv, config.train.epochs = True, 1.0
-    train.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
     given = {"same": "52x52", "valid": "92x96"}[padding]
     assert f"training predicts 49x51 from {given}, mirrored where needed" in capsys.readouterr().out
     result = evaluate.evaluate_workdir(tmp_path / "run", None, None, "validation", None)
@@ -128,11 +132,11 @@ def _final(path, config):
     model = unet.create(source.classes.num_outputs, **config.model)
     tx = optimizer.make_optimizer(config.optimizer, optimizer.make_schedule(config.optimizer, 2.5, 10))
     shape = (1, *config.data.size, source.classes.channels)
-    blank = state.create(1, model, shape, tx, True, mesh.create(0, 1))
-    checkpoints = checkpoint.Checkpoints(path)
-    final, meta = checkpoints.restore(10, blank)
-    checkpoints.close()
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in workdir.read_metrics(path)]
+    blank = state.create(1, model, shape, tx, True, sharding.create_mesh(0, 1))
+    writer = checkpoints.CheckpointWriter(path)
+    final, meta = writer.restore(10, blank)
+    writer.close()
+    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in metrics_log.read(path)]
     return jax.device_get(final), meta, rows
 
 
@@ -148,7 +152,7 @@ def finished(tmp_path_factory):
     """A training that was never interrupted."""
     config = tiny.get_config()
     path = tmp_path_factory.mktemp("finished") / "run"
-    train.train(config, path)
+    loop.train(config, path)
     return path, config
 
 
@@ -162,7 +166,7 @@ def test_the_work_directory_keeps_its_contract(finished):
     assert (path / "panels" / "10" / "validation_00000.png").stat().st_size > 1000
     assert (path / "history.png").stat().st_size > 5000
     assert list(path.glob("events.out.tfevents.*"))
-    rows = workdir.read_metrics(path)
+    rows = metrics_log.read(path)
     assert [row["step"] for row in rows] == [3, 5, 6, 9, 10, 10]
     assert rows[0].keys() >= {"step", "epoch", "train/loss", "train/images_per_sec", "train/data_wait"}
     assert rows[-1].keys() >= {"step", "epoch", "val/loss", "val/accuracy", "val/miou", "val/iou/square"}
@@ -173,7 +177,7 @@ def test_the_work_directory_keeps_its_contract(finished):
 def test_a_finished_training_says_so_and_does_nothing(finished, capsys):
     path, config = finished
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
-    train.train(config, path)
+    loop.train(config, path)
     assert f"{path} is finished: 10 steps" in capsys.readouterr().out
     changed = {file for file, mtime in before.items() if file.stat().st_mtime_ns != mtime}
     assert {file.name for file in changed} <= {"config.json", "classes.json", "history.png"}
@@ -196,21 +200,21 @@ def test_going_on_after_a_crash_is_bit_equal(finished, tmp_path, monkeypatch, cr
     if crash_after == 4:
         config.train.checkpoint_every_epochs = 0.8  # 2 steps
     with monkeypatch.context() as patch:
-        written = checkpoint.Checkpoints.save
+        written = checkpoints.CheckpointWriter.save
 
         def save_and_crash(self, step, *args):
             written(self, step, *args)
             if step >= crash_after:
                 self.close()
-                workdir.append_metrics(path, {"step": step + 1, "epoch": 0.0, "train/loss": 0.0})
+                metrics_log.append(path, {"step": step + 1, "epoch": 0.0, "train/loss": 0.0})
                 with (path / "metrics.jsonl").open("a") as file:
                     file.write('{"step": 9, "ep')  # torn
                 raise _Crash
 
-        patch.setattr(checkpoint.Checkpoints, "save", save_and_crash)
+        patch.setattr(checkpoints.CheckpointWriter, "save", save_and_crash)
         with pytest.raises(_Crash):
-            train.train(config, path)
-    train.train(config, path)
+            loop.train(config, path)
+    loop.train(config, path)
     _assert_equal(path, reference, config)
 
 
@@ -220,7 +224,7 @@ def test_another_configuration_is_refused_with_its_differences(finished, config)
     config.model.features = (4, 8)
     config.train.log_every_steps = 1  # does not matter
     with pytest.raises(UserError) as error:
-        train.train(config, path)
+        loop.train(config, path)
     message = str(error.value)
     assert "config.optimizer.learning_rate: 0.001 there, 0.5 now" in message
     assert "config.model.features: [4, 8, 8] there, [4, 8] now" in message
@@ -234,7 +238,7 @@ def test_a_training_that_blows_up_stops_and_keeps_the_last_good_checkpoint(confi
     # At step 4 the update is huge but finite: the loss and the gradient of that step do not tell.
     monkeypatch.setattr(optimizer, "make_schedule", lambda *_: lambda step: jax.numpy.where(step == 3, 1e25, 1e-3))
     with pytest.raises(UserError, match=r"step 4: not finite: .*param_norm = inf.*Try a lower") as error:
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     assert f"The last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '3'}" in str(error.value)
     assert integrity.steps(tmp_path / "run")[-1] == 3
 
@@ -243,17 +247,17 @@ def test_a_work_directory_of_an_older_version_goes_on_and_is_scored(finished, tm
     reference, config = finished
     path = tmp_path / "run"
     shutil.copytree(reference, path)
-    values = workdir.read_json(path / "config.json")
+    values = files.read_json(path / "config.json")
     del values["eval"], values["model"]["kernel_init"], values["augment"]["elastic"], values["loss"]["border_weight"]
-    workdir.write_json(path / "config.json", values)
-    train.train(config, path)  # finished: nothing differs
+    files.write_json(path / "config.json", values)
+    loop.train(config, path)  # finished: nothing differs
     evaluate.evaluate_workdir(path, None, None, "validation", None)
-    assert set(workdir.LATER_FIELDS) <= set(workdir._flat(json.loads(config.to_json())))
+    assert set(files.LATER_FIELDS) <= set(files._flat(json.loads(config.to_json())))
 
 
 def test_examples_that_changed_are_refused(config, tmp_path):
     config.train.epochs = 0.4
-    train.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
     values = json.loads((tmp_path / "run" / "config.json").read_text())
     values["train"]["epochs"] = config.train.epochs = 0.8  # a run that is not finished yet
     (tmp_path / "run" / "config.json").write_text(json.dumps(values))
@@ -266,7 +270,7 @@ def test_examples_that_changed_are_refused(config, tmp_path):
 
         patch.setattr(data, "load", load)
         with pytest.raises(UserError, match="was trained on other examples"):
-            train.train(config, tmp_path / "run")
+            loop.train(config, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -282,8 +286,8 @@ def test_files_go_through_the_whole_training(config, tmp_path, name, variant):
     config.train.epochs = config.train.eval_every_epochs = 20.0
     config.train.checkpoint_every_epochs = 20.0
     config.optimizer.learning_rate, config.augment.rotate = 1e-2, 0.0
-    train.train(config, tmp_path / "run")
-    last = workdir.read_metrics(tmp_path / "run")[-1]
+    loop.train(config, tmp_path / "run")
+    last = metrics_log.read(tmp_path / "run")[-1]
     assert last["val/miou"] > 0.9  # a colour of its own for each class
     counted = [value for key, value in last.items() if key.startswith("val/iou/") and value is not None]
     assert len(counted) == 2
@@ -294,9 +298,9 @@ def test_files_go_through_the_whole_training(config, tmp_path, name, variant):
 def test_folders_that_are_no_work_directories_are_left_alone(config, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"holds 'thesis.tex' but no config.json"):
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
     with pytest.raises(UserError, match="cannot be written"):
-        train.train(config, tmp_path / "thesis.tex" / "run")
+        loop.train(config, tmp_path / "thesis.tex" / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -328,5 +332,5 @@ def test_bad_values_leave_no_work_directory_behind(config, tmp_path, field, valu
     if (field, value) == ("mesh.space", 8):
         config.data.size = (49, 48)  # mirrored to 52, a multiple of the four that the network wants
     with pytest.raises(UserError, match=message):
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()

@@ -9,11 +9,11 @@ def load(workdir, step: int | None = None):
       step: which checkpoint; None is the best.
 
     Returns:
-      a `unet_jax.trained.Trained`: `config`, `classes`, `model`, `variables`, `step`, and `predict`.
+      a `unet_jax.inference.trained.Trained`: `config`, `classes`, `model`, `variables`, `step`, and `predict`.
 
     Raises:
       UserError: no work directory, or no such checkpoint.
     """
-    from unet_jax import trained  # here, so that `--help` need not import jax
+    from unet_jax.inference import trained
 
     return trained.load(workdir, step)

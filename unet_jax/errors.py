@@ -1,6 +1,7 @@
-"""The exceptions that end the program without a traceback."""
+"""The exceptions that end the program without a traceback, and how they are reported."""
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -8,8 +9,8 @@ class UserError(Exception):
     """Bad input; exit code 1. The message names the file or field, the value, and the remedy."""
 
 
-class Interrupted(BaseException):  # so that whoever catches the errors of a library does not stop it
-    """A signal ended the work, and what was done is saved; exit code 128 + `signal`."""
+class Interrupted(BaseException):  # not an Exception, so that code which catches those does not swallow it
+    """The program stops on a signal, with everything saved; exit code 128 + `signal`."""
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)
@@ -20,10 +21,10 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> str:
     """Returns `value` if it is one of `choices`.
 
     Args:
-      field: what the user would change, such as `config.optimizer.name`.
+      field: the setting as the user knows it, such as `config.optimizer.name`.
 
     Raises:
-      UserError: it is not; names the choices and the nearest one.
+      UserError: it is not; the message lists the choices and suggests the closest one.
     """
     choices = list(choices)
     if value in choices:
@@ -32,6 +33,19 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> str:
 
 
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
-    """A hint at the nearest of `choices`, with a space before it; nothing where none is near."""
-    near = difflib.get_close_matches(str(value), list(choices), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """Suggests the closest of `choices`, with a leading space; an empty string if none is close."""
+    close = difflib.get_close_matches(str(value), list(choices), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """The text to print for an exception that ends the program, and the exit code."""
+    if isinstance(error, UserError):
+        return f"error: {error}", 1
+    if isinstance(error, Interrupted):
+        return str(error), 128 + error.signal
+    if isinstance(error, SystemExit):
+        return f"ends with exit code {error.code}", error.code if isinstance(error.code, int) else 1
+    if type(error).__module__ == "tensorflow.python.framework.errors_impl":  # such as an unreachable bucket
+        return f"error: {error}", 1
+    return "".join(traceback.format_exception(error)).rstrip(), 1

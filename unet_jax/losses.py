@@ -1,9 +1,13 @@
-"""Losses as sums and weights per example, so that means over a batch or a whole split divide once and exactly.
+"""Loss terms as sums and weights per example, so that a mean over a batch or a whole split divides once, exactly.
 
+To add a term: a function like those below, its line in `TERMS`, and its weight (with its parameters, if any) in
+`config.loss`. The weight of the term `focal` is `config.loss.focal`, its parameter `gamma` is `config.loss.focal_gamma`.
 Pixels outside the mask count nowhere.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,96 +15,40 @@ import optax
 
 from unet_jax.errors import UserError
 
-# One loss term: the weighted sum and the weight of each example, float32 [B]; its value is sum(sums) / sum(weights).
-Term = tuple[jax.Array, jax.Array]
+# One term of a batch: the weighted sum and the weight of each example, float32 [B]; its mean is sum(sums) / sum(weights).
+Sums = tuple[jax.Array, jax.Array]
 
 
-def term_weights(settings: Mapping) -> dict[str, float]:
-    """The weight of each loss term in `config.loss`."""
-    return {name: settings[name] for name in ("cross_entropy", "dice")}
+class Pixels(NamedTuple):
+    """What a term is computed from; D = `[B, H, W]` for a softmax, `[B, H, W, K]` for K sigmoids.
 
-
-def check(weights: Mapping[str, float], class_weights: Sequence[float], num_classes: int) -> None:
-    """Checks `config.loss`.
-
-    Raises:
-      UserError: no term has weight, a weight is negative, or the number of class weights is wrong.
-    """
-    if not all(0 <= w < float("inf") for w in weights.values()) or not any(weights.values()):
-        raise UserError(f"config.loss needs weights >= 0, one of them > 0: {dict(weights)}")
-    known = all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in class_weights)
-    if class_weights and not (known and len(class_weights) == num_classes and any(class_weights)):
-        raise UserError(
-            f"config.loss.class_weights = {tuple(class_weights)} must be empty or hold {num_classes} weights >= 0, "
-            "one per class"
-        )
-
-
-def terms(
-    logits: jax.Array,
-    label: jax.Array,
-    mask: jax.Array,
-    task: str,
-    class_weights: Sequence[float] = (),
-    pixel_weights: jax.Array | None = None,
-) -> dict[str, Term]:
-    """All loss terms of a batch.
-
-    Args:
+    Attributes:
       logits: float32 `[B, H, W, K]`; K = 1 for a binary task.
-      label: integer `[B, H, W]`, or `[B, H, W, K]` for a multilabel task.
-      mask: bool, the shape of `label`: which pixels count.
-      task: `multiclass`, `binary` or `multilabel`.
-      class_weights: one per class, or none: the weight of a pixel in the cross-entropy is that of its class (for a
-        multilabel task, that of its mask).
-      pixel_weights: float `[B, H, W]`, which multiply these weights; None is 1 everywhere.
-
-    Returns:
-      `cross_entropy` and `dice`.
+      label: int32 of shape D; a legal class where masked.
+      mask: bool of shape D: which elements count.
+      weight: float32 of shape D: mask times class and pixel weights.
+      softmax: whether the classes exclude each other (`multiclass`).
     """
-    label, mask, weight = _weigh_pixels(label, mask, task, class_weights, pixel_weights)
-    if task == "multiclass":
-        loss = _cross_entropy(logits, label)
+
+    logits: jax.Array
+    label: jax.Array
+    mask: jax.Array
+    weight: jax.Array
+    softmax: bool
+
+
+def cross_entropy(pixels: Pixels) -> Sums:
+    """Softmax or sigmoid cross-entropy, the weighted mean over pixels (and masks, for a multilabel task)."""
+    if pixels.softmax:
+        loss = _softmax_cross_entropy(pixels.logits, pixels.label)
     else:
-        loss = optax.sigmoid_binary_cross_entropy(logits, label)
-    pixels = tuple(range(1, loss.ndim))
-    return {
-        "cross_entropy": ((loss * weight).sum(pixels), weight.sum(pixels)),
-        "dice": _dice(logits, label, mask, task),
-    }
+        loss = optax.sigmoid_binary_cross_entropy(pixels.logits, pixels.label)
+    axes = tuple(range(1, loss.ndim))
+    return (loss * pixels.weight).sum(axes), pixels.weight.sum(axes)
 
 
-def totals(
-    label: jax.Array,
-    mask: jax.Array,
-    task: str,
-    class_weights: Sequence[float] = (),
-    pixel_weights: jax.Array | None = None,
-) -> dict[str, jax.Array]:
-    """The sums of the weights of all terms: they do not depend on the logits, so that parts of a batch can share them.
-
-    The arguments are as `terms` takes them.
-    """
-    _, mask, weight = _weigh_pixels(label, mask, task, class_weights, pixel_weights)
-    return {"cross_entropy": weight.sum(), "dice": _counted(mask).sum()}
-
-
-def _weigh_pixels(label, mask, task, class_weights, pixel_weights):
-    """Label and mask in the shape of the loss, and the weight of each of its elements in the cross-entropy."""
-    label = jnp.where(mask, label, 0).astype(jnp.int32)  # any legal class: masked pixels weigh nothing
-    if task == "binary":
-        label, mask = label[..., None], mask[..., None]
-    weight = mask.astype(jnp.float32)
-    if class_weights:
-        weights = jnp.asarray(class_weights, jnp.float32)
-        weight = weight * (weights if task == "multilabel" else weights[label])
-    if pixel_weights is not None:
-        weight = weight * (pixel_weights if task == "multiclass" else pixel_weights[..., None])
-    return label, mask, weight
-
-
-def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """Softmax cross-entropy, `[..., K]` and `[...]` -> `[...]`.
+def _softmax_cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """`[..., K]` and `[...]` -> `[...]`.
 
     As `optax.softmax_cross_entropy_with_integer_labels`, but the logit of the label is chosen by comparison: fused with
     the rest, no one-hot labels are stored, and the gradient is no scatter, which GPUs add up in any order.
@@ -110,43 +58,121 @@ def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
     return jnp.log(jnp.exp(logits).sum(-1)) - chosen
 
 
-def _counted(mask: jax.Array) -> jax.Array:
-    """1 for each image with any counted pixel, float32 `[B]`."""
-    return mask.any(tuple(range(1, mask.ndim))).astype(jnp.float32)
-
-
-def _dice(logits: jax.Array, label: jax.Array, mask: jax.Array, task: str, smooth: float = 1.0) -> Term:
+def dice(pixels: Pixels, smooth: float = 1.0) -> Sums:
     """Soft Dice loss, 1 - (2 sum p t + s) / (sum p + sum t + s), s = 1, over the pixels of each image and class.
 
-    The mean over images and classes, as the test of the PyTorch U-Net takes it (Milletari et al. 2016,
-    arXiv:1606.04797, eq. for D, without squares in the denominator). Images without any counted pixel weigh nothing.
+    The mean over images and classes, as in the test of the PyTorch U-Net (Milletari et al. 2016, arXiv:1606.04797, eq.
+    for D, without squares in the denominator). Images without any counted pixel weigh nothing.
     """
-    if task == "multiclass":
-        probability = jax.nn.softmax(logits)
-        classes = jnp.arange(logits.shape[-1])
-        truth = (label[..., None] == classes) & mask[..., None]
-        probability = probability * mask[..., None]
+    if pixels.softmax:
+        target = (pixels.label[..., None] == jnp.arange(pixels.logits.shape[-1])) & pixels.mask[..., None]
+        probability = jax.nn.softmax(pixels.logits) * pixels.mask[..., None]
     else:
-        probability = jax.nn.sigmoid(logits) * mask
-        truth = (label > 0) & mask
-    overlap = jnp.where(truth, probability, 0).sum((1, 2))
-    total = probability.sum((1, 2)) + truth.sum((1, 2))
+        target = (pixels.label > 0) & pixels.mask
+        probability = jax.nn.sigmoid(pixels.logits) * pixels.mask
+    overlap = jnp.where(target, probability, 0).sum((1, 2))
+    total = probability.sum((1, 2)) + target.sum((1, 2))
     loss = 1 - (2 * overlap + smooth) / (total + smooth)  # [B, K]
-    counted = _counted(mask)
+    counted = pixels.mask.any(tuple(range(1, pixels.mask.ndim))).astype(jnp.float32)
     return loss.mean(-1) * counted, counted
 
 
-def combine(values: Mapping[str, Term], weights: Mapping[str, float], totals: Mapping | None = None):
-    """The weighted sum of the means of the terms; works on JAX and NumPy arrays alike.
+class Term(NamedTuple):
+    """A line of `TERMS`.
 
-    Args:
-      values: `terms`.
-      weights: of each term.
-      totals: what to divide by, if `values` are a part of a batch; None is what they sum up to.
+    Attributes:
+      function: of `Pixels` and the parameters. The weights that it returns must not depend on the logits.
+      parameters: name -> (lowest, highest) value of `config.loss.<term>_<name>`.
     """
-    total = 0.0
-    for name, weight in weights.items():
-        if weight:
-            sums, counts = values[name]
+
+    function: Callable[..., Sums]
+    parameters: Mapping[str, tuple[float, float]] = {}
+
+
+TERMS = {"cross_entropy": Term(cross_entropy), "dice": Term(dice)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A weighted sum of terms, see `make`.
+
+    Attributes:
+      task: `multiclass`, `binary` or `multilabel`.
+      weights: of the terms, those above 0.
+      parameters: of each of these terms.
+      class_weights: one per class, or none.
+    """
+
+    task: str
+    weights: Mapping[str, float]
+    parameters: Mapping[str, Mapping[str, float]]
+    class_weights: tuple[float, ...] = ()
+
+    def terms(
+        self, logits: jax.Array, label: jax.Array, mask: jax.Array, pixel_weights: jax.Array | None = None
+    ) -> dict[str, Sums]:
+        """The terms of a batch.
+
+        Args:
+          logits: float32 `[B, H, W, K]`; K = 1 for a binary task.
+          label: integer `[B, H, W]`, or `[B, H, W, K]` for a multilabel task.
+          mask: bool, the shape of `label`: which pixels count.
+          pixel_weights: float `[B, H, W]`, which multiply the class weights; None is 1 everywhere.
+        """
+        label = jnp.where(mask, label, 0).astype(jnp.int32)  # any legal class: masked pixels weigh nothing
+        if self.task == "binary":
+            label, mask = label[..., None], mask[..., None]
+        weight = mask.astype(jnp.float32)
+        if self.class_weights:
+            of_class = jnp.asarray(self.class_weights, jnp.float32)
+            weight = weight * (of_class if self.task == "multilabel" else of_class[label])
+        if pixel_weights is not None:
+            weight = weight * (pixel_weights if self.task == "multiclass" else pixel_weights[..., None])
+        pixels = Pixels(logits, label, mask, weight, softmax=self.task == "multiclass")
+        return {name: TERMS[name].function(pixels, **self.parameters[name]) for name in self.weights}
+
+    def totals(
+        self, label: jax.Array, mask: jax.Array, num_outputs: int, pixel_weights: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """What the terms of a whole batch divide by; the microbatches of a step share it."""
+        logits = jnp.zeros((*label.shape[:3], num_outputs))  # the weights do not depend on them
+        return {name: weight.sum() for name, (_, weight) in self.terms(logits, label, mask, pixel_weights).items()}
+
+    def combine(self, terms: Mapping[str, Sums], totals: Mapping[str, jax.Array] | None = None):
+        """The weighted sum of the means of the terms; JAX and NumPy arrays alike.
+
+        Args:
+          terms: from `terms`.
+          totals: from `totals`, if these are the terms of a microbatch; None divides by their own weights.
+        """
+        total = 0.0
+        for name, weight in self.weights.items():
+            sums, counts = terms[name]
             total = total + weight * sums.sum() / (counts.sum() if totals is None else totals[name]).clip(1e-12)
-    return total
+        return total
+
+
+def make(settings: Mapping, task: str, num_classes: int) -> Loss:
+    """The loss of `config.loss`.
+
+    Raises:
+      UserError: no term has weight, a weight or parameter is out of range, or the number of class weights is wrong.
+    """
+    weights = {name: settings[name] for name in TERMS}
+    class_weights = tuple(settings["class_weights"])
+    if not all(0 <= w < float("inf") for w in weights.values()) or not any(weights.values()):
+        raise UserError(f"config.loss needs weights >= 0, at least one of them > 0: {weights}")
+    parameters: dict[str, dict[str, float]] = {}
+    for name, term in TERMS.items():
+        parameters[name] = {parameter: settings[f"{name}_{parameter}"] for parameter in term.parameters}
+        for parameter, (lowest, highest) in term.parameters.items():
+            if not lowest <= parameters[name][parameter] <= highest:
+                value = parameters[name][parameter]
+                raise UserError(f"config.loss.{name}_{parameter} = {value} is not in {lowest}..{highest}")
+    valid = all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in class_weights)
+    if class_weights and not (valid and len(class_weights) == num_classes and any(class_weights)):
+        raise UserError(
+            f"config.loss.class_weights = {class_weights} must be empty or hold {num_classes} weights >= 0, one per class"
+        )
+    used = {name: weight for name, weight in weights.items() if weight}
+    return Loss(task, used, {name: parameters[name] for name in used}, class_weights)

@@ -1,10 +1,10 @@
 """Trains U-Nets for semantic segmentation, scores them, and predicts files.
 
-python -m unet_jax.main --config=configs/shapes.py                  # train, or go on
-python -m unet_jax.main --config=configs/folder.py --config.data.root=DIR --mode=check   # is all well with the images?
+python -m unet_jax.main --config=configs/shapes.py                  # train, or resume
+python -m unet_jax.main --config=configs/folder.py --config.data.root=DIR --mode=check   # look for faults in the images
 python -m unet_jax.main --config=configs/carla.py --mode=plan       # memory, FLOPs and traffic of a step, without data
-python -m unet_jax.main --mode=eval --workdir=runs/shapes           # score what was trained
-python -m unet_jax.main --mode=report --workdir=runs/shapes         # write its report.html again
+python -m unet_jax.main --mode=eval --workdir=runs/shapes           # score a trained network
+python -m unet_jax.main --mode=report --workdir=runs/shapes         # write report.html again
 python -m unet_jax.main --mode=predict --workdir=runs/folder --input=photos --output=masks
 """
 
@@ -17,36 +17,37 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from unet_jax import processes, signals, user_cache
-from unet_jax.errors import Interrupted, UserError, did_you_mean
+from unet_jax import user_cache
+from unet_jax.errors import Interrupted, UserError, describe, did_you_mean
+from unet_jax.parallel import distributed, processes, signals
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "What to train: a file of configs/. Its fields can be set as --config.FIELD=VALUE."
+    "config", None, "The experiment: a file of configs/. Its fields can be set as --config.FIELD=VALUE."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where a training writes everything. Default for train and check: runs/<config name>."
+    "workdir", None, "The folder of a training and all its output. Default for train and check: runs/<config name>."
 )
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "check", "plan", "eval", "report", "predict"],
-    "check: look at all images and labels first; plan: what a training step needs on the devices here; train: train or "
-    "go on; eval: score a work directory; report: write its report.html; predict: label image files with it.",
+    "check: look for faults in all images and labels; plan: what a training step needs on these devices; train: train, "
+    "or resume; eval: score a work directory; report: write its report.html; predict: label image files with it.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
-    "train, eval: HOST:PORT of process 0, where several processes work together and are not found by themselves (as "
-    "they are on TPU pods, Slurm, Open MPI and Kubernetes).",
+    "train, eval: HOST:PORT of process 0, where several processes work together and cannot find each other by "
+    "themselves (as they do on TPU pods, Slurm, Open MPI and Kubernetes).",
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "train, eval: how many processes work together.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "train, eval: which of them this is, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "train, eval: the number of processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "train, eval: the number of this process, from 0.")
 _MEMORY_GIB = flags.DEFINE_float(
-    "memory_gib", None, "plan: GiB of a device, to find the largest batch that fits. Default: what the device tells."
+    "memory_gib", None, "plan: GiB of a device, to find the largest batch that fits. Default: as the device reports."
 )
 _STEP = flags.DEFINE_integer("step", None, "eval, report, predict: the checkpoint. Default: the best.")
 _TTA = flags.DEFINE_string(
-    "tta", None, "eval, predict: none, flips, dihedral or rotations averaged. Default: as config.eval.tta."
+    "tta", None, "eval, predict: average over none, flips, dihedral or rotations. Default: config.eval.tta."
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "eval, report: other images to score, laid out as config.data.root.")
 _SPLIT = flags.DEFINE_enum(
@@ -58,8 +59,8 @@ _SCALE = flags.DEFINE_enum(
     "scale",
     None,
     ["fit", "native"],
-    "predict: fit resizes each image to config.data.size, as in training; native predicts it as it is, in overlapping "
-    "tiles where it is larger. Default: native if the training images were not resized.",
+    "predict: fit resizes each image to config.data.size, as in training; native predicts it at its own size, in "
+    "overlapping tiles if it is larger. Default: native if the training images were not resized.",
 )
 _INTERPOLATION = flags.DEFINE_enum(
     "interpolation", "bilinear", ["bilinear", "nearest"], "predict, fit: of probabilities back to the image's own size."
@@ -68,9 +69,9 @@ _PROBABILITIES = flags.DEFINE_enum(
     "probabilities", "none", ["none", "png", "npy"], "predict: also 16-bit PNG files, or float32 [H, W, K] NumPy files."
 )
 _THRESHOLD = flags.DEFINE_float(
-    "threshold", 0.5, "predict: the probability above which a sigmoid's class is predicted."
+    "threshold", 0.5, "predict: the probability above which a sigmoid predicts its class."
 )
-_ONLY = {  # flag -> the modes that it is for
+_FLAG_MODES = {  # flag -> the modes that it is for
     "config": ("train", "check", "plan"),
     **dict.fromkeys(("coordinator", "num_processes", "process_id"), ("train", "eval")),
     "memory_gib": ("plan",),
@@ -85,84 +86,84 @@ _ONLY = {  # flag -> the modes that it is for
 def main(argv: list[str]) -> None:
     """Runs the chosen mode; bad input ends with exit code 1, a signal with 128 + its number, and one message."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it only feeds data, and would say so at each start
-    # What Orbax logs as an error, with a traceback, it raises as well.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it only feeds data, and would print a line at each start
+    # Orbax also raises what it logs as an error with a traceback.
     for name, level in (("absl", logging.CRITICAL), ("jax", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
     signals.end_at_once()
     try:
         _check_flags(argv)
-        _keep_compiled()
-        if _MODE.value in _ONLY["coordinator"]:
-            with processes.together(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
+        _set_compile_cache()
+        if _MODE.value in _FLAG_MODES["coordinator"]:
+            with distributed.initialized(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
                 _run()
         else:
             _run()
     except (Exception, Interrupted) as error:
-        text, code = processes.describe(error)
+        text, code = describe(error)
         print(text, file=sys.stderr)
         sys.exit(code)
 
 
 def _check_flags(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise UserError(f"what is {argv[1]!r}? Flags begin with --")
+        raise UserError(f"unexpected argument {argv[1]!r}: flags start with --")
     mode = _MODE.value
-    for flag, modes in _ONLY.items():
+    for flag, modes in _FLAG_MODES.items():
         if flags.FLAGS[flag].present and mode not in modes:
             raise UserError(f"--{flag} is for --mode={' and --mode='.join(modes)}, not for --mode={mode}")
-    if mode in _ONLY["config"] and not _CONFIG.present:
-        raise UserError("say what to train: --config=configs/shapes.py (generated images, needs no data)")
-    if mode not in _ONLY["config"] and _WORKDIR.value is None:
-        raise UserError("say what to use: --workdir=runs/shapes, for example")
+    if mode in _FLAG_MODES["config"] and not _CONFIG.present:
+        raise UserError("--config is required, e.g. --config=configs/shapes.py (generated images, needs no data)")
+    if mode not in _FLAG_MODES["config"] and _WORKDIR.value is None:
+        raise UserError("--workdir is required, e.g. --workdir=runs/shapes")
     if mode == "predict" and (_INPUT.value is None or _OUTPUT.value is None):
-        raise UserError("say what to predict, and where to write: --input=FILE_OR_FOLDER --output=FOLDER")
+        raise UserError("--input and --output are required, e.g. --input=photos --output=masks")
 
 
-def _keep_compiled() -> None:
-    """Lets JAX, which reads this when it is imported, find again what it has compiled, in the user's cache folder."""
+def _set_compile_cache() -> None:
+    """Keeps what JAX compiles in the user's cache folder; JAX reads these variables when it is imported."""
     try:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache.folder("compiled")))
     except OSError:
-        return  # every start compiles
+        return  # every start compiles everything
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))  # bytes; the least recently used go
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))  # bytes, least recently used out
 
 
 def _run() -> None:
     # Imports stay here, so that --help answers at once.
     mode, workdir = _MODE.value, _WORKDIR.value
-    if mode in _ONLY["config"]:
+    if mode in _FLAG_MODES["config"]:
         name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
         workdir = workdir or f"runs/{name}"
     if mode == "train":
-        from unet_jax import train
+        from unet_jax.training import loop
 
         processes.check_same({"workdir": workdir, "config": _CONFIG.value.to_dict()})
-        train.train(_CONFIG.value, workdir)
+        loop.train(_CONFIG.value, workdir)
     elif mode == "check":
-        from unet_jax import check
+        from unet_jax.evaluation import check
 
         if not check.check(_CONFIG.value, f"{workdir.rstrip('/')}.check.png"):
             sys.exit(1)
     elif mode == "plan":
-        from unet_jax import plan
+        from unet_jax.training import plan
 
         plan.plan(_CONFIG.value, _MEMORY_GIB.value)
     elif mode == "eval":
-        from unet_jax import evaluate
+        from unet_jax.evaluation import evaluate
 
         settings = (workdir, _STEP.value, _DATA_DIR.value, _SPLIT.value, _TTA.value)
         processes.check_same({"eval": settings})
         evaluate.evaluate_workdir(*settings)
     elif mode == "report":
-        from unet_jax import mesh, report
+        from unet_jax.evaluation import report
 
-        mesh.say(f"Open {report.write(workdir, _STEP.value, _DATA_DIR.value)} in a browser.")
+        processes.print_on_main(f"Open {report.write(workdir, _STEP.value, _DATA_DIR.value)} in a browser.")
     else:
-        from unet_jax import predict_files
+        from unet_jax.inference import predict
 
-        predict_files.predict_files(
+        predict.predict_files(
             workdir,
             _INPUT.value,
             _OUTPUT.value,
@@ -193,7 +194,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     for name in given:
         field = name.removeprefix("config.")
         if field != name and field not in fields:
-            sys.exit(f"error: --{name}: there is no such field, see configs/default.py.{did_you_mean(field, fields)}")
+            sys.exit(f"error: --{name}: no such field, see configs/default.py.{did_you_mean(field, fields)}")
     return app.parse_flags_with_usage(argv)
 
 
@@ -202,7 +203,7 @@ def _neighbours(file: str) -> list[str]:
 
 
 def _fields(config) -> list[str]:
-    """The names of all fields, as in `train` and `train.batch_size`."""
+    """The names of all fields, as in `train` and `loop.batch_size`."""
     names = []
     for name, value in config.items():
         names += [name] + ([f"{name}.{inner}" for inner in _fields(value)] if hasattr(value, "items") else [])
@@ -210,9 +211,9 @@ def _fields(config) -> list[str]:
 
 
 def _use_huge_pages() -> None:
-    """Begins anew where huge pages of memory must be asked for: glibc reads this only when a program begins.
+    """Restarts the program with huge pages of memory, which glibc only looks for when a program starts.
 
-    On a CPU each step takes its memory anew; in pages of 4 KiB that is about a tenth of its time.
+    On a CPU each step allocates its memory again; in pages of 4 KiB that is about a tenth of its time.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

@@ -1,43 +1,45 @@
 """Data sets, one module each, with `load(config.data, split) -> Source` and `classes(config.data) -> Classes`.
 
-To add one: a file in this folder, its name in `NAMES`, and a file in `configs/`.
+README.md in this folder describes the data sets and how to add one.
 """
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Callable
 
+from unet_jax import defaults
 from unet_jax.data import images
-from unet_jax.data.source import Classes, Source
+from unet_jax.data.source import Classes, Source, bullets
 from unet_jax.errors import UserError, check_choice
 
 NAMES = ("shapes", "carla", "oxford_iiit_pet", "isbi2012", "folder")
 
-__all__ = ["NAMES", "Classes", "Source", "classes", "load", "settle", "survey", "take_settled"]
+__all__ = ["NAMES", "Classes", "Source", "classes", "infer_settings", "load", "load_with_faults", "reuse_settings"]
 
 
-def settle(config, say: Callable[[str], None] = print) -> None:
-    """Fills in what `config.data` leaves open and the files tell, so that a work directory keeps it.
+def infer_settings(config, notify: Callable[[str], None] = print) -> None:
+    """Infers from the files the settings of `config.data` that are left open, so that a work directory records them.
 
     Args:
-      config: `config.data`; changed. Only `folder` leaves something open.
-      say: is told what was found.
+      config: `config.data`; changed in place. Only the data set `folder` leaves settings open.
+      notify: called with a text for each setting that was inferred.
 
     Raises:
-      UserError: the files do not tell.
+      UserError: the files are missing, unreadable or ambiguous.
     """
     if config.name == "folder":
         from unet_jax.data import folder
 
-        folder.settle(config, say)
+        folder.infer_settings(config, notify)
 
 
-def take_settled(config, earlier) -> None:
-    """As `settle`, by what was settled earlier for the same data, so that going on does not look at all files again.
+def reuse_settings(config, earlier) -> None:
+    """Copies the settings that `infer_settings` found earlier, so that resuming need not read all files again.
 
     Args:
-      config: `config.data`; changed.
-      earlier: that of a work directory.
+      config: `config.data`; changed in place.
+      earlier: `config.data` as recorded in a work directory.
     """
     for field in ("labels", "channels", "value_range"):
         if config.name == earlier.name and not config[field]:
@@ -49,44 +51,44 @@ def load(config, split: str) -> Source:
 
     Args:
       config: `config.data`.
-      split: `train`, `validation`, `test` or `all`, as far as the data set has them.
+      split: `train`, `validation`, `test` or `all`; not every data set has a `test` split.
 
     Raises:
-      UserError: unknown data set or split; data missing or broken.
+      UserError: unknown data set or split; missing or faulty files.
     """
-    source = survey(config, split)
+    source = load_with_faults(config, split)
     if source.faults:
-        more = f"\n  and {len(source.faults) - 10} more" if len(source.faults) > 10 else ""
         raise UserError(
-            f"config.data.root = {config.root!r}: {len(source.faults)} faulty file(s); --mode=check looks at all"
-            + "".join(f"\n  {fault}" for fault in source.faults[:10])
-            + more
+            f"config.data.root = {config.root!r}: {len(source.faults)} faulty file(s); --mode=check lists them all"
+            + bullets(source.faults)
         )
     return source
 
 
-def survey(config, split: str) -> Source:
-    """As `load`, but hands over what can be used beside `faults`."""
+def load_with_faults(config, split: str) -> Source:
+    """Like `load`, but returns the usable examples even if there are faulty files; see `Source.faults`."""
     source = _module(config).load(config, split)
-    elsewhere = ("root", "cache_gib")  # the files tell where they are
-    settings = {name: value for name, value in config.to_dict().items() if name not in elsewhere}
+    # A field at its default is left out, so that the key of a cached split stays the same when a field is added. Where
+    # the files are and how many may be cached does not change the examples.
+    settings = defaults.differing(defaults.flatten(json.loads(config.to_json()), "data."))
+    settings = {name: value for name, value in settings.items() if name not in ("data.root", "data.cache_gib")}
     return dataclasses.replace(source, settings={**settings, "split": split})
 
 
 def classes(config) -> Classes:
-    """What the labels mean, from the configuration alone; `settle` it before.
+    """The meaning of the labels, from the configuration alone; call `infer_settings` first.
 
     Args:
       config: `config.data`.
 
     Raises:
-      UserError: unknown data set, or a setting without meaning.
+      UserError: unknown data set or an invalid setting.
     """
     return _module(config).classes(config)
 
 
 def _module(config):
-    """The module of a data set; checks what concerns them all."""
+    """The module of a data set; checks the settings that all data sets share."""
     check_choice("config.data.name", config.name, NAMES)
     check_choice("config.data.resize", config.resize, images.RESIZE)
     if len(config.size) != 2 or not all(isinstance(n, int) and n > 0 for n in config.size):

@@ -1,10 +1,10 @@
-"""Resized examples on disk: decoded once, mapped into memory by every later start.
+"""Resized examples on disk: decoded once, and memory-mapped from then on.
 
-Below the user's cache folder an entry is a folder `examples/<key>/` with one `.npy` file per field. The key is a hash
-of everything that the examples are made of, so that an entry is right or is never found; nothing is ever updated.
+An entry is a folder `examples/<key>/` in the user's cache folder, with one `.npy` file per array. The key is a hash of
+everything that determines the examples, so an entry never goes stale: if anything changes, so does the key.
 
-An entry is written into a folder of its own name and renamed when it is whole and on the disk: whoever is killed
-leaves nothing that would be used, and of two that write the same one the second finds it there.
+An entry is written to a temporary folder, and renamed when it is complete and on the disk. So a killed process leaves
+nothing that would be used, and if two processes write the same entry, the second keeps that of the first.
 """
 
 import concurrent.futures
@@ -26,55 +26,59 @@ import PIL
 from etils import epath
 
 from unet_jax import user_cache
+from unet_jax.data import images
 
-FORMAT = 1  # to be raised whenever this code makes other pixels, labels or weights of the same files
-ABANDONED = 3600  # seconds; an entry that was not written to for so long never will be
-STATS = 16  # at once; those of network file systems take long
+# Raise it if this package makes other pixels, labels or weights of the same files and settings, or if a default of
+# config.data changes: a field at its default is not part of the key.
+FORMAT = 2
+ABANDONED_AFTER = 3600  # seconds without a write, after which a temporary folder is removed
+STAT_THREADS = 16  # files looked up at once: a network file system takes long to answer
 
 Read = Callable[[int], dict[str, np.ndarray]]
 
-# Entries that this process uses: it must not remove one split to make room for the other.
-_mapped: weakref.WeakValueDictionary[pathlib.Path, np.ndarray] = weakref.WeakValueDictionary()
+# Entries that this process uses: making room for one split must not remove another.
+_in_use: weakref.WeakValueDictionary[pathlib.Path, np.ndarray] = weakref.WeakValueDictionary()
 
 
-def stamp(files: Sequence[epath.PathLike]) -> list[list[tuple]]:
-    """What changes when one of `files` does: paths, sizes and times of the last change."""
+def fingerprint(files: Sequence[epath.PathLike]) -> list[list[tuple]]:
+    """Path, size and modification time of each file, as JSON values: different if any file has changed."""
 
-    def look(file):
+    def look_up(file):
         path = os.fspath(file)
         try:
             if "://" in path:
-                found = epath.Path(path).stat()
-                return path, found.length, found.mtime
-            found = os.stat(path)
-        except OSError:  # it is named where it is read
+                stat = epath.Path(path).stat()
+                return path, stat.length, stat.mtime
+            stat = os.stat(path)
+        except OSError:  # reading the file will raise an error that names it
             return path, None, None
-        return os.path.abspath(path), found.st_size, found.st_mtime_ns
+        return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
 
-    with concurrent.futures.ThreadPoolExecutor(STATS) as pool:
-        return list(pool.map(lambda first: [look(file) for file in files[first::STATS]], range(STATS)))
+    with concurrent.futures.ThreadPoolExecutor(STAT_THREADS) as pool:
+        shares = [files[first::STAT_THREADS] for first in range(STAT_THREADS)]
+        return list(pool.map(lambda share: [look_up(file) for file in share], shares))
 
 
-def examples(
-    made_of: dict[str, Any],
-    fields: Sequence[str],
+def load_or_write(
+    key_fields: dict[str, Any],
+    names: Sequence[str],
     count: int,
     read: Read,
     limit: float,
-    say: Callable[[str], None] = print,
+    notify: Callable[[str], None] = print,
 ) -> dict[str, np.ndarray] | None:
-    """All examples of a split, mapped from the disk; decodes them first, in parallel, where no entry holds them.
+    """All examples of a split, memory-mapped from the cache; reads and writes them first if they are not there.
 
     Args:
-      made_of: everything that determines the examples, as JSON has it; the files as their `stamp`.
-      fields: names of what `read` returns.
+      key_fields: everything that determines the examples, as JSON values; files as their `fingerprint`.
+      names: of the arrays that `read` returns.
       count: number of examples.
-      read: index -> array per field, each of the same shape and type for all indices. Called from several threads.
-      limit: bytes that all entries together may fill; those that were not used for longest make room.
-      say: is told why the examples are not kept, if it is not for the limit.
+      read: index -> one array per name, each of the same shape and type for all indices. Called from several threads.
+      limit: bytes that all entries together may take; the least recently used ones are removed to make room.
+      notify: called with the reason if the examples cannot be cached, unless it is `limit`.
 
     Returns:
-      read-only arrays `[count, ...]` by field, or None where they fit neither in `limit` nor on the disk.
+      name -> read-only array `[count, ...]`, or None if the examples do not fit in `limit` or cannot be written.
 
     Raises:
       Whatever `read` raises.
@@ -82,48 +86,48 @@ def examples(
     if limit <= 0:
         return None
     versions = {"format": FORMAT, "numpy": np.__version__, "pillow": PIL.__version__}
-    key = hashlib.sha256(json.dumps({**versions, **made_of}, sort_keys=True).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps({**versions, **key_fields}, sort_keys=True).encode()).hexdigest()[:32]
     try:
         entry = user_cache.folder("examples") / key
-        found = _load(entry, fields, count)
-        if found is None:
+        arrays = _load(entry, names, count)
+        if arrays is None:
             first = read(0)
-            size = count * sum(first[name].nbytes for name in fields)
+            size = count * sum(first[name].nbytes for name in names)
             if size > limit:
                 return None
-            with _alone(entry.with_suffix(".lock")):
-                found = _load(entry, fields, count)  # of the process that was waited for
-                if found is None:
-                    _remove(entry)  # a damaged one
+            with _locked(entry.with_suffix(".lock")):
+                arrays = _load(entry, names, count)  # another process may have written it meanwhile
+                if arrays is None:
+                    _remove(entry)  # it may be damaged
                     if not _make_room(entry.parent, size, limit):
                         return None
-                    _write(entry, {name: first[name] for name in fields}, count, read)
-                    found = _load(entry, fields, count)
+                    _write(entry, {name: first[name] for name in names}, count, read)
+                    arrays = _load(entry, names, count)
     except OSError as error:
-        say(f"Images cannot be cached, so that they are read anew each epoch: {error}")
+        notify(f"Images cannot be cached and will be read again in each epoch: {error}")
         return None
-    if found is None or sum(array.nbytes for array in found.values()) > limit:
+    if arrays is None or sum(array.nbytes for array in arrays.values()) > limit:
         return None
-    _mapped[entry] = found[fields[0]]
-    return found
+    _in_use[entry] = arrays[names[0]]
+    return arrays
 
 
-def _load(entry: pathlib.Path, fields: Sequence[str], count: int) -> dict[str, np.ndarray] | None:
-    """The arrays of an entry; None where there is none, or a damaged one."""
+def _load(entry: pathlib.Path, names: Sequence[str], count: int) -> dict[str, np.ndarray] | None:
+    """The arrays of an entry; None if it is missing or damaged."""
     try:
-        arrays = {name: np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r")) for name in fields}
-    except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):  # a file cut short is a ValueError
+        arrays = {name: np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r")) for name in names}
+    except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):  # a truncated file is a ValueError
         return None
     if any(len(array) != count for array in arrays.values()):
         return None
     with contextlib.suppress(OSError):
-        os.utime(entry)  # was used now
+        os.utime(entry)  # marks it as recently used
     return arrays
 
 
 @contextlib.contextmanager
-def _alone(lock: pathlib.Path) -> Iterator[None]:
-    """Waits while another process of this computer writes the same entry. Saves work; nothing depends on it."""
+def _locked(lock: pathlib.Path) -> Iterator[None]:
+    """Waits while another process on this computer writes the same entry. It saves work, nothing relies on it."""
     with lock.open("w") as file:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -134,55 +138,51 @@ def _alone(lock: pathlib.Path) -> Iterator[None]:
 
 
 def _write(entry: pathlib.Path, first: dict[str, np.ndarray], count: int, read: Read) -> None:
-    """Writes an entry, or leaves the one that another process has written meanwhile.
+    """Writes an entry; if another process has written it meanwhile, that one stays.
 
-    By calls that fail when the disk is full: writing to a mapped file would end the process.
+    It uses system calls that fail when the disk is full: writing to a memory-mapped file would kill the process.
     """
-    import tqdm
-
     partial = entry.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir()
     try:
-        with contextlib.ExitStack() as opened:
-            files = {name: opened.enter_context((partial / f"{name}.npy").open("wb", buffering=0)) for name in first}
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context((partial / f"{name}.npy").open("wb", buffering=0)) for name in first}
             for name, value in first.items():
                 header = {"descr": value.dtype.str, "fortran_order": False, "shape": (count, *value.shape)}
                 np.lib.format.write_array_header_1_0(files[name], header)
             starts = {name: file.tell() for name, file in files.items()}
 
-            def fill(index):
+            def write_example(index):
                 example = read(index) if index else first
                 for name, value in first.items():
                     if (example[name].shape, example[name].dtype) != (value.shape, value.dtype):
                         raise ValueError(f"{name} {index} is {example[name].dtype} {example[name].shape}")
                     _write_at(files[name].fileno(), example[name], starts[name] + index * value.nbytes)
 
-            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                done = pool.map(fill, range(count))
-                list(tqdm.tqdm(done, "Reading", count, unit=" images", leave=False, delay=1))
+            images.map_parallel(write_example, range(count), "Reading images")
             for file in files.values():
                 os.fsync(file.fileno())
-        _sync(partial)
+        _sync_folder(partial)
         try:
             partial.rename(entry)
         except OSError:
             if not entry.exists():
                 raise
-        _sync(entry.parent)
+        _sync_folder(entry.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_at(file: int, array: np.ndarray, start: int) -> None:
-    """Writes the bytes of an array from position `start` on; a call may take only some of them."""
+    """Writes the bytes of an array at offset `start`; a single call may write only some of them."""
     rest = memoryview(np.ascontiguousarray(array)).cast("B")
     while rest:
         written = os.pwrite(file, rest, start)
         rest, start = rest[written:], start + written
 
 
-def _sync(folder: pathlib.Path) -> None:
-    """Puts the names in a folder on the disk."""
+def _sync_folder(folder: pathlib.Path) -> None:
+    """Puts the names of the files in a folder on the disk."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -191,9 +191,9 @@ def _sync(folder: pathlib.Path) -> None:
 
 
 def _make_room(folder: pathlib.Path, size: int, limit: float) -> bool:
-    """Removes what was abandoned, and entries, those first that were not used for longest, until `size` bytes fit.
+    """Removes abandoned temporary folders, and the least recently used entries until `size` more bytes fit in `limit`.
 
-    What another process has mapped stays readable for it.
+    A process that has mapped an entry can still read it after that.
 
     Returns:
       whether they fit in `limit`.
@@ -203,37 +203,37 @@ def _make_room(folder: pathlib.Path, size: int, limit: float) -> bool:
     """
     entries = []
     for path in folder.iterdir():
-        held, used = _look(path)
+        taken, last_used = _size_and_last_use(path)
         if not path.suffix:
-            entries.append((used, path, held))
-        elif time.time() - used > ABANDONED:
+            entries.append((last_used, path, taken))
+        elif time.time() - last_used > ABANDONED_AFTER:
             _remove(path)
-    room = limit - size - sum(held for *_, held in entries)
-    unused = sorted((used, path, held) for used, path, held in entries if path not in _mapped)
-    if room + sum(held for *_, held in unused) < 0:
+    room = limit - size - sum(taken for *_, taken in entries)
+    unused = sorted(entry for entry in entries if entry[1] not in _in_use)
+    if room + sum(taken for *_, taken in unused) < 0:
         return False
-    for _, path, held in unused:
+    for _, path, taken in unused:
         if room < 0:
             _remove(path)
-            room += held
+            room += taken
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(f"they need {size / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free in {folder}")
     return True
 
 
-def _look(path: pathlib.Path) -> tuple[int, float]:
-    """Bytes below an entry, and when it was last used or written to, in seconds since the epoch."""
-    found = []
-    with contextlib.suppress(OSError):  # removed by another process meanwhile
-        found.append(path.stat())
-        found += [file.stat() for file in path.iterdir()] if path.is_dir() else []
-    return sum(stat.st_size for stat in found[1:]), max((stat.st_mtime for stat in found), default=0.0)
+def _size_and_last_use(path: pathlib.Path) -> tuple[int, float]:
+    """The bytes in an entry, and when it was last used or written to, in seconds since the epoch."""
+    stats = []
+    with contextlib.suppress(OSError):  # another process may be removing it
+        stats.append(path.stat())
+        stats += [file.stat() for file in path.iterdir()] if path.is_dir() else []
+    return sum(stat.st_size for stat in stats[1:]), max((stat.st_mtime for stat in stats), default=0.0)
 
 
 def _remove(path: pathlib.Path) -> None:
-    """Removes an entry, or what is left of one: out of the way first, so that nobody finds half of it."""
-    aside = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.partial")
+    """Removes an entry or a leftover; renames it first, so that no process finds half of it."""
+    renamed = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.partial")
     with contextlib.suppress(OSError):
-        path.rename(aside)
-        aside.unlink() if aside.is_file() else shutil.rmtree(aside, ignore_errors=True)
+        path.rename(renamed)
+        renamed.unlink() if renamed.is_file() else shutil.rmtree(renamed, ignore_errors=True)

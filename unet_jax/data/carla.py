@@ -1,10 +1,10 @@
 """CARLA street scenes: `CameraRGB/X.png` with `CameraMask/X.png` or `CameraSeg/X.png`, the class id in the red channel.
 
-The folders stand at the root of `config.data.root` or up to two levels below (`dataA` .. `dataE`, `Train`), in a folder
-or in the zip as published. A `sequences.csv` (columns frame, sequence) at the root names the drive of each frame.
+These folders are in `config.data.root`, or up to two levels below it (`dataA` .. `dataE`, `Train`). The root is a
+folder, or the zip as published. A `sequences.csv` (columns frame, sequence) at the root names the drive of each frame.
 
-Prepared once by TFDS into its data folder ($TFDS_DATA_DIR, else ~/tensorflow_datasets), under a fingerprint of the
-files, so that changed files are prepared anew.
+TFDS prepares the frames once, in its data folder ($TFDS_DATA_DIR, else ~/tensorflow_datasets), under a fingerprint of
+the files: if they change, they are prepared again.
 """
 
 import csv
@@ -21,8 +21,9 @@ from etils import epath
 from PIL import Image
 
 from unet_jax.data import images
-from unet_jax.data.prepare import files, prepare
-from unet_jax.data.source import Classes, Source, check_label
+from unet_jax.data.images import Pair
+from unet_jax.data.prepare import prepare, prepared_files
+from unet_jax.data.source import Classes, Source, bullets, check_label
 from unet_jax.errors import UserError, check_choice
 
 # fmt: off
@@ -34,7 +35,7 @@ PALETTE = ((0, 0, 0), (70, 70, 70), (100, 40, 40), (55, 90, 80), (220, 20, 60), 
            (70, 130, 180), (81, 0, 81), (150, 100, 100), (230, 150, 140), (180, 165, 180), (250, 170, 30),
            (110, 190, 160), (170, 120, 50), (45, 60, 150), (145, 170, 100))
 # fmt: on
-NUM_CLASSES = {"carla23": 23, "lyft13": 13}  # the Lyft challenge used the first 13
+NUM_CLASSES = {"carla23": 23, "lyft13": 13}  # the Lyft challenge uses the first 13
 SPLITS = ("train", "validation", "all")
 HELP = (
     "Put the CARLA frames there as CameraRGB/X.png and CameraMask/X.png (or CameraSeg/X.png), or give their zip: "
@@ -42,21 +43,12 @@ HELP = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """The files of one frame."""
-
-    id: str  # unique: folder and stem
-    image: object  # any path with `open`
-    mask: object
-
-
 def load(config, split: str) -> Source:
     """The source of `split`: `train`, `validation` or `all`.
 
     Raises:
-      UserError: nothing found under `config.root`; an image without mask or a mask without image; an unreadable file;
-        sizes that differ; a label that is no class.
+      UserError: no frames under `config.root`; an image without mask or a mask without image; an unreadable file;
+        different sizes; a label that is not a class.
     """
     meaning = classes(config)
     check_choice("--split", split, SPLITS)
@@ -65,21 +57,21 @@ def load(config, split: str) -> Source:
     if not pairs:
         raise UserError(
             f"config.data.validation = {config.validation} of {len(splits['train'] + splits['validation'])} frames "
-            f"leaves none for {split}: add frames or drives, or change the fraction"
+            f"leaves none for {split}: add frames or drives, or change config.data.validation"
         )
-    builder = _prepare({name: part for name, part in splits.items() if part}, len(meaning.names))
+    builder = _prepare({name: frames for name, frames in splits.items() if frames}, len(meaning.names))
     data = builder.as_data_source(split=split)
-    assert len(data) == len(pairs), f"{len(data)} prepared, {len(pairs)} found"
+    assert len(data) == len(pairs), f"{len(data)} frames prepared, {len(pairs)} found"
 
     def read(index):
         example = data[index]
         return example["image"], example["label"][..., 0]
 
-    return Source(meaning, [pair.id for pair in pairs], read, files=files(builder))
+    return Source(meaning, [pair.id for pair in pairs], read, files=prepared_files(builder))
 
 
 def classes(config) -> Classes:
-    """What the labels mean, by `config.variant`.
+    """The meaning of the labels, given by `config.variant`.
 
     Raises:
       UserError: an unknown variant.
@@ -89,7 +81,7 @@ def classes(config) -> Classes:
 
 
 def _open_root(root: str):
-    """The folder, or the inside of the zip archive, as a path object."""
+    """A path object for the folder, or for the content of the zip archive."""
     path = epath.Path(root)
     if not root or not path.exists():
         raise UserError(f"config.data.root = {root!r} does not exist. {HELP}")
@@ -102,26 +94,26 @@ def _open_root(root: str):
 
 
 def find_pairs(root: str) -> list[Pair]:
-    """All frames below `root`, in the order of folder and frame number.
+    """All frames below `root`, ordered by folder and frame number; the id of a frame is its folder and stem.
 
     Raises:
-      UserError: no frames; or frames without a partner, which it names.
+      UserError: no frames; images without masks or masks without images, which it names.
     """
     opened = _open_root(root)
-    pairs, lonely = [], []
+    pairs, unpaired = [], []
     for folder in _camera_folders(opened, depth=2):
         masks = next((d for d in (folder / "CameraMask", folder / "CameraSeg") if d.is_dir()), None)
         image_files = _png_files(folder / "CameraRGB")
         mask_files = _png_files(masks) if masks else {}
-        lonely += [f"image without mask: {image_files[s]}" for s in image_files.keys() - mask_files.keys()]
-        lonely += [f"mask without image: {mask_files[s]}" for s in mask_files.keys() - image_files.keys()]
+        unpaired += [f"image without mask: {image_files[s]}" for s in image_files.keys() - mask_files.keys()]
+        unpaired += [f"mask without image: {mask_files[s]}" for s in mask_files.keys() - image_files.keys()]
         both = sorted(image_files.keys() & mask_files.keys(), key=_frame_number)
         prefix = str(folder)[len(str(opened)) :].strip("/")
         pairs += [Pair(f"{prefix}/{stem}".lstrip("/"), image_files[stem], mask_files[stem]) for stem in both]
-    if lonely:
-        shown = "\n  ".join(sorted(lonely)[:10])
-        more = f"\n  and {len(lonely) - 10} more" if len(lonely) > 10 else ""
-        raise UserError(f"config.data.root = {root!r}: every image needs a mask of the same name.\n  {shown}{more}")
+    if unpaired:
+        raise UserError(
+            f"config.data.root = {root!r}: every image needs a mask of the same name.{bullets(sorted(unpaired))}"
+        )
     if not pairs:
         raise UserError(f"config.data.root = {root!r} holds no CameraRGB folder with .png files. {HELP}")
     return pairs
@@ -138,40 +130,40 @@ def _camera_folders(path, depth: int) -> Iterator:
 
 
 def _png_files(folder) -> dict:
-    """Stem -> file, without the dot-files that macOS leaves behind."""
+    """Stem -> file, without the hidden files that macOS leaves behind."""
     files = [f for f in folder.iterdir() if f.name.lower().endswith(".png") and not f.name.startswith(".")]
     return {f.name[: -len(".png")]: f for f in files}
 
 
 def _frame_number(stem: str) -> tuple[str, int]:
-    """Sorts `scene_9` before `scene_10`."""
+    """A sort key that puts `scene_9` before `scene_10`."""
     prefix, digits = re.fullmatch(r"(.*?)(\d*)", stem).groups()
     return prefix, int(digits or 0)
 
 
 def read_sequences(root: str) -> dict[str, str] | None:
-    """Frame id -> drive, from `sequences.csv`, or None where there is none.
+    """Frame id -> drive, from `sequences.csv`; None if there is no such file.
 
     Raises:
-      UserError: the file lacks its columns.
+      UserError: the file lacks the columns.
     """
     path = _open_root(root) / "sequences.csv"
     if not path.is_file():
         return None
-    rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode(errors="replace"))))
-    if not rows or not {"frame", "sequence"} <= rows[0].keys():
+    frames = list(csv.DictReader(io.StringIO(path.read_bytes().decode(errors="replace"))))
+    if not frames or not {"frame", "sequence"} <= frames[0].keys():
         raise UserError(f"{path}: needs the columns frame and sequence")
-    return {row["frame"].removesuffix(".png"): row["sequence"] for row in rows}
+    return {frame["frame"].removesuffix(".png"): frame["sequence"] for frame in frames}
 
 
 def split_pairs(pairs: list[Pair], drives: dict[str, str] | None, fraction: float) -> dict[str, list[Pair]]:
     """Splits frames into `train` and `validation` so that no drive is in both.
 
     With drives, every (1 / fraction)-th drive in the order of recording is held out, so that the held-out drives are
-    spread over all places; without, the last frames of the list are, as one contiguous block.
+    spread over all places; without drives, the last frames are held out, as one contiguous block.
 
     Raises:
-      UserError: a frame is in no drive.
+      UserError: a frame belongs to no drive.
     """
     if drives is None:
         count = round(fraction * len(pairs))
@@ -180,9 +172,9 @@ def split_pairs(pairs: list[Pair], drives: dict[str, str] | None, fraction: floa
         missing = [pair.id for pair in pairs if pair.id not in drives]
         if missing:
             raise UserError(f"sequences.csv names no drive for {len(missing)} frames, the first is {missing[0]!r}")
-        recorded = list(dict.fromkeys(drives[pair.id] for pair in pairs))
-        # The small number keeps 0.2 * 5 from falling short of 1.
-        held_out = {d for i, d in enumerate(recorded) if int((i + 1) * fraction + 1e-9) > int(i * fraction + 1e-9)}
+        in_order = list(dict.fromkeys(drives[pair.id] for pair in pairs))
+        # 1e-9 keeps rounding from making 0.2 * 5 less than 1.
+        held_out = {d for i, d in enumerate(in_order) if int((i + 1) * fraction + 1e-9) > int(i * fraction + 1e-9)}
         chosen = {pair.id for pair in pairs if drives[pair.id] in held_out}
     return {
         "train": [pair for pair in pairs if pair.id not in chosen],
@@ -199,7 +191,7 @@ class CarlaConfig(tfds.core.BuilderConfig):
 
 
 class Carla(tfds.core.GeneratorBasedBuilder):
-    """RGB images with the ids of their pixels."""
+    """RGB images with the class ids of their pixels."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -223,25 +215,25 @@ class Carla(tfds.core.GeneratorBasedBuilder):
 
 
 def _encode(array: np.ndarray) -> bytes:
-    """A PNG, weakly compressed: as hard as TFDS would do it, to compress takes longer than all else here."""
+    """A PNG with little compression: at the level that TFDS uses, compressing takes longer than everything else."""
     file = io.BytesIO()
     Image.fromarray(array).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
 def _prepare(splits: dict[str, list[Pair]], num_classes: int) -> Carla:
-    """Writes the frames as a TFDS data set, or finds them written."""
-    # A fingerprint of names, sizes and times is enough, and quick: contents are read only when it is new.
+    """Writes the frames as a TFDS data set, unless they are already written."""
+    # A fingerprint of names, sizes and times is enough, and quick: the files are only read if it is new.
     digest = hashlib.sha256(f"{num_classes}".encode())
     for name, pairs in splits.items():
         for pair in pairs:
-            digest.update(f"{name} {pair.id} {_stamp(pair.image)} {_stamp(pair.mask)}\n".encode())
+            digest.update(f"{name} {pair.id} {_fingerprint(pair.image)} {_fingerprint(pair.mask)}\n".encode())
     config = CarlaConfig(name=digest.hexdigest()[:16], version=Carla.VERSION, splits=splits, num_classes=num_classes)
     return prepare(Carla(config=config, file_format="array_record"))
 
 
-def _stamp(path) -> str:
-    """What changes when a file does: path, size and modification time."""
+def _fingerprint(path) -> str:
+    """Path, size and modification time of a file; in a zip archive, path and checksum."""
     if isinstance(path, zipfile.Path):
         return f"{path} {path.root.getinfo(path.at).CRC}"
     stat = path.stat()
@@ -252,13 +244,9 @@ def read_pair(pair: Pair, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """The image uint8 `[h, w, 3]` and the label uint8 `[h, w]` of one frame.
 
     Raises:
-      UserError: unreadable, of different sizes, or with a label that is no class; names the file.
+      UserError: unreadable, of different sizes, or with a label that is not a class; names the file.
     """
     image, label = images.read(pair.image, "RGB"), images.read(pair.mask, "red")
-    if image.shape[:2] != label.shape:
-        raise UserError(
-            f"{pair.image} is {image.shape[1]}x{image.shape[0]} pixels but its mask {pair.mask} is "
-            f"{label.shape[1]}x{label.shape[0]} (width x height)"
-        )
+    images.check_same_size(image, label, pair)
     check_label(label, num_classes, str(pair.mask))
     return image, label

@@ -1,9 +1,10 @@
-"""Reading and resizing image files, by Pillow and tifffile alone: it works where TensorFlow is not installed."""
+"""Reading and resizing image files with Pillow and tifffile alone: TensorFlow need not be installed."""
 
+import concurrent.futures
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -12,39 +13,47 @@ from unet_jax.errors import UserError, check_choice
 
 RESIZE = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif")
-LIMIT = 500_000_000  # pixels; a file that claims more is taken for a decompression bomb
-Image.MAX_IMAGE_PIXELS = LIMIT // 2  # above it Pillow warns, above twice as many it refuses
+MAX_PIXELS = 500_000_000  # a file that claims more is treated as a decompression bomb
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this, and refuses above twice as many
+
+
+class Pair(NamedTuple):
+    """The files of one example."""
+
+    id: str  # unique within the data set
+    image: Any  # any path object with `open`
+    mask: Any
 
 
 @contextlib.contextmanager
 def _open(path) -> Iterator[Image.Image]:
-    """A picture, not yet decoded; whatever its file does wrong becomes a `UserError`."""
+    """An image that is not decoded yet; any error of Pillow becomes a `UserError` that names the file."""
     try:
         with path.open("rb") as file, Image.open(file) as image:
             yield image
     except UserError:
         raise
-    except Exception as error:  # whatever damaged files make of it
+    except Exception as error:  # damaged files raise all kinds of exceptions
         raise UserError(f"{path}: not a readable image ({error})") from error
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Whether Pillow would keep the upper 8 of 16 bits, and not say so."""
+def _loses_bits(image: Image.Image) -> bool:
+    """Whether Pillow would silently keep only the upper 8 of 16 bits."""
     return image.mode not in ("I;16", "I;16B") and any(";16" in str(tile) for tile in image.tile)
 
 
-def files_below(folder, above: frozenset = frozenset()) -> list:
-    """All files below a folder, in order; also behind links to folders, but not hidden ones.
+def files_below(folder, ancestors: frozenset = frozenset()) -> list:
+    """All files in a folder and its subfolders, in order. Follows links to folders; skips hidden files and folders.
 
     Args:
-      folder: any path object of a folder.
-      above: the folders that led here, so that a circle of links ends.
+      folder: a folder, as any path object.
+      ancestors: the folders on the way here, so that a cycle of links ends.
 
     Raises:
       UserError: a folder cannot be read; names it.
     """
-    place = os.path.realpath(folder)
-    if place in above:
+    real_path = os.path.realpath(folder)
+    if real_path in ancestors:
         return []
     try:
         entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
@@ -53,29 +62,38 @@ def files_below(folder, above: frozenset = frozenset()) -> list:
     files = []
     for entry in entries:
         if not entry.name.startswith((".", "__MACOSX")):
-            files += files_below(entry, above | {place}) if entry.is_dir() else [entry]
+            files += files_below(entry, ancestors | {real_path}) if entry.is_dir() else [entry]
     return files
+
+
+def map_parallel(function: Callable, items: Iterable, title: str) -> list[Any]:
+    """The results of `function` for all items, in order, computed in threads, with a progress bar called `title`."""
+    import tqdm
+
+    items = list(items)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(tqdm.tqdm(pool.map(function, items), title, len(items), leave=False, delay=1))
 
 
 def read(path, mode: str) -> np.ndarray:
     """Reads an 8-bit image file as uint8.
 
     Args:
-      path: a file, as any path object with `open` (of a folder, of a zip archive, of a bucket).
-      mode: `RGB` or `L` to convert to `[h, w, 3]` or `[h, w]`; `grey` for an image without colour `[h, w]`; `red` for
-        the red channel `[h, w]` as it is, or the indices of an image with a palette.
+      path: a file, as any path object with `open` (in a folder, a zip archive or a bucket).
+      mode: `RGB` or `L` to convert to `[h, w, 3]` or `[h, w]`; `grey` for an image that must have no colour, `[h, w]`;
+        `red` for the red channel `[h, w]` as it is, or the indices of an image with a palette.
 
     Raises:
       UserError: the file is not a readable 8-bit image; names it.
     """
     with _open(path) as image:
-        deep = _is_deep(image) or image.mode.startswith("I;16")
-        if deep or image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        is_16_bit = _loses_bits(image) or image.mode.startswith("I;16")
+        if is_16_bit or image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
             raise UserError(
-                f"{path}: a{' 16-bit' if deep else ''} {image.mode} image; 8-bit grey, RGB or RGBA is needed"
+                f"{path}: a{' 16-bit' if is_16_bit else ''} {image.mode} image; 8-bit grey, RGB or RGBA is needed"
             )
         if mode == "red":
-            if image.mode == "P":  # the ids are the indices, not the colours
+            if image.mode == "P":  # the class ids are the indices, not the colours
                 return np.asarray(image)
             return np.asarray(image.getchannel("R") if "R" in image.getbands() else image.convert("L"))
         if mode == "grey":
@@ -87,25 +105,25 @@ def read(path, mode: str) -> np.ndarray:
 
 
 def read_any(path, indices: bool = False) -> np.ndarray:
-    """Reads any image file as it is, without its alpha.
+    """Reads an image file of any supported kind as it is, without its alpha channel.
 
     Args:
       path: a file, as any path object with `open`.
-      indices: whether an image with a palette gives its indices; otherwise its colours.
+      indices: whether to return the indices of an image with a palette rather than its colours.
 
     Returns:
-      uint8 or uint16, `[h, w]` where it is grey and `[h, w, 3]` where it has colours.
+      uint8 or uint16, `[h, w]` if the image is grey, `[h, w, 3]` if it is coloured.
 
     Raises:
-      UserError: not a readable image of 8 or 16 bits, or of more than one page; names it.
+      UserError: not a readable image of 8 or 16 bits, or one of several pages; names it.
     """
     with _open(path) as image:
         pages = getattr(image, "n_frames", 1)
-        if pages > 1 and image.format != "MPO":  # a photo with previews, as phones write
+        if pages > 1 and image.format != "MPO":  # phones write photos with previews as MPO
             raise UserError(f"{path} holds {pages} pages or frames: save each as a file of its own")
-        if _is_deep(image) and image.format == "TIFF":
-            return _read_deep(path)
-        if _is_deep(image):
+        if _loses_bits(image):
+            if image.format == "TIFF":
+                return _read_16_bit_tiff(path)
             raise UserError(f"{path}: a 16-bit {image.mode} image: save it with 8 bits, or as TIFF")
         if image.mode in ("I", "F"):
             raise UserError(f"{path}: 32-bit values: save it with 8 or 16 bits")
@@ -116,29 +134,29 @@ def read_any(path, indices: bool = False) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def _read_deep(path) -> np.ndarray:
-    """A TIFF image of 16 bits and several channels, without its alpha."""
+def _read_16_bit_tiff(path) -> np.ndarray:
+    """A TIFF image of 16 bits and several channels, uint16 `[h, w, 3]`, without its alpha channel."""
     import tifffile
 
     try:
         with path.open("rb") as file:
             array = tifffile.imread(file)
-    except Exception as error:  # whatever damaged files make of it
+    except Exception as error:  # damaged files raise all kinds of exceptions
         raise UserError(f"{path}: not a readable TIFF image ({type(error).__name__}: {error})") from error
     if array.ndim == 3 and array.shape[0] in (3, 4) and array.shape[-1] not in (3, 4):
-        array = np.moveaxis(array, 0, -1)  # channels stored one after another
+        array = np.moveaxis(array, 0, -1)  # planar: the channels are stored one after another
     if array.dtype != np.uint16 or array.ndim != 3 or array.shape[-1] not in (3, 4):
         raise UserError(f"{path}: {array.dtype} values of shape {array.shape}; grey or RGB of 8 or 16 bits is needed")
     return array[..., :3]
 
 
 def read_image(path, channels: int, value_range: Sequence[int]) -> np.ndarray:
-    """Reads any image file as the network takes it.
+    """Reads an image file of any supported kind as the input of a network.
 
     Args:
       path: a file, as any path object with `open`.
-      channels: 1 turns colours into grey, 3 grey into colours.
-      value_range: the values (low, high) of a 16-bit image that become 0 and 255; empty is all of 0..65535.
+      channels: 1 converts colours to grey, 3 grey to colours.
+      value_range: the values (low, high) of a 16-bit image that become 0 and 255; empty for (0, 65535).
 
     Returns:
       uint8 `[h, w, channels]`.
@@ -157,35 +175,54 @@ def read_image(path, channels: int, value_range: Sequence[int]) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], channels)))
 
 
-class Kind(NamedTuple):
-    """What the head of an image file tells."""
+class Header(NamedTuple):
+    """What the header of an image file says."""
 
-    grey: bool
-    deep: bool  # 16 bits
-    orientation: int  # EXIF; 1 is upright, or none given
+    is_grey: bool
+    is_16_bit: bool
+    orientation: int  # EXIF; 1 is upright or not given
     palette: np.ndarray | None  # uint8 [colours, 3]
 
 
-def kind(path) -> Kind:
-    """Looks at an image file without decoding it.
+def read_header(path) -> Header:
+    """Reads the header of an image file without decoding the image.
 
     Raises:
-      UserError: it is no image; names it.
+      UserError: not an image; names the file.
     """
     with _open(path) as image:
         palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3) if image.mode == "P" else None
-        grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
-        deep = image.mode.startswith("I;16") or _is_deep(image)
-        return Kind(grey, deep, image.getexif().get(0x0112, 1), palette)
+        is_grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+        is_16_bit = image.mode.startswith("I;16") or _loses_bits(image)
+        return Header(is_grey, is_16_bit, image.getexif().get(0x0112, 1), palette)
+
+
+def check_same_size(image: np.ndarray, mask: np.ndarray, pair: Pair) -> None:
+    """Checks that an image `[h, w, ...]` and its mask `[h, w, ...]` have the same size.
+
+    Raises:
+      UserError: they do not; names both files.
+    """
+    if image.shape[:2] == mask.shape[:2]:
+        return
+    orientation = read_header(pair.image).orientation
+    hint = f" The EXIF data of the photo say it is rotated ({orientation}): rotate its pixels." * (orientation != 1)
+    raise UserError(
+        f"{pair.image} is {image.shape[1]}x{image.shape[0]} pixels but its mask {pair.mask} is "
+        f"{mask.shape[1]}x{mask.shape[0]} (width x height).{hint}"
+    )
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:
-    """Resizes an image uint8 `[h, w, C]` to (height, width) `size`.
+    """Resizes an image to (height, width) `size`.
 
     Args:
       image: uint8 `[h, w, C]`, C = 1 or 3.
       size: height and width in pixels.
-      method: `bilinear` (antialiased where it shrinks) or `nearest` (centre of each pixel, as in TensorFlow 2).
+      method: `bilinear` (antialiased when shrinking) or `nearest` (centre of each pixel, as in TensorFlow 2).
+
+    Returns:
+      uint8 `[*size, C]`.
     """
     check_choice("config.data.resize", method, RESIZE)
     if image.shape[:2] == tuple(size):
@@ -197,5 +234,5 @@ def resize_image(image: np.ndarray, size: tuple[int, int], method: str) -> np.nd
 
 def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes a label uint8 `[h, w]` or `[h, w, K]` to `size` by the nearest pixel: classes never blend."""
-    rows, columns = ((np.arange(n) + 0.5) * old / n for n, old in zip(size, label.shape[:2], strict=True))
-    return label[rows.astype(int)[:, None], columns.astype(int)[None, :]]
+    y, x = (((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, label.shape[:2], strict=True))
+    return label[y[:, None], x[None, :]]

@@ -1,8 +1,8 @@
 """ISBI 2012: slices of an electron-microscopy stack, membranes (0) and cells (255).
 
-`config.data.root` holds the slices as PNG, `train/image/K.png` and `train/label/K.png` (or these two folders below
-`membrane/`), or the challenge's stacks `train-volume.tif` and `train-labels.tif`. Neighbouring slices are alike, so
-that the last ones, as one block, are held out. The labels of the challenge's own test slices are not public.
+`config.data.root` holds the slices as PNG files, `train/image/K.png` and `train/label/K.png` (there or in `membrane/`),
+or the stacks of the challenge, `train-volume.tif` and `train-labels.tif`. Neighbouring slices are nearly the same, so
+the last slices are held out as one block. The labels of the challenge's own test slices are not public.
 
 Variants: `multiclass`, two outputs and a softmax; `binary`, one sigmoid.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from unet_jax.data import images
-from unet_jax.data.source import Classes, Source
+from unet_jax.data.source import Classes, Source, shorten
 from unet_jax.errors import UserError, check_choice
 
 NAMES = ("membrane", "cell")
@@ -30,7 +30,7 @@ def load(config, split: str) -> Source:
 
     Raises:
       UserError: no slices under `config.root`; images without labels or labels without images; slices that are not
-        8-bit grey; labels other than 0 and 255 (or 0 and 1).
+        8-bit grey; label values other than 0 and 255 (or 0 and 1).
     """
     meaning = classes(config)
     check_choice("--split", split, SPLITS)
@@ -58,7 +58,7 @@ def load(config, split: str) -> Source:
 
 
 def classes(config) -> Classes:
-    """What the labels mean, by `config.variant`.
+    """The meaning of the labels, given by `config.variant`.
 
     Raises:
       UserError: an unknown variant.
@@ -68,49 +68,50 @@ def classes(config) -> Classes:
 
 
 def _read_folders(image_folder: epath.Path, label_folder: epath.Path) -> tuple[tuple[epath.Path, ...], list[Slice]]:
-    """All files, and the slices in them, in order."""
-    files = [{f.stem: f for f in d.glob("*.png")} if d.is_dir() else {} for d in (image_folder, label_folder)]
-    lonely = sorted(files[0].keys() ^ files[1].keys())
-    if lonely:
-        file = files[0].get(lonely[0]) or files[1][lonely[0]]
+    """All files, and the slices in them, in numerical order."""
+    image_files, label_files = (
+        {file.stem: file for file in folder.glob("*.png")} if folder.is_dir() else {}
+        for folder in (image_folder, label_folder)
+    )
+    unpaired = sorted(image_files.keys() ^ label_files.keys())
+    if unpaired:
+        file = (image_files | label_files)[unpaired[0]]
         raise UserError(
-            f"{image_folder} has {len(files[0])} slices and {label_folder} {len(files[1])}: {file} has no partner"
+            f"{image_folder} has {len(image_files)} slices and {label_folder} {len(label_files)}: {file} has no partner"
         )
-    if not files[0]:
+    if not image_files:
         raise UserError(f"{image_folder} holds no .png files. {HELP}")
-    stems = sorted(files[0], key=lambda stem: (not stem.isdigit(), int(stem) if stem.isdigit() else 0, stem))
-    slices = [
-        (stem, *_check(images.read(files[0][stem], "grey"), images.read(files[1][stem], "grey"), files[1][stem]))
-        for stem in stems
-    ]
-    return tuple(of[stem] for stem in stems for of in files), slices
+    stems = sorted(image_files, key=lambda stem: (not stem.isdigit(), int(stem) if stem.isdigit() else 0, stem))
+    slices = []
+    for stem in stems:
+        image, label = images.read(image_files[stem], "grey"), images.read(label_files[stem], "grey")
+        slices.append((stem, *_convert(image, label, label_files[stem])))
+    return tuple(file for stem in stems for file in (image_files[stem], label_files[stem])), slices
 
 
-def _read_stacks(*files: epath.Path) -> list[Slice]:
+def _read_stacks(image_file: epath.Path, label_file: epath.Path) -> list[Slice]:
     """The slices in two multi-page TIFF files."""
-    image, label = (_read_stack(file) for file in files)
+    image, label = _read_stack(image_file), _read_stack(label_file)
     if image.shape != label.shape:
         raise UserError(
-            f"{files[0]} holds {len(image)} slices of {image.shape[2]}x{image.shape[1]} pixels but {files[1]} "
+            f"{image_file} holds {len(image)} slices of {image.shape[2]}x{image.shape[1]} pixels but {label_file} "
             f"{len(label)} of {label.shape[2]}x{label.shape[1]} (width x height)"
         )
-    return [
-        (f"{k:02d}", *_check(x, y, f"{files[1]}, slice {k}")) for k, (x, y) in enumerate(zip(image, label, strict=True))
-    ]
+    return [(f"{k:02d}", *_convert(image[k], label[k], f"{label_file}, slice {k}")) for k in range(len(image))]
 
 
 def _read_stack(file: epath.Path) -> np.ndarray:
-    """uint8 `[slices, h, w]`."""
+    """The slices in one multi-page TIFF file, uint8 `[slices, h, w]`."""
     import tifffile
 
     try:
         with file.open("rb") as opened, tifffile.TiffFile(opened) as tiff:
-            parts, photometric = len(tiff.series), tiff.pages[0].photometric
+            num_stacks, photometric = len(tiff.series), tiff.pages[0].photometric
             stack = tiff.asarray()
-    except Exception as error:  # whatever damaged files make of it
+    except Exception as error:  # damaged files raise all kinds of exceptions
         raise UserError(f"{file}: not a readable TIFF stack ({type(error).__name__}: {error})") from error
-    if parts != 1:
-        raise UserError(f"{file} holds {parts} stacks, or pages of several sizes: save all its slices as one stack")
+    if num_stacks != 1:
+        raise UserError(f"{file} holds {num_stacks} stacks, or pages of different sizes: save all slices as one stack")
     if photometric == tifffile.PHOTOMETRIC.RGB and stack.ndim == 4 and (stack == stack[..., :1]).all():
         stack = stack[..., 0]
     elif photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE):
@@ -118,12 +119,13 @@ def _read_stack(file: epath.Path) -> np.ndarray:
     if stack.dtype != np.uint8 or stack.ndim != 3:
         raise UserError(
             f"{file}: {stack.dtype} values of shape {stack.shape}; 8-bit grey slices are needed. Convert it, for "
-            "example in Fiji by Image > Type > 8-bit, which shows the range that is kept"
+            "example in Fiji with Image > Type > 8-bit, which scales the displayed range to 0..255"
         )
     return 255 - stack if photometric == tifffile.PHOTOMETRIC.MINISWHITE else stack
 
 
-def _check(image: np.ndarray, label: np.ndarray, file) -> tuple[np.ndarray, np.ndarray]:
+def _convert(image: np.ndarray, label: np.ndarray, file) -> tuple[np.ndarray, np.ndarray]:
+    """A grey image and its label, both `[h, w]` -> image `[h, w, 1]` and label of classes 0 and 1; checks both."""
     if image.shape != label.shape:
         raise UserError(
             f"{file} is {label.shape[1]}x{label.shape[0]} pixels but its image is {image.shape[1]}x{image.shape[0]} "
@@ -133,9 +135,8 @@ def _check(image: np.ndarray, label: np.ndarray, file) -> tuple[np.ndarray, np.n
     if set(values) <= {0, 255}:
         label = label // 255
     elif not set(values) <= {0, 1}:
-        shown = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
         raise UserError(
-            f"{file}: labels must be 0 (membrane) and 255 (cell), or 0 and 1, but the values are {shown}. If the file "
-            "was saved with smooth edges or as JPEG, threshold it"
+            f"{file}: labels must be 0 (membrane) and 255 (cell), or 0 and 1, but the values are {shorten(values)}. "
+            "If the file was saved with smooth edges or as JPEG, threshold it"
         )
     return image[..., None], label

@@ -1,32 +1,32 @@
-"""The label map of a folder of masks: which value or colour in a mask file is which class."""
+"""Label maps: which value or colour in the mask files of a folder is which class."""
 
-import colorsys
 import dataclasses
 import re
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from unet_jax.data.source import Classes
+from unet_jax.data.colors import distinct_colors
+from unet_jax.data.source import Classes, shorten
 from unet_jax.errors import UserError
 
 IGNORE = 255
-MANY = 64  # masks with more values than this are smeared, not labelled
+MAX_VALUES = 64  # masks with more distinct values were smoothed or compressed, or are not masks
 _ENTRY = re.compile(r"\s*(?P<value>\d+(?:[ ,]+\d+[ ,]+\d+)?)\s*(?:->\s*(?P<id>\d+|ignore)\b)?\s*(?P<name>.*?)\s*")
 HELP = (
-    "One entry a value: '0 background', '255 -> 1 cell', '128 0 64 -> 2 car' for a colour, '11 -> ignore' for pixels "
+    "One entry per value: '0 background', '255 -> 1 cell', '128 0 64 -> 2 car' for a colour, '11 -> ignore' for pixels "
     "that do not count"
 )
 
-Value = int | tuple[int, int, int]  # what stands in a mask: a grey value or palette index, or a colour
+Value = int | tuple[int, int, int]  # of a pixel in a mask file: a grey value, a palette index or a colour
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelMap:
-    """Values of mask files and the classes that they stand for.
+    """The classes of the values in mask files.
 
     Attributes:
-      ids: value -> class, 255 where it is ignored; the values are all numbers or all colours.
+      ids: value -> class, `IGNORE` for ignored pixels; the values are all numbers or all colours.
       names: one per class.
     """
 
@@ -34,15 +34,15 @@ class LabelMap:
     names: tuple[str, ...]
 
     @property
-    def colored(self) -> bool:
+    def is_colored(self) -> bool:
         """Whether the values are colours."""
         return isinstance(next(iter(self.ids)), tuple)
 
     def classes(self, task: str, channels: int) -> Classes:
-        """The classes, in the colours of the masks where these have any.
+        """The classes, in the colours of the masks if these are coloured.
 
         Raises:
-          UserError: a binary task of other than two classes.
+          UserError: a binary task with other than two classes.
         """
         if task == "binary" and len(self.names) != 2:
             raise UserError(
@@ -50,140 +50,130 @@ class LabelMap:
                 f"{', '.join(self.names)}. Set it to 'multiclass'"
             )
         palette = distinct_colors(len(self.names))
-        if self.colored:
+        if self.is_colored:
             palette = tuple(next(v for v, i in self.ids.items() if i == k) for k in range(len(self.names)))
         return Classes(task, self.names, palette, channels, IGNORE)
 
     def apply(self, mask: np.ndarray, file: str) -> np.ndarray:
-        """Values `[h, w]` or colours `[h, w, 3]` -> classes uint8 `[h, w]`.
+        """Numbers `[h, w]` or colours `[h, w, 3]` -> classes uint8 `[h, w]`.
 
         Raises:
           UserError: a value that the map lacks; names the file and the values.
         """
-        if mask.ndim == 3 and not self.colored:
+        if mask.ndim == 3 and not self.is_colored:
             if (mask != mask[..., :1]).any():
                 raise UserError(
-                    f"{file}: a coloured mask, but config.data.labels names grey values. Save it in grey, or give "
-                    "colours. " + HELP
+                    f"{file}: a coloured mask, but config.data.labels lists grey values. Save it in grey, or list "
+                    f"colours. {HELP}"
                 )
             mask = mask[..., 0]
-        if mask.ndim == 2 and self.colored:
+        if mask.ndim == 2 and self.is_colored:
             mask = np.repeat(mask[..., None], 3, -1)
-        if self.colored:
+        if self.is_colored:
             packed = _pack(mask)
-            known = np.array(sorted(_pack(np.array(color))[()] for color in self.ids))
-            ids = {_pack(np.array(color))[()]: index for color, index in self.ids.items()}
-            place = np.searchsorted(known, packed).clip(max=len(known) - 1)
-            label = np.where(known[place] == packed, np.array([ids[color] for color in known.tolist()])[place], -1)
+            ids = {int(_pack(np.array(color))): index for color, index in self.ids.items()}
+            known = np.array(sorted(ids))
+            nearest = np.searchsorted(known, packed).clip(max=len(known) - 1)
+            label = np.where(known[nearest] == packed, np.array([ids[color] for color in sorted(ids)])[nearest], -1)
         else:
             table = np.full(65536, -1, np.int16)
             table[list(self.ids)] = list(self.ids.values())
             label = table[mask]
-        if (wrong := label < 0).any():
-            first = sorted(values(mask[wrong][None]))[0]
-            found = sorted(values(mask))
-            smeared = " Smooth edges or JPEG make such values: save masks as PNG, without smoothing." * (
-                len(found) > len(self.ids) + 3
-            )
+        if (unknown := label < 0).any():
+            first = min(distinct_values(mask[unknown][None]))
+            found = sorted(distinct_values(mask))
+            hint = " Smooth edges or JPEG make such values: save masks as PNG, without smoothing."
             raise UserError(
-                f"{file}: label {show(first)} is not in config.data.labels ({', '.join(map(show, self.ids))}). "
-                f"Values found: {', '.join(map(show, found[:8]))}{', ...' if len(found) > 8 else ''}.{smeared}"
+                f"{file}: label {format_value(first)} is not in config.data.labels "
+                f"({', '.join(map(format_value, self.ids))}). "
+                f"Values found: {shorten([format_value(value) for value in found])}."
+                f"{hint if len(found) > len(self.ids) + 3 else ''}"
             )
         return label.astype(np.uint8)
 
 
 def parse(entries: Sequence[str]) -> LabelMap:
-    """Reads `config.data.labels`.
+    """Parses `config.data.labels`.
 
     Args:
-      entries: a value, maybe `-> class` or `-> ignore`, maybe a name. Without an arrow a number is its own class, and
-        colours are counted.
+      entries: each a value, optionally `-> CLASS` or `-> ignore`, optionally a name. Without an arrow, a number is its
+        own class, and colours are numbered in order.
 
     Raises:
-      UserError: an entry without meaning; a value twice; classes that leave gaps; names used twice.
+      UserError: an invalid entry; a value listed twice; class numbers with gaps; a name used twice.
     """
     ids, names = {}, {}
     for entry in entries:
         match = _ENTRY.fullmatch(entry) if isinstance(entry, str) else None
-        if match is None:
-            raise UserError(f"config.data.labels: {entry!r} is no entry. {HELP}")
-        numbers = tuple(map(int, re.findall(r"\d+", match["value"])))
-        value = numbers if len(numbers) == 3 else numbers[0]
-        if match["name"].startswith("->") or max(numbers) > (255 if len(numbers) == 3 else 65535):
-            raise UserError(f"config.data.labels: {entry!r} is no entry. {HELP}")
+        numbers = tuple(map(int, re.findall(r"\d+", match["value"]))) if match else ()
+        is_color = len(numbers) == 3
+        if not numbers or match["name"].startswith("->") or max(numbers) > (255 if is_color else 65535):
+            raise UserError(f"config.data.labels: {entry!r} is not a valid entry. {HELP}")
+        value = numbers if is_color else numbers[0]
         if match["id"] == "ignore":
             index = IGNORE
         else:
-            index = int(match["id"]) if match["id"] else (len(names) if len(numbers) == 3 else value)
+            index = int(match["id"]) if match["id"] else (len(names) if is_color else value)
             if match["name"] or index not in names:
                 names[index] = match["name"] or names.get(index) or f"class {index}"
         if value in ids:
-            raise UserError(f"config.data.labels: {show(value)} stands there twice")
+            raise UserError(f"config.data.labels lists the value {format_value(value)} twice")
         ids[value] = index
     if sorted(names) != list(range(len(names))) or not 2 <= len(names) <= 255:
         raise UserError(
-            f"config.data.labels: the classes are {sorted(names)}, but must be 0, 1, ... without a gap, at least two. "
+            f"config.data.labels: the classes are {sorted(names)}, but must be 0, 1, ... without gaps, at least two. "
             + HELP
         )
     if len({isinstance(value, tuple) for value in ids}) > 1:
-        raise UserError(f"config.data.labels mixes numbers and colours: {', '.join(map(show, ids))}")
+        raise UserError(f"config.data.labels mixes numbers and colours: {', '.join(map(format_value, ids))}")
     if len(set(names.values())) < len(names):
-        raise UserError(f"config.data.labels: a name is used twice: {', '.join(names[k] for k in sorted(names))}")
+        raise UserError(f"config.data.labels uses a name twice: {', '.join(names[k] for k in sorted(names))}")
     return LabelMap(ids, tuple(names[k] for k in range(len(names))))
 
 
-def guess(found: Collection[Value]) -> tuple[str, ...]:
-    """Entries for the values that occur in all masks.
+def guess(values: Collection[Value]) -> tuple[str, ...]:
+    """Entries of `config.data.labels` for the values that occur in all masks.
 
-    Two values are background and foreground; small numbers are classes themselves, beside which 255 is ignored; other
-    numbers and colours are counted in order.
+    Two values are background and foreground; small numbers are themselves the classes, and 255 beside them is ignored;
+    other numbers and colours are numbered in order.
 
     Raises:
-      UserError: only one value, or so many that the masks must have been smeared.
+      UserError: only one value, or so many that the masks must have been smoothed.
     """
-    found = sorted(found)
-    if len(found) < 2:
-        raise UserError(f"all masks hold nothing but {', '.join(map(show, found))}: there is nothing to learn")
-    if len(found) > MANY:
+    values = sorted(values)
+    if len(values) < 2:
+        raise UserError(f"all masks hold nothing but {', '.join(map(format_value, values))}: there is nothing to learn")
+    if len(values) > MAX_VALUES:
         raise UserError(
-            f"the masks hold {len(found)} values ({', '.join(map(show, found[:6]))}, ...): they have smooth edges, "
-            f"went through JPEG, or are no label masks. Or say what they mean by config.data.labels. {HELP}"
+            f"the masks hold {len(values)} values ({', '.join(map(format_value, values[:6]))}, ...): they have "
+            "smooth edges, were saved as JPEG, or are not label masks. If they are, list the values in "
+            f"config.data.labels. {HELP}"
         )
-    if len(found) == 2:
-        return f"{show(found[0])} -> 0 background", f"{show(found[1])} -> 1 foreground"
-    if not isinstance(found[0], tuple):
-        classes = [value for value in found if value != IGNORE]
-        if classes[-1] < MANY:
-            ignored = (f"{IGNORE} -> ignore",) if IGNORE in found else ()
+    if len(values) == 2:
+        return f"{format_value(values[0])} -> 0 background", f"{format_value(values[1])} -> 1 foreground"
+    if not isinstance(values[0], tuple):
+        classes = [value for value in values if value != IGNORE]
+        if classes[-1] < MAX_VALUES:
+            ignored = (f"{IGNORE} -> ignore",) if IGNORE in values else ()
             return (*(f"{value} class {value}" for value in range(classes[-1] + 1)), *ignored)
-    return tuple(f"{show(value)} -> {index} class {index}" for index, value in enumerate(found))
+    return tuple(f"{format_value(value)} -> {index} class {index}" for index, value in enumerate(values))
 
 
-def values(mask: np.ndarray) -> set[Value]:
-    """The values or colours that occur in a mask `[h, w]` or `[h, w, 3]`."""
+def distinct_values(mask: np.ndarray) -> set[Value]:
+    """The numbers or colours that occur in a mask `[h, w]` or `[h, w, 3]`."""
     packed = _pack(mask)
-    starts = np.ones(packed.shape, bool)  # of runs of equal pixels along a row, so that few have to be sorted
+    starts = np.ones(packed.shape, bool)  # first pixels of runs of equal pixels in a line: only these need sorting
     starts[:, 1:] = packed[:, 1:] != packed[:, :-1]
-    return {_unpack(value, mask.ndim == 3) for value in np.unique(packed[starts]).tolist()}
-
-
-def distinct_colors(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Black, then hues that are far from those before them."""
-    golden = (5**0.5 - 1) / 2
-    hues = [colorsys.hsv_to_rgb((0.6 + k * golden) % 1, 0.75 - 0.3 * (k % 3 == 2), 0.95) for k in range(count - 1)]
-    return ((20, 20, 20), *(tuple(round(255 * part) for part in hue) for hue in hues))
+    values = np.unique(packed[starts]).tolist()
+    return {(value >> 16, value >> 8 & 255, value & 255) for value in values} if mask.ndim == 3 else set(values)
 
 
 def _pack(mask: np.ndarray) -> np.ndarray:
-    """Colours `[..., 3]` as single numbers; numbers as they are."""
+    """Colours `[3]` or `[h, w, 3]` as single numbers; numbers `[h, w]` as they are; int64."""
     mask = mask.astype(np.int64)
     return mask @ np.array([65536, 256, 1]) if mask.ndim in (1, 3) else mask
 
 
-def _unpack(value: int, colored: bool) -> Value:
-    return (int(value) >> 16, int(value) >> 8 & 255, int(value) & 255) if colored else int(value)
-
-
-def show(value: Value) -> str:
-    """A value as an entry of `config.data.labels` gives it."""
+def format_value(value: Value) -> str:
+    """A value as it is written in `config.data.labels`."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,7 +1,7 @@
-"""Oxford-IIIT Pet: cats and dogs with trimaps, by the builder of TFDS.
+"""Oxford-IIIT Pet: cats and dogs with trimaps, prepared by the builder of TFDS.
 
-Variants: `trimap` (pet, background, border) and `binary` (pet or background, the border ignored). `config.data.root`
-may name the folder of the two archives, or the unpacked folder (`images/`, `annotations/`); without it TFDS downloads.
+Variants: `trimap` (pet, background, border) and `binary` (pet or background; the border is ignored). `config.data.root`
+may name the folder of the two archives, or of their content (`images/`, `annotations/`); if empty, TFDS downloads them.
 
 Splits: `test` is the official one; `validation` is the end of the official trainval, `train` the rest of it.
 """
@@ -13,10 +13,11 @@ import socket
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.datasets.oxford_iiit_pet import oxford_iiit_pet_dataset_builder as stock
+from tensorflow_datasets.datasets.oxford_iiit_pet import oxford_iiit_pet_dataset_builder as tfds_pets
 
 from unet_jax.data import images
-from unet_jax.data.prepare import files, prepare
+from unet_jax.data.images import Pair
+from unet_jax.data.prepare import prepare, prepared_files
 from unet_jax.data.source import Classes, Source, check_label
 from unet_jax.errors import UserError, check_choice
 
@@ -29,32 +30,32 @@ def load(config, split: str) -> Source:
     """The source of `split`: `train`, `validation`, `test` or `all`.
 
     Raises:
-      UserError: neither data nor network; says where to put the archives.
+      UserError: neither data nor network (says where to put the archives); a missing or faulty file.
     """
     meaning = classes(config)
     check_choice("--split", split, SPLITS)
     builder = _prepare(config.root)
     cut = round(100 * (1 - config.validation))
-    parts = {"train": f"train[:{cut}%]", "validation": f"train[{cut}%:]", "test": "test", "all": "all"}
+    tfds_splits = {"train": f"train[:{cut}%]", "validation": f"train[{cut}%:]", "test": "test", "all": "all"}
     if split == "test" and "test" not in builder.info.splits:
         raise UserError(f"config.data.root = {config.root!r} has no annotations/test.txt, so no test split")
-    data = builder.as_data_source(split=parts[split])
+    data = builder.as_data_source(split=tfds_splits[split])
     if not len(data):
         raise UserError(f"config.data.validation = {config.validation} leaves no images for {split}")
 
     def read(index):
         example = data[index]
         trimap = example["segmentation_mask"][..., 0].astype(np.int16)
-        check_label(trimap - 1, 3, f"trimap of {example['file_name'].decode()}, less 1")
+        check_label(trimap - 1, 3, f"trimap of {example['file_name'].decode()}, minus 1")
         if meaning.task == "multiclass":
             return example["image"], (trimap - 1).astype(np.uint8)
         return example["image"], np.array([0, 1, 0, 255], np.uint8)[trimap]
 
-    return Source(meaning, [f"{split}_{i:05d}" for i in range(len(data))], read, files=files(builder))
+    return Source(meaning, [f"{split}_{i:05d}" for i in range(len(data))], read, files=prepared_files(builder))
 
 
 def classes(config) -> Classes:
-    """What the labels mean, by `config.variant`.
+    """The meaning of the labels, given by `config.variant`.
 
     Raises:
       UserError: an unknown variant.
@@ -66,17 +67,17 @@ def classes(config) -> Classes:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class FolderConfig(tfds.core.BuilderConfig):
-    """An unpacked folder, and the list of examples of each split."""
+    """An unpacked folder, and the file that lists the examples of each split."""
 
     folder: str = ""
     lists: dict[str, epath.Path] = dataclasses.field(default_factory=dict)
 
 
-class PetFolder(stock.Builder):
-    """The examples of the stock builder, from an unpacked folder."""
+class PetFolder(tfds_pets.Builder):
+    """The examples of the TFDS builder, from an unpacked folder."""
 
     name = "oxford_iiit_pet_folder"
-    pkg_dir_path = stock.Builder.pkg_dir_path
+    pkg_dir_path = tfds_pets.Builder.pkg_dir_path
 
     def _split_generators(self, dl_manager):
         config = self.builder_config
@@ -85,7 +86,7 @@ class PetFolder(stock.Builder):
 
 
 def _prepare(root: str):
-    """The TFDS builder, its data written."""
+    """The TFDS builder of the pets, prepared."""
     folder = epath.Path(root) if root else None
     if folder and not folder.is_dir():
         raise UserError(f"config.data.root = {root!r} is not a folder")
@@ -93,8 +94,8 @@ def _prepare(root: str):
         return _prepare_folder(folder)
     if folder and not all((folder / name).exists() for name in ARCHIVES):
         raise UserError(
-            f"config.data.root = {root!r} holds neither {' and '.join(ARCHIVES)} nor images/ and annotations/. Without "
-            "config.data.root the pets are downloaded; configs/shapes.py needs no data."
+            f"config.data.root = {root!r} holds neither {' and '.join(ARCHIVES)} nor images/ and annotations/. If "
+            "config.data.root is empty, the pets are downloaded; configs/shapes.py needs no data."
         )
     builder = tfds.builder("oxford_iiit_pet", file_format="array_record")
     if not builder.data_path.exists():
@@ -102,9 +103,9 @@ def _prepare(root: str):
         found = folder or (manual if all((manual / name).exists() for name in ARCHIVES) else None)
         if found is None and not _reachable():
             raise UserError(
-                f"Oxford-IIIT Pet is neither prepared nor at hand, and {SERVER} cannot be reached. Put "
+                f"Oxford-IIIT Pet has not been downloaded, and {SERVER} cannot be reached. Put "
                 f"{' and '.join(ARCHIVES)} (from https://www.robots.ox.ac.uk/~vgg/data/pets/) into {manual}, or name "
-                "their folder: --config.data.root=DIR. configs/shapes.py needs no data."
+                "the folder they are in: --config.data.root=DIR. configs/shapes.py needs no data."
             )
         prepare(builder, tfds.download.DownloadConfig(manual_dir=found) if found else None)
     return builder
@@ -119,41 +120,42 @@ def _reachable() -> bool:
 
 
 def _prepare_folder(folder: epath.Path):
-    """The stock builder's examples, from the unpacked archives, with the lists that are there."""
+    """The same examples from an unpacked folder, with those of its two lists that exist; prepared."""
     lists = {"train": folder / "annotations/trainval.txt", "test": folder / "annotations/test.txt"}
     lists = {name: path for name, path in lists.items() if path.exists()}
     if "train" not in lists:
         raise UserError(f"{folder}: annotations/trainval.txt is missing")
     stems = {name: _read_list(path) for name, path in lists.items()}
-    files = [
-        (folder / f"images/{stem}.jpg", folder / f"annotations/trimaps/{stem}.png")
+    pairs = [
+        Pair(stem, folder / f"images/{stem}.jpg", folder / f"annotations/trimaps/{stem}.png")
         for stem in dict.fromkeys(stem for names in stems.values() for stem in names)
     ]
     digest = hashlib.sha256(f"{folder.resolve()} {stems}".encode())
-    for file in (file for pair in files for file in pair):
+    for file in (file for pair in pairs for file in (pair.image, pair.mask)):
         if not file.exists():
             raise UserError(f"{folder}/annotations names {file.stem!r}, but there is no {file}")
         digest.update(f"{file.stat().length} {file.stat().mtime}".encode())
-    config = FolderConfig(name=digest.hexdigest()[:16], version=stock.Builder.VERSION, folder=str(folder), lists=lists)
+    version = tfds_pets.Builder.VERSION
+    config = FolderConfig(name=digest.hexdigest()[:16], version=version, folder=str(folder), lists=lists)
     builder = PetFolder(config=config, file_format="array_record")
     if not builder.data_path.exists():
-        for image, trimap in files:
-            _check_pair(image, trimap)
+        for pair in pairs:
+            _check_pair(pair)
     return prepare(builder)
 
 
 def _read_list(path: epath.Path) -> list[str]:
-    """The names in a list of the data set, one `NAME CLASS SPECIES BREED` a line."""
-    rows = [line.split(" ") for line in path.read_text().splitlines()]
-    for number, row in enumerate(rows, 1):
-        if len(row) != 4 or not all(field.isdigit() for field in row[1:]):
-            raise UserError(f"{path}, line {number}: {' '.join(row)!r} is not NAME CLASS SPECIES BREED")
-    return [row[0] for row in rows]
+    """The names in a list of the data set, one `NAME CLASS SPECIES BREED` per line."""
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        _, *numbers = line.split(" ")
+        if len(numbers) != 3 or not all(field.isdigit() for field in numbers):
+            raise UserError(f"{path}, line {number}: {line!r} is not NAME CLASS SPECIES BREED")
+    return [line.split(" ")[0] for line in lines]
 
 
-def _check_pair(image: epath.Path, trimap: epath.Path) -> None:
-    """Reads both, which the stock builder does not."""
-    shape, label = images.read(image, "RGB").shape[:2], images.read(trimap, "L")
-    if shape != label.shape:
-        raise UserError(f"{image} is {shape[1]}x{shape[0]} pixels but {trimap} is {label.shape[1]}x{label.shape[0]}")
-    check_label(label.astype(np.int16) - 1, 3, f"{trimap}, less 1")
+def _check_pair(pair: Pair) -> None:
+    """Checks that both files can be read and fit each other: the TFDS builder copies them without decoding."""
+    image, trimap = images.read(pair.image, "RGB"), images.read(pair.mask, "L")
+    images.check_same_size(image, trimap, pair)
+    check_label(trimap.astype(np.int16) - 1, 3, f"{pair.mask}, minus 1")

@@ -1,13 +1,12 @@
 """Batches: order, decode, resize, cache, batch, pad and mask.
 
 The batch of a step is a pure function of (source, seed, step): every epoch is a full shuffle drawn from (seed, epoch),
-epochs follow each other without a gap, and step s takes the positions [s * B, (s + 1) * B). A run goes on at any step
+epochs follow each other without a gap, and step s takes the positions [s * B, (s + 1) * B). A run resumes at any step
 without reading what came before, and any number of processes sees the same global batches.
 """
 
 import collections
 import concurrent.futures
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 
@@ -18,7 +17,7 @@ from unet_jax.data.source import Source
 
 Batch = dict[str, np.ndarray]
 
-AHEAD = 2  # batches that are made before they are asked for
+PREFETCH = 2  # batches prepared ahead
 
 
 def _tensorflow():
@@ -31,11 +30,11 @@ def _tensorflow():
 
 
 class Pipeline:
-    """Examples of one source at one size, kept on disk where they fit.
+    """The examples of one source at one size, cached on disk if they fit.
 
     Attributes:
       source: the examples.
-      cached: whether all examples are mapped from the disk; if not, they are read anew each epoch.
+      cached: whether all examples are memory-mapped from the cache; if not, they are read again in each epoch.
     """
 
     def __init__(
@@ -44,41 +43,46 @@ class Pipeline:
         size: tuple[int, int],
         resize: str,
         cache_gib: float,
-        weigh: border.Weigh | None = None,
-        say: Callable[[str], None] = print,
+        pixel_weight_fn: border.BorderWeights | None = None,
+        notify: Callable[[str], None] = print,
     ):
-        """Reads everything once, in parallel, unless the cache holds it or it does not fit there.
+        """Fills the cache, reading everything once, in parallel, unless it is there already or does not fit.
 
         Args:
           source: the examples.
           size: height and width of the batches.
           resize: how images are resized, `bilinear` or `nearest`.
-          cache_gib: how much disk the examples of all sources may fill; 0 is no cache.
-          weigh: makes the loss weights float32 `[H, W]` of a label; None is none.
-          say: is told what keeps the examples out of the cache, if it is not their size.
+          cache_gib: disk space that the examples of all sources may take; 0 for no cache.
+          pixel_weight_fn: label -> loss weights float32 `[H, W]`; None for none.
+          notify: called with the reason if the examples cannot be cached, unless it is their size.
 
         Raises:
           UserError: an example cannot be read.
         """
-        self.source, self._size, self._resize, self._weigh = source, tuple(size), resize, weigh
+        self.source, self._size, self._resize, self._pixel_weight_fn = source, tuple(size), resize, pixel_weight_fn
         self._arrays = None
         if source.files is not None and source.settings is not None:
-            made_of = {
+            key_fields = {
                 "ids": list(source.ids),
-                "files": cache.stamp(source.files),
+                "files": cache.fingerprint(source.files),
                 "settings": dict(source.settings),
                 "size": self._size,
                 "resize": resize,
-                "weigh": None if weigh is None else dataclasses.asdict(weigh),
+                "pixel_weight_fn": None if pixel_weight_fn is None else pixel_weight_fn.key_fields(),
             }
-            fields = ("image", "label") if weigh is None else ("image", "label", "weight")
-            self._arrays = cache.examples(made_of, fields, len(source), self._decode, cache_gib * 2**30, say)
+            names = ("image", "label") if pixel_weight_fn is None else ("image", "label", "weight")
+            self._arrays = cache.load_or_write(key_fields, names, len(source), self._decode, cache_gib * 2**30, notify)
         self.cached = self._arrays is not None
         if not self.cached:
             self._spec = {name: (value.shape, value.dtype) for name, value in self._decode(0).items()}
 
     def read(self, index: int) -> Batch:
-        """One example: `image` uint8 `[H, W, C]`, `label` uint8 `[H, W]` or `[H, W, K]`, maybe `weight` `[H, W]`."""
+        """One example.
+
+        Returns:
+          `image` uint8 `[H, W, C]`, `label` uint8 `[H, W]` or `[H, W, K]`, and with a `pixel_weight_fn` `weight`
+          float32 `[H, W]`.
+        """
         if self.cached:
             return {name: array[index].copy() for name, array in self._arrays.items()}
         return self._decode(index)
@@ -88,7 +92,7 @@ class Pipeline:
         image, label = self.source.read(index)
         label = images.resize_label(label, self._size)
         example = {"image": images.resize_image(image, self._size, self._resize), "label": label}
-        return example if self._weigh is None else {**example, "weight": self._weigh(label)}
+        return example if self._pixel_weight_fn is None else {**example, "weight": self._pixel_weight_fn(label)}
 
     def train_batches(self, batch_size: int, seed: int, start_step: int, rows: np.ndarray) -> Iterator[Batch]:
         """Endless training batches.
@@ -97,66 +101,68 @@ class Pipeline:
           batch_size: of the global batch.
           seed: of the order.
           start_step: the step whose batch comes first.
-          rows: of each global batch, those that this process feeds, int `[b]`.
+          rows: the rows of each global batch that this process feeds, int `[b]`.
 
         Yields:
-          the fields of `read`, each `[b, ...]`, and `mask` bool `[b]`, all true.
+          the arrays of `read`, each `[b, ...]`, and `mask` bool `[b]`, all true.
         """
         tf = _tensorflow()
         count = len(self.source)
 
         @tf.autograph.experimental.do_not_convert
         def shuffled(epoch):
-            pair = tf.stack([tf.constant(seed, tf.int64), epoch])
+            seed_and_epoch = tf.stack([tf.constant(seed, tf.int64), epoch])
             return tf.data.Dataset.from_tensor_slices(
-                tf.random.experimental.stateless_shuffle(tf.range(count, dtype=tf.int64), seed=pair)
+                tf.random.experimental.stateless_shuffle(tf.range(count, dtype=tf.int64), seed=seed_and_epoch)
             )
 
         start = start_step * batch_size
         order = tf.data.Dataset.range(start // count, np.iinfo(np.int64).max).flat_map(shuffled)
         order = order.skip(start % count).batch(batch_size, drop_remainder=True)
-        chosen = tf.autograph.experimental.do_not_convert(lambda index: tf.gather(index, rows))
-        return self._fetch(order.map(chosen), len(rows))
+        own_rows = tf.autograph.experimental.do_not_convert(lambda indices: tf.gather(indices, rows))
+        return self._fetch(order.map(own_rows), len(rows))
 
     def eval_batches(self, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
-        """Every example once, in order; the last batch is filled up with examples whose `mask` is false."""
+        """Every example once, in order; the last batch is filled up with examples whose `mask` is false.
+
+        Args and yields: as `train_batches`.
+        """
         tf = _tensorflow()
         padded = np.full(-(-len(self.source) // batch_size) * batch_size, -1, np.int64)
         padded[: len(self.source)] = np.arange(len(self.source))
         return self._fetch(tf.data.Dataset.from_tensor_slices(padded.reshape(-1, batch_size)[:, rows]), len(rows))
 
-    def _fetch(self, indices, count: int) -> Iterator[Batch]:
-        """Examples for a dataset of index batches `[count]`; index -1 gives the first example, masked."""
-        tf = _tensorflow()
+    def _fetch(self, index_batches, batch_size: int) -> Iterator[Batch]:
+        """The batches for a dataset of index batches `[batch_size]`; index -1 gives the first example, masked."""
         if self.cached:
-            with concurrent.futures.ThreadPoolExecutor(1) as ahead:
+            with concurrent.futures.ThreadPoolExecutor(1) as worker:
                 pending = collections.deque()
-                for index in indices.as_numpy_iterator():
-                    pending.append(ahead.submit(self._gather, index))
-                    if len(pending) > AHEAD:
+                for indices in index_batches.as_numpy_iterator():
+                    pending.append(worker.submit(self._gather, indices))
+                    if len(pending) > PREFETCH:
                         yield pending.popleft().result()
                 while pending:
                     yield pending.popleft().result()
             return
 
+        tf = _tensorflow()
         failures: list[Exception] = []
         read = self._tf_read(tf, failures)
-        batches = indices.unbatch().map(read, num_parallel_calls=tf.data.AUTOTUNE)
-        batches = batches.batch(count)
+        batches = index_batches.unbatch().map(read, num_parallel_calls=tf.data.AUTOTUNE).batch(batch_size)
         try:
-            yield from batches.prefetch(AHEAD).as_numpy_iterator()
+            yield from batches.prefetch(PREFETCH).as_numpy_iterator()
         except tf.errors.OpError:
             if failures:
                 raise failures[0] from None
             raise
 
-    def _gather(self, index: np.ndarray) -> Batch:
-        """The examples `index`, `[b]`, copied from the disk or from what the system holds of it."""
-        rows = np.maximum(index, 0)
-        return {name: np.take(array, rows, axis=0) for name, array in self._arrays.items()} | {"mask": index >= 0}
+    def _gather(self, indices: np.ndarray) -> Batch:
+        """The examples at `indices`, `[b]`, copied from the memory-mapped arrays."""
+        clipped = np.maximum(indices, 0)
+        return {name: np.take(array, clipped, axis=0) for name, array in self._arrays.items()} | {"mask": indices >= 0}
 
     def _tf_read(self, tf, failures: list[Exception]) -> Callable:
-        """A function of an index tensor; keeps Python exceptions, which TensorFlow would turn into text."""
+        """`_decode` as a function of an index tensor. Keeps exceptions in `failures`; TensorFlow makes them text."""
 
         def read(index):
             try:

@@ -1,4 +1,4 @@
-"""Writing a data set by TFDS, with errors that a user can act on."""
+"""Data sets that TFDS prepares: its errors as errors that a user can act on, and the files it writes."""
 
 import tensorflow_datasets as tfds
 from etils import epath
@@ -10,14 +10,14 @@ from unet_jax.errors import UserError
 def prepare(
     builder: tfds.core.DatasetBuilder, download_config: tfds.download.DownloadConfig | None = None
 ) -> tfds.core.DatasetBuilder:
-    """Writes the data set of `builder`, or finds it written; returns the builder.
+    """Writes the data set of `builder`, unless it is already written; returns the builder.
 
     Raises:
-      UserError: one that the builder raised; an archive that is not the published one; no space or right to write.
+      UserError: one that the builder raised; an archive other than the published one; no space or permission to write.
     """
     try:
         builder.download_and_prepare(download_config=download_config)
-    except Exception as error:  # TFDS wraps what a generator raises
+    except Exception as error:  # TFDS wraps the exceptions of a generator
         cause = error
         while cause is not None and not isinstance(cause, UserError | NonMatchingChecksumError | OSError):
             cause = cause.__cause__ or cause.__context__
@@ -31,6 +31,6 @@ def prepare(
     return builder
 
 
-def files(builder: tfds.core.DatasetBuilder) -> tuple[epath.Path, ...]:
-    """The files that hold the examples of a data set that is written."""
+def prepared_files(builder: tfds.core.DatasetBuilder) -> tuple[epath.Path, ...]:
+    """The files with the examples of a prepared data set."""
     return tuple(path for _, split in sorted(builder.info.splits.items()) for path in split.filepaths)

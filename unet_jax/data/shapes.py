@@ -1,7 +1,7 @@
-"""Generated shapes, after the test of the PyTorch U-Net: six kinds, white on black, one of each per image.
+"""Generated shapes, after the test data of the PyTorch U-Net: six kinds, white on black, one of each per image.
 
-Variants: `multilabel`, six masks that may overlap; `multiclass`, background and six classes, where shapes overlap the
-later one. Every image is a function of (seed, split, index).
+Variants: `multilabel`, six masks that may overlap; `multiclass`, background and six classes, where the later shape
+covers the earlier one. Every image is a function of (seed, split, index).
 """
 
 import numpy as np
@@ -15,23 +15,24 @@ SPLITS = ("train", "validation", "test")
 
 
 def load(config, split: str) -> Source:
-    """The source of `split`: `config.shapes_train` images for training, `config.shapes_validation` for the others.
+    """The source of `split`: `train`, `validation`, `test` or `all`.
+
+    `train` has `config.shapes_train` images, `validation` and `test` have `config.shapes_validation` each.
 
     Raises:
-      UserError: an unknown variant or split; images too small to hold a shape.
+      UserError: an unknown variant or split; images too small for the shapes; no images.
     """
     meaning = classes(config)
     check_choice("--split", split, (*SPLITS, "all"))
     if min(config.size) < 48:
         raise UserError(f"config.data.size = {config.size}: shapes need at least 48x48 pixels")
-    for name in ("shapes_train", "shapes_validation", "shapes_seed"):
-        if config[name] < (name != "shapes_seed"):
-            raise UserError(f"config.data.{name} = {config[name]} is too small")
-    counts = {"train": config.shapes_train}
+    for name, smallest in (("shapes_train", 1), ("shapes_validation", 1), ("shapes_seed", 0)):
+        if config[name] < smallest:
+            raise UserError(f"config.data.{name} = {config[name]} must be {smallest} or more")
     examples = [
         (name, i)
         for name in (SPLITS if split == "all" else (split,))
-        for i in range(counts.get(name, config.shapes_validation))
+        for i in range(config.shapes_train if name == "train" else config.shapes_validation)
     ]
 
     def read(index):
@@ -48,7 +49,7 @@ def load(config, split: str) -> Source:
 
 
 def classes(config) -> Classes:
-    """What the labels mean, by `config.variant`.
+    """The meaning of the labels, given by `config.variant`.
 
     Raises:
       UserError: an unknown variant.
@@ -61,12 +62,12 @@ def classes(config) -> Classes:
 def generate(size: tuple[int, int], seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """One image uint8 `[H, W, 1]` (0 or 255) and its masks uint8 `[H, W, 6]` (0 or 1)."""
     rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[: size[0], : size[1]]
+    grid_y, grid_x = np.mgrid[: size[0], : size[1]]
 
     def place(zoom):
-        """Offsets from a random centre, and a random size, in pixels."""
+        """The offsets of all pixels from a random centre, and a random size, in pixels."""
         y, x = (int(side * rng.uniform(0.1, 0.9)) for side in size)
-        return rows - y, columns - x, int(min(size) * rng.uniform(0.06, 0.12) * zoom)
+        return grid_y - y, grid_x - x, int(min(size) * rng.uniform(0.06, 0.12) * zoom)
 
     y, x, s = place(0.8)
     square = np.maximum(abs(y), abs(x)) <= s // 2
@@ -77,7 +78,7 @@ def generate(size: tuple[int, int], seed: list[int]) -> tuple[np.ndarray, np.nda
     y, x, s = place(0.7)
     ring = (y**2 + x**2 < s**2) & (y**2 + x**2 >= (0.7 * s) ** 2)
     y, x, s = place(1.0)
-    mesh = (np.maximum(abs(y), abs(x)) <= s // 2) & (rows % 2 == 1) & (columns % 2 == 1)
+    mesh = (np.maximum(abs(y), abs(x)) <= s // 2) & (grid_y % 2 == 1) & (grid_x % 2 == 1)
     y, x, s = place(1.2)
     bar = lambda along, across: (abs(along) <= s // 2) & (across >= -1) & (across < 1)
     plus = bar(y, x) | bar(x, y)

@@ -1,5 +1,53 @@
-"""Networks, one file each."""
+"""Networks, one file each, with `create(num_outputs, **settings) -> flax.linen.Module`.
 
-from unet_jax.models.unet import UNet
+To add one: a file in this folder and its name in `NAMES`. What the rest of the package asks of a network:
 
-__all__ = ["UNet"]
+`__call__(image, keys=None)`  float images `[B, H, W, C]` -> float32 logits `[B, H', W', num_outputs]`, (H', W') =
+                              `output_size((H, W))`; in training mode when `keys`, one random key per example, are given
+`margins(size)`               (above, below), (left, right): what an image needs around it for all of it to be predicted
+`output_size(size)`           height and width of the logits; raises a `UserError` for a size that it cannot take
+`smallest_input`              height and width of the smallest image that it takes
+`stride`                      input sizes are `smallest_input` plus multiples of it; tiles begin at multiples of it
+`is_local`                    whether an output pixel depends on nothing but its surroundings: tiles then have no seams
+`remat`, `conv_impl`          fields: levels that are rematerialised; `plain`, or `cpu` for a single CPU device
+`head`                        the name of the last layer, whose shape depends on the number of classes
+"""
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from unet_jax.errors import check_choice
+
+NAMES = ("unet",)
+
+
+def create(name: str, num_outputs: int, *, conv_impl: str = "plain", **settings) -> nn.Module:
+    """The network of `config.model`.
+
+    Args:
+      name: one of `NAMES`.
+      num_outputs: channels of the logits.
+      conv_impl: `plain`, or `cpu` for a single CPU device, where convolutions take another form; the result is the same.
+      **settings: the other fields of `config.model`.
+
+    Raises:
+      UserError: an unknown name, or an invalid setting.
+    """
+    check_choice("config.model.name", name, NAMES)
+    return importlib.import_module(f"unet_jax.models.{name}").create(num_outputs, conv_impl=conv_impl, **settings)
+
+
+def abstract_variables(model: nn.Module, channels: int) -> dict[str, Any]:
+    """Shapes and types of `params` and `batch_stats` for images of `channels`, without drawing them."""
+    image = jnp.zeros((1, *model.smallest_input, channels))
+    return {"batch_stats": {}, **jax.eval_shape(model.init, jax.random.key(0), image)}
+
+
+def shapes(tree) -> dict[str, tuple[int, ...]]:
+    """The shape of every array, by its path, as in `params/head/kernel`."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(key.key for key in path): tuple(leaf.shape) for path, leaf in leaves}

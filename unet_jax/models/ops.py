@@ -1,4 +1,4 @@
-"""Convolution, pooling, up-sampling and dropout in the forms that are exact and cheap on every device.
+"""Convolution, pooling, up-sampling and dropout in forms that are exact and cheap on every device.
 
 The plain forms are slow where it matters: the gradient of a windowed maximum is a select-and-scatter (half of a
 training step on a CPU, and not deterministic on a GPU), and a strided transposed convolution multiplies mostly zeros.
@@ -14,11 +14,11 @@ from jax import lax
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv_3x3_on_cpu(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
-    """3x3 convolution of stride 1 in the form that is fast on one CPU; the sums are those of the plain one, reordered.
+    """3x3 convolution of stride 1 in the form that is fast on one CPU; the same sums as the plain form, reordered.
 
     Wide layers take Winograd's minimal filtering F(2x2, 3x3) with 16 products for 36 (Lavin and Gray 2016,
-    arXiv:1509.09308, section 4.1), in the gradient of the image too. That of the kernel pads the image beforehand where
-    the batch is small: XLA's own is up to five times slower there.
+    arXiv:1509.09308, section 4.1), also in the gradient of the image. The gradient of the kernel pads the image first where the
+    batch is small: XLA's own is up to five times slower there.
 
     Args:
       x: `[B, H, W, C]`.
@@ -156,7 +156,7 @@ def _max_pool_forward(x):
 
 def _max_pool_backward(residuals, gradient):
     x, y = residuals
-    free = jnp.ones(y.shape, bool)  # windows whose maximum has not been met yet
+    free = jnp.ones(y.shape, bool)  # windows whose maximum has not been found yet
     parts = []
     for member in _window(x):
         first = free & (member == y)

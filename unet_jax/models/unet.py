@@ -26,7 +26,7 @@ INIT = {  # of the 3x3 convolutions, the up-sampling and the head
 
 
 class UNet(nn.Module):
-    """Maps images to logits.
+    """Maps images to logits; meets the protocol of `unet_jax.models`.
 
     Attributes:
       num_outputs: channels of the logits: the number of classes, or 1 for a binary task.
@@ -40,9 +40,9 @@ class UNet(nn.Module):
       extra_conv: whether one more 3x3 convolution stands before the head.
       kernel_init: `he` (truncated He-normal; Glorot-uniform where no ReLU follows) or `paper` (N(0, sqrt(2/N))
         everywhere).
-      remat: levels, 0 is the top, whose blocks keep no activations but compute them again in the backward pass (Chen et
-        al. 2016, arXiv:1604.06174); the result is the same.
-      one_cpu: whether it runs on a single CPU, where convolutions take another form; the result is the same.
+      remat: levels, 0 is the top, whose blocks are rematerialised: they keep no activations and recompute them in the
+        backward pass (Chen et al. 2016, arXiv:1604.06174); the result is the same.
+      conv_impl: `plain`, or `cpu` on a single CPU device (see `ops.conv_3x3_on_cpu`); the result is the same.
       dtype: of the computation; parameters, normalisation statistics and logits stay float32.
     """
 
@@ -56,22 +56,21 @@ class UNet(nn.Module):
     extra_conv: bool = False
     kernel_init: str = "he"
     remat: Sequence[int] = ()
-    one_cpu: bool = False
+    conv_impl: str = "plain"
     dtype: str = "float32"
 
     def setup(self):
         conv_init, up_init, head_init = INIT[self.kernel_init]
-        form = ops.conv_on_cpu if self.one_cpu else None
         conv = partial(
             nn.Conv,
             padding=self.padding.upper(),
             kernel_init=conv_init,
-            conv_general_dilated=form,
+            conv_general_dilated=ops.conv_on_cpu if self.conv_impl == "cpu" else None,
             dtype=self.dtype,
         )
         block = partial(ConvBlock, conv=conv, norm=self.norm, dtype=self.dtype)
-        lean = partial(nn.remat(ConvBlock, static_argnums=2), **block.keywords)
-        blocks = [lean if level in self.remat else block for level in range(len(self.features))]
+        remat_block = partial(nn.remat(ConvBlock, static_argnums=2), **block.keywords)
+        blocks = [remat_block if level in self.remat else block for level in range(len(self.features))]
         upper = self.features[:-1]
         self.down = [make(width, 2) for make, width in zip(blocks, self.features, strict=True)]
         self.merge = [make(width, 2) for make, width in zip(blocks, upper, strict=False)]
@@ -142,13 +141,18 @@ class UNet(nn.Module):
             return output
         legal = [self._nearest_lengths(length) for length in size]
         raise UserError(
-            f"this network (padding {self.padding!r}, {len(self.features) - 1} poolings) cannot take images of "
+            f"this network (padding {self.padding!r}, {len(self.features) - 1} poolings) does not accept images of "
             f"{size[0]}x{size[1]} pixels (height x width). Nearest heights: {legal[0]}; nearest widths: {legal[1]}"
         )
 
     @property
+    def stride(self) -> int:
+        """Of the lowest level: sizes that the network takes differ by multiples of it."""
+        return 2 ** (len(self.features) - 1)
+
+    @property
     def is_local(self) -> bool:
-        """Whether each output pixel depends on its surroundings alone: then tiles predict what the whole would."""
+        """Whether an output pixel depends on nothing but its surroundings: tiles then predict what the whole would."""
         return self.padding == "valid" and self.upsample == "transposed_2x2" and self.norm != "group"
 
     @property
@@ -228,7 +232,7 @@ class TransposedConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        del train  # as the resizing blocks take it
+        del train  # the resizing blocks need it
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -236,10 +240,10 @@ class TransposedConv(nn.Module):
 
 
 def create(num_outputs: int, **settings) -> UNet:
-    """The network of `config.model`.
+    """The U-Net of `config.model`.
 
     Raises:
-      UserError: a setting has no meaning; names it and what it can be.
+      UserError: an invalid setting; names it and what it can be.
     """
     check_choice("config.model.padding", settings["padding"], ("same", "valid"))
     check_choice("config.model.upsample", settings["upsample"], UPSAMPLE)
@@ -255,12 +259,6 @@ def create(num_outputs: int, **settings) -> UNet:
     if not set(model.remat) <= set(range(lowest + 1)):
         raise UserError(f"config.model.remat = {model.remat} must be levels of the network, 0 to {lowest}")
     return model
-
-
-def abstract(model: UNet, channels: int):
-    """The shapes and types of the variables of `model` for images of `channels`, without drawing them."""
-    image = jnp.zeros((1, *model.smallest_input, channels))
-    return {"batch_stats": {}, **jax.eval_shape(model.init, jax.random.key(0), image)}
 
 
 def center_crop(x: jax.Array, size: Sequence[int]) -> jax.Array:

@@ -1,0 +1,173 @@
+"""Pairs of images and masks in folders, and which of them are for training, validation and test."""
+
+import collections
+import hashlib
+import re
+from collections.abc import Collection, Sequence
+
+from etils import epath
+from PIL import Image
+
+from unet_jax.data import images
+from unet_jax.data.images import Pair
+from unet_jax.data.source import bullets
+from unet_jax.errors import UserError
+
+SPLITS = ("train", "validation", "test", "all")
+HELP = (
+    "Put images into images/ and their masks, with the same names, into masks/, or name the folders: "
+    "--config.data.images=\"('photos',)\" --config.data.masks=\"('labels',)\". configs/shapes.py needs no data."
+)
+
+
+def find(config) -> tuple[list[Pair], list[str]]:
+    """All pairs below `config.root`, in the order of their names, and the faults of the other files.
+
+    Args:
+      config: `config.data`.
+
+    Raises:
+      UserError: there are no pairs.
+    """
+    root = epath.Path(config.root)
+    if not config.root or not root.is_dir():
+        raise UserError(f"config.data.root = {config.root!r} is not a folder. {HELP}")
+    if len(config.images) != len(config.masks) or not config.images:
+        raise UserError(
+            f"config.data.images = {config.images} and config.data.masks = {config.masks} must name the same number "
+            "of folders"
+        )
+    pairs, faults = [], []
+    for image_folder, mask_folder in zip(config.images, config.masks, strict=True):
+        folders = root / image_folder, root / mask_folder
+        missing = [folder for folder in folders if not folder.is_dir()]
+        if missing and not config.lists:  # the lists complain about any example that is missing
+            existing = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
+            raise UserError(f"{missing[0]} is not a folder; folders in {root}: {existing}. {HELP}")
+        if missing:
+            continue
+        image_files, mask_files = (_files_by_name(folder, faults) for folder in folders)
+        suffix = config.mask_suffix
+        if image_folder == mask_folder and suffix:  # x.png and x_mask.png side by side
+            mask_files = {name: file for name, file in mask_files.items() if name.endswith(suffix)}
+            image_files = {name: file for name, file in image_files.items() if not name.endswith(suffix)}
+        mask_of = {name: mask_files.get(name + suffix) or mask_files.get(name) for name in image_files}
+        used = set(mask_of.values())
+        faults += [f"{image_files[n]}: no mask of that name in {folders[1]}" for n, mask in mask_of.items() if not mask]
+        faults += [f"{mask}: no image of that name in {folders[0]}" for mask in mask_files.values() if mask not in used]
+        prefix = f"{image_folder}/" if len(config.images) > 1 else ""
+        for name, mask in sorted((name, mask) for name, mask in mask_of.items() if mask):
+            if mask.suffix.lower() in (".jpg", ".jpeg"):
+                faults.append(f"{mask}: a JPEG mask: compression changes labels. Save it as PNG, without smoothing")
+            else:
+                pairs.append(Pair(prefix + name, image_files[name], mask))
+    if not pairs:
+        raise UserError(f"config.data.root = {config.root!r} holds no image with a mask. {HELP}{bullets(faults)}")
+    return pairs, list(dict.fromkeys(faults))
+
+
+def _files_by_name(folder: epath.Path, faults: list[str]) -> dict[str, epath.Path]:
+    """Name relative to `folder`, without suffix -> file, for all images below it; adds the other files to `faults`."""
+    files = {}
+    for file in images.files_below(folder):
+        suffix = file.suffix.lower()
+        name = str(file.relative_to(folder).with_suffix(""))
+        if suffix not in images.SUFFIXES:
+            if suffix in Image.registered_extensions():
+                faults.append(f"{file}: {suffix} files are not supported; save it as PNG")
+        elif name in files:
+            faults.append(f"{file}: {files[name].name} has the same name; remove or rename one of them")
+        else:
+            files[name] = file
+    return files
+
+
+def choose_split(pairs: Sequence[Pair], config, split: str, faults: list[str]) -> list[Pair]:
+    """The pairs of one split.
+
+    With `config.lists`, those that the list file of the split names. Otherwise a share `config.validation` of the
+    groups is held out, chosen by a hash of their names, so that adding images moves few of the others. A group is what
+    `config.group`, a regular expression, matches in the name (its first bracket, or all of it); without `config.group`,
+    every image is a group of its own.
+
+    Args:
+      pairs: as returned by `find`.
+      config: `config.data`.
+      split: `train`, `validation`, `test` (only with lists) or `all`.
+      faults: the lines of a list that name no pair are added to it.
+
+    Raises:
+      UserError: a list is missing; a name has no group; `test` without lists.
+    """
+    if config.lists:
+        return _read_split_list(pairs, config, split, faults)
+    if split == "all":
+        return list(pairs)
+    if split == "test":
+        raise UserError("there is a test split only if config.data.lists names three files; try --split=validation")
+    groups = {pair.id: _group(pair.id, config.group) for pair in pairs}
+    shuffled = sorted(set(groups.values()), key=lambda group: hashlib.sha256(group.encode()).digest())
+    held_out = set(shuffled[: max(1, round(config.validation * len(shuffled)))]) if len(shuffled) > 1 else set()
+    return [pair for pair in pairs if (groups[pair.id] in held_out) == (split == "validation")]
+
+
+def _group(name: str, pattern: str) -> str:
+    """The group of an image, see `choose_split`."""
+    if not pattern:
+        return name
+    try:
+        match = re.search(pattern, name)
+    except re.error as error:
+        raise UserError(f"config.data.group = {pattern!r} is not a regular expression: {error}") from error
+    if match is None or (match.re.groups and match[1] is None):
+        raise UserError(f"config.data.group = {pattern!r} matches nothing in the name {name!r}")
+    return match[1] if match.re.groups else match[0]
+
+
+def _read_split_list(pairs: Sequence[Pair], config, split: str, faults: list[str]) -> list[Pair]:
+    """The pairs that a list file names, one per line: by a name, or by a path whose end is that of one image."""
+    if not 2 <= len(config.lists) <= 3:
+        raise UserError(
+            f"config.data.lists = {config.lists} must name files for training, validation and optionally test"
+        )
+    files = {name: epath.Path(config.root) / file for name, file in zip(SPLITS, config.lists, strict=False)}
+    if split == "all":
+        existing = [name for name in files if files[name].exists()]
+        chosen = {pair.id: pair for name in existing for pair in _read_split_list(pairs, config, name, faults)}
+        return list(chosen.values())
+    if split not in files:
+        raise UserError("config.data.lists names no file for test: name three files, or try --split=validation")
+    try:
+        lines = files[split].read_bytes().decode("utf-8-sig").replace("\\", "/").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config.data.lists: {files[split]} cannot be read as text ({error})") from error
+    image_folders = {epath.Path(folder).name for folder in config.images}
+    pairs_by_ending = collections.defaultdict(list)
+    for pair in pairs:
+        for ending in _endings(str(pair.image)):
+            pairs_by_ending[ending].append(pair)
+    chosen = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line:
+            continue
+        # In a line of two paths the second is the mask; but a name may contain spaces, so first try the whole line.
+        endings = [_endings(line)[0], *_endings(line.split()[0], image_folders), *_endings(line, image_folders)]
+        matches = next((pairs_by_ending[ending] for ending in endings if ending in pairs_by_ending), [])
+        if len(matches) == 1:
+            chosen[matches[0].id] = matches[0]
+        else:
+            problem = f"{len(matches)} pairs have that name" if matches else "no image with a mask has that name"
+            faults.append(f"{files[split]}, line {number}: {line!r}: {problem}")
+    return list(chosen.values())
+
+
+def _endings(path: str, image_folders: Collection[str] = ()) -> list[str]:
+    """A path without its image suffix, then with one folder fewer at the front each time, down to the name alone.
+
+    If one of `image_folders` is in the path, it ends with that one: `train/9` must not match `val/9`.
+    """
+    parts = path.strip("/").split("/")
+    stem, _, suffix = parts[-1].rpartition(".")
+    parts[-1] = stem if f".{suffix.lower()}" in images.SUFFIXES else parts[-1]
+    last = next((i for i, part in enumerate(parts[:-1]) if part in image_folders), len(parts) - 1)
+    return ["/".join(parts[i:]) for i in range(last + 1)]

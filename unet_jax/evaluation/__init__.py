@@ -1,0 +1,1 @@
+"""What a training is worth: scores of a split, pictures, curves, the report, and a check of the images beforehand."""

@@ -1,0 +1,205 @@
+"""The values of a report, and the page made of them by the template `report.html.jinja`, which holds all markup."""
+
+import base64
+import io
+import pathlib
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from unet_jax.data import colors
+from unet_jax.data.source import Classes
+from unet_jax.evaluation import curves, pictures
+from unet_jax.metrics import Record, confusion
+
+WIDTH = 480  # pixels; wider images are shrunk to it
+SMALL = 240  # pixels; images narrower than this are stored losslessly and enlarged without smoothing
+
+
+class Picture(NamedTuple):
+    """A validation image to show.
+
+    Attributes:
+      id: of the example.
+      records: the metrics of this image alone.
+      image: uint8 `[H, W, C]`.
+      label: uint8 `[H, W]`, or `[H, W, K]` for a multilabel task.
+      prediction: as `label`.
+    """
+
+    id: str
+    records: list[Record]
+    image: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+
+
+class Results(NamedTuple):
+    """What is known about the validation split.
+
+    Attributes:
+      origin: where the scores come from; empty if there are none.
+      loss: of the split; None if unknown.
+      records: its metrics; values are None where unknown.
+      counts: confusion counts `[K, K]`, or `[K, 2, 2]` for a multilabel task; None if unknown.
+      shown: the images to show, by rank.
+    """
+
+    origin: str
+    loss: float | None
+    records: list[Record]
+    counts: np.ndarray | None = None
+    shown: Mapping[str, Sequence[Picture]] = {}
+
+
+def render(
+    name: str,
+    config: Any,
+    classes: Classes,
+    step: int,
+    rows: Sequence[dict[str, Any]],
+    runs: Sequence[dict[str, Any]],
+    results: Results,
+    missing: str | None = None,
+) -> str:
+    """The page as HTML.
+
+    Args:
+      name: of the work directory.
+      config: the configuration of the training.
+      classes: task, names and palette.
+      step: of the checkpoint that was scored.
+      rows: the lines of `metrics.jsonl`.
+      runs: those of `environment.json`.
+      results: of the validation split.
+      missing: why the images could not be read; None if they could.
+    """
+    shown = {rank: found for rank, found in results.shown.items() if found}
+    scores = {record.title: record.value for record in results.records if not record.per_class}
+    scores["validation loss"] = results.loss
+    columns = [
+        (record, all(0 <= value <= 1 for value in _known(record).values()))
+        for record in results.records
+        if record.per_class and _known(record)
+    ]
+    charts = [
+        (chart.title, *(_data_uri(curves.draw_svg(chart, theme), "svg+xml") for theme in ("light", "dark")))
+        for chart in curves.charts(rows, results.records)
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(
+        name=name,
+        config=config.to_dict(),
+        classes=classes,
+        step=step,
+        last_step=max((row["step"] for row in rows), default=step),
+        origin=results.origin,
+        missing=missing,
+        scores={title: value for title, value in scores.items() if value is not None},
+        charts=charts,
+        columns=columns,
+        pixel_shares=None if results.counts is None else _shares(confusion.pixel_counts(results.counts)),
+        confusion_rows=None if results.counts is None else _confusion_rows(results.counts, classes),
+        cards={rank: [_card(picture, classes) for picture in found] for rank, found in shown.items()},
+        legend=_legend([picture.label for found in shown.values() for picture in found], classes),
+        command=_command(runs),
+        runs=runs,
+    )
+
+
+def _known(record: Record) -> dict[str, float]:
+    """The values of a record with a value per class, without the absent classes."""
+    return {name: value for name, value in record.value.items() if value is not None}
+
+
+def _confusion_rows(counts: np.ndarray, classes: Classes) -> list[tuple[str, list[tuple[float | None, bool]]]]:
+    """Of each class: name, and (share, whether the prediction is right) of each column.
+
+    The shares are those of the row; for a multilabel task those of the pixels inside the mask (found, missed) and
+    outside of it (false alarm, rightly left out). They are None where there are no such pixels.
+    """
+    if classes.task == "multilabel":
+        shares = [_shares(inside[::-1]) + _shares(outside[::-1]) for outside, inside in counts]
+        right = [(0, 3)] * len(shares)
+    else:
+        shares = [_shares(row) for row in counts]
+        right = [(k,) for k in range(len(shares))]
+    return [
+        (name, [(share, k in hits) for k, share in enumerate(row)])
+        for name, row, hits in zip(classes.names, shares, right, strict=True)
+    ]
+
+
+def _shares(counts: np.ndarray) -> list[float | None]:
+    """Counts as shares of their sum; None where that is 0."""
+    total = counts.sum()
+    return (counts / total).tolist() if total else [None] * len(counts)
+
+
+def _card(picture: Picture, classes: Classes) -> dict[str, Any]:
+    """An image with the layers to show over it, and what its caption says."""
+    height, width = picture.label.shape[:2]
+    is_small = width < SMALL
+    errors = pictures.error_map(picture.label, picture.prediction, classes)
+    overlay = Image.fromarray(errors)
+    overlay.putpalette([0, 0, 0, 150, *pictures.WRONG, 255, *colors.IGNORED, 255], "RGBA")  # right pixels are dimmed
+    image = np.ascontiguousarray(np.broadcast_to(picture.image, (height, width, 3)))
+    layers = {
+        "image": Image.fromarray(image),
+        "ground-truth": Image.fromarray(colors.colorize(picture.label, classes)),
+        "prediction": Image.fromarray(colors.colorize(picture.prediction, classes)),
+        "error": overlay,
+    }
+    if width > WIDTH:
+        size = (WIDTH, round(height * WIDTH / width))
+        resample = {"image": Image.Resampling.BOX}
+        layers = {layer: x.resize(size, resample.get(layer, Image.Resampling.NEAREST)) for layer, x in layers.items()}
+    by_key = {record.key: record for record in picture.records}
+    iou = _known(by_key["iou"])
+    lowest = min(iou, key=iou.get)
+    return {
+        "id": picture.id,
+        "is_small": is_small,
+        "size": layers["image"].size,
+        "layers": {
+            layer: _image_uri(x, "JPEG" if layer == "image" and not is_small else "PNG") for layer, x in layers.items()
+        },
+        "score": by_key["miou"].value,
+        "wrong": (errors == pictures.WRONG_PIXEL).sum() / max((errors != pictures.IGNORED_PIXEL).sum(), 1),
+        "lowest": (lowest, iou[lowest]),
+    }
+
+
+def _legend(labels: Sequence[np.ndarray], classes: Classes) -> list[tuple[str, Sequence[int]]]:
+    """Title and colour of all that the layers show."""
+    entries = [*zip(classes.names, classes.palette, strict=True), ("wrong", pictures.WRONG)]
+    ignored = any((label == classes.ignore_label).any() for label in labels)
+    return [*entries, ("not counted", colors.IGNORED)] if ignored else entries
+
+
+def _command(runs: Sequence[dict[str, Any]]) -> str | None:
+    """The command of the first run, a flag on each line; None if it was not recorded."""
+    if not runs or not runs[0]["command"]:
+        return None
+    words = [shlex.quote(word) for word in shlex.split(runs[0]["command"])]
+    return " \\\n  ".join([" ".join(words[:3]), *words[3:]])  # python -m unet_jax.main
+
+
+def _image_uri(image: Image.Image, form: str) -> str:
+    file = io.BytesIO()
+    image.save(file, form, **({"quality": 88} if form == "JPEG" else {"optimize": True}))
+    return _data_uri(file.getvalue(), form.lower())
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

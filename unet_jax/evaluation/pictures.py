@@ -1,0 +1,167 @@
+"""Pictures of labelled images: panels during training, maps of errors, contact sheets."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont
+
+from unet_jax.data import colors
+from unet_jax.data.pipeline import Pipeline
+from unet_jax.data.source import Classes
+from unet_jax.errors import UserError
+from unet_jax.parallel import processes
+
+WRONG = (255, 40, 40)
+WRONG_PIXEL, IGNORED_PIXEL = 1, 2  # values of an error map
+TILE_HEIGHT = 256  # pixels, at least; smaller images are enlarged by an integer factor
+MARGIN = 8
+INK, OUTLINE = (20, 20, 20), (90, 90, 90)
+
+
+class Panels:
+    """Draws the same few images at every evaluation."""
+
+    def __init__(self, images: Pipeline, count: int, folder: epath.Path):
+        """Chooses `count` images, spread evenly over the split."""
+        self._classes, self._folder = images.source.classes, folder
+        chosen = spread(count, len(images.source))
+        self._ids = [images.source.ids[i] for i in chosen]
+        self._examples = [images.read(i) for i in chosen]
+
+    def draw(self, step: int, predict: Callable[[np.ndarray], Any]) -> None:
+        """Writes one PNG per image into `<folder>/<step>/`.
+
+        Args:
+          step: the number of training steps done.
+          predict: uint8 images `[B, H, W, C]` -> predicted labels.
+
+        Raises:
+          UserError: a file cannot be written.
+        """
+        for name, example in zip(self._ids, self._examples, strict=True):  # one by one: images may be large
+            prediction = np.asarray(predict(example["image"][None]))[0]
+            if not processes.is_main():
+                continue
+            panel = draw_panel(**example, prediction=prediction, classes=self._classes)
+            file = self._folder / str(step) / f"{name}.png"
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("wb") as stream:
+                    panel.save(stream, "PNG")
+            except OSError as error:
+                raise UserError(f"{file} cannot be written: {error}") from error
+
+
+def draw_panel(
+    image: np.ndarray,
+    label: np.ndarray,
+    prediction: np.ndarray,
+    classes: Classes,
+    weight: np.ndarray | None = None,
+) -> Image.Image:
+    """Image, ground truth, prediction and error side by side, with a legend of the classes that occur.
+
+    Args:
+      image: uint8 `[H, W, C]`.
+      label: uint8 `[H, W]` or `[H, W, K]`.
+      prediction: as `label`.
+      classes: names and palette.
+      weight: weight of each pixel in the loss, float `[H, W]`, drawn as one more tile; None for none.
+    """
+    rgb = np.broadcast_to(image, (*label.shape[:2], 3))
+    errors = error_map(label, prediction, classes)
+    wrong, counted = errors == WRONG_PIXEL, errors != IGNORED_PIXEL
+    dimmed = rgb.mean(-1, keepdims=True).repeat(3, -1) * 0.6
+    tiles = {
+        "image": rgb,
+        "ground truth": colors.colorize(label, classes),
+        "prediction": colors.colorize(prediction, classes),
+        f"error ({wrong.sum() / max(counted.sum(), 1):.1%} of pixels)": np.where(wrong[..., None], WRONG, dimmed),
+    }
+    if weight is not None:
+        grey = (weight[..., None] / max(weight.max(), 1e-9) * 255).repeat(3, -1)
+        tiles[f"loss weight ({weight.min():.1f} to {weight.max():.1f})"] = grey
+    return _lay_out(tiles, _occurring(label, prediction, classes), classes)
+
+
+def error_map(label: np.ndarray, prediction: np.ndarray, classes: Classes) -> np.ndarray:
+    """Whether each pixel is right (0), wrong (`WRONG_PIXEL`) or ignored (`IGNORED_PIXEL`), uint8 `[H, W]`.
+
+    Labels are `[H, W]`, or `[H, W, K]` for a multilabel task, where one wrong mask makes the pixel wrong.
+    """
+    counted = label != classes.ignore_label
+    wrong = (label != prediction) & counted
+    if classes.task == "multilabel":
+        wrong, counted = wrong.any(-1), counted.any(-1)
+    return np.where(wrong, WRONG_PIXEL, np.where(counted, 0, IGNORED_PIXEL)).astype(np.uint8)
+
+
+def contact_sheet(pictures: Sequence[tuple[str, np.ndarray]], classes: Classes, columns: int = 6) -> Image.Image:
+    """Captioned pictures in a grid, with a legend of all classes below.
+
+    Args:
+      pictures: caption and uint8 `[h, w, 3]`.
+      classes: names and palette.
+      columns: of the grid.
+    """
+    width, height = (max(p.shape[axis] for _, p in pictures) + extra for axis, extra in ((1, MARGIN), (0, 20 + MARGIN)))
+    rows = -(-len(pictures) // columns)
+    font = ImageFont.load_default(13)
+    per_line = max(columns * width // 180, 1)
+    legend = -(-len(classes.names) // per_line)
+    sheet = Image.new("RGB", (MARGIN + columns * width, MARGIN + rows * height + 22 * legend + MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, (caption, picture) in enumerate(pictures):
+        left, top = MARGIN + place % columns * width, MARGIN + place // columns * height
+        sheet.paste(Image.fromarray(picture), (left, top))
+        while font.getlength(caption) > width - MARGIN and len(caption) > 4:  # names differ at their ends
+            caption = "..." + caption[4:]
+        pen.text((left, top + picture.shape[0] + 2), caption, INK, font)
+    for place, (name, color) in enumerate(zip(classes.names, classes.palette, strict=True)):
+        left, top = MARGIN + place % per_line * 180, MARGIN + rows * height + place // per_line * 22
+        pen.rectangle((left, top, left + 14, top + 14), tuple(color), OUTLINE)
+        pen.text((left + 20, top - 1), name, INK, font)
+    return sheet
+
+
+def spread(count: int, total: int) -> list[int]:
+    """At most `count` indices below `total`, spread evenly, with the first and the last."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
+
+
+def _occurring(label, prediction, classes: Classes) -> list[int]:
+    """The classes in the ground truth or the prediction."""
+    if classes.task == "multilabel":
+        return np.flatnonzero(((label == 1) | (prediction == 1)).any((0, 1))).tolist()
+    values = np.union1d(label, prediction)
+    return values[values != classes.ignore_label].tolist()
+
+
+def _lay_out(tiles: dict[str, np.ndarray], occurring: Sequence[int], classes: Classes) -> Image.Image:
+    """Captioned tiles `[H, W, 3]` in a row, with a legend below, wrapped."""
+    height, width = next(iter(tiles.values())).shape[:2]
+    factor = max(1, -(-TILE_HEIGHT // height))
+    height, width = height * factor, width * factor
+    font = ImageFont.load_default(15)
+    total = MARGIN + len(tiles) * (width + MARGIN)
+    places, x, y = [], MARGIN, 0
+    for k in occurring:
+        needed = 22 + int(font.getlength(classes.names[k])) + 2 * MARGIN
+        if x + needed > total and x > MARGIN:
+            x, y = MARGIN, y + 22
+        places.append((x, y))
+        x += needed
+    top = 24 + height + MARGIN
+    canvas = Image.new("RGB", (total, top + y + 22 + MARGIN), "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, (caption, tile) in enumerate(tiles.items()):
+        left = MARGIN + column * (width + MARGIN)
+        pen.text((left, 4), caption, INK, font)
+        picture = Image.fromarray(np.ascontiguousarray(tile, np.uint8))
+        canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, 24))
+    for k, (x, y) in zip(occurring, places, strict=True):
+        pen.rectangle((x, top + y + 2, x + 15, top + y + 17), tuple(classes.palette[k]), OUTLINE)
+        pen.text((x + 22, top + y), classes.names[k], INK, font)
+    return canvas

@@ -1,0 +1,150 @@
+"""`report.html` of a work directory: the scores and images of a training on one page that needs no network.
+
+Here are the values; `page.py` and its template make the page.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from unet_jax import metrics
+from unet_jax.errors import UserError
+from unet_jax.evaluation import evaluate, page
+from unet_jax.inference import trained
+from unet_jax.parallel import processes, sharding
+from unet_jax.workdir import files, metrics_log
+
+SHOWN = {"worst": 6, "median": 3, "best": 3}  # validation images, at most, in this order
+
+
+def write(
+    path: epath.PathLike,
+    step: int | None = None,
+    data_dir: str | None = None,
+    split: evaluate.Split | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> epath.Path:
+    """Writes the report of a work directory.
+
+    If the images can no longer be read, it shows the scores found in the work directory, and the reason.
+
+    Args:
+      path: the work directory.
+      step: which checkpoint; None is the best.
+      data_dir: where the images are, if not in `config.data.root`.
+      split: the validation split, if it is open already.
+      mesh: see `trained.load`.
+
+    Returns:
+      the file written, `report.html`.
+
+    Raises:
+      UserError: no work directory or checkpoint, or the report cannot be written.
+    """
+    path = epath.Path(path)
+    network = trained.load(path, step, mesh)
+    if data_dir is not None:
+        network.config.data.root = data_dir
+    missing = None
+    try:
+        results = _measure(network, evaluate.open_split(network, path, "validation") if split is None else split)
+    except UserError as error:
+        missing = str(error)
+        processes.print_on_main(f"The report shows no images, because they cannot be read: {missing}")
+        results = _recall(network, path)
+    file = path / "report.html"
+    if processes.is_main():
+        rows, runs = metrics_log.read(path), files.read_environment(path)
+        name = path.name or str(path)
+        content = page.render(name, network.config, network.classes, network.step, rows, runs, results, missing)
+        partial = path / "report.html.partial"
+        try:
+            partial.write_text(content)
+            partial.replace(file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be written: {error}") from error
+    return file
+
+
+def choose(scores: Sequence[float | None], ids: Sequence[str]) -> dict[str, list[int]]:
+    """Which images to show: the worst, then those around the median, then the best; none twice.
+
+    Args:
+      scores: of each image; one without a score is not shown.
+      ids: of each image; they decide between equal scores.
+
+    Returns:
+      the indices of each rank of `SHOWN`, from the lower score to the higher.
+    """
+    order = sorted((i for i, score in enumerate(scores) if score is not None), key=lambda i: (scores[i], ids[i]))
+    count = len(order)
+    side = min(SHOWN["best"], (count + 1) // 4)  # of a small split mostly the worst
+    worst = min(SHOWN["worst"], count - 2 * side)
+    middle = min(max((count - side) // 2, worst), count - 2 * side)
+    return {"worst": order[:worst], "median": order[middle : middle + side], "best": order[count - side :]}
+
+
+def _measure(network: trained.Trained, split: evaluate.Split) -> page.Results:
+    """Scores the split, ranks its images by their mean IoU, and predicts those to show once more, to hold no others.
+
+    Raises:
+      UserError: an image cannot be read.
+    """
+    source, tta = split.images.source, network.config.eval.tta
+    result = evaluate.evaluate_split(network, split, tta)
+    records = [metrics.records(metrics.Counts(counts, network.classes.names)) for counts in result.confusion]
+    chosen = choose([metrics.value_of("miou", of_image) for of_image in records], source.ids)
+
+    label_step = sharding.jit_replicated(network.mesh, network.network.labels, static_argnames="tta")
+    rows = sharding.process_rows(network.mesh, split.batch_size)
+    shown: dict[str, list[page.Picture]] = {rank: [] for rank in chosen}
+    places = [(rank, index) for rank, indices in chosen.items() for index in indices]
+    for start in range(0, len(places), split.batch_size):  # batches as those scored, so that logits round alike
+        part = places[start : start + split.batch_size]
+        examples = [split.images.read(index) for _, index in part]
+        padding = [examples[0]] * (split.batch_size - len(examples))
+        batch = {"image": np.stack([example["image"] for example in examples + padding])[rows]}
+        images = sharding.put_batch(network.mesh, batch)["image"]
+        predictions = jax.device_get(label_step(network.variables, images, tta=tta))
+        for (rank, index), example, prediction in zip(part, examples, predictions, strict=False):
+            picture = page.Picture(source.ids[index], records[index], example["image"], example["label"], prediction)
+            shown[rank].append(picture)
+
+    height, width = network.config.data.size
+    origin = f"{len(source)} validation image{'s' if len(source) != 1 else ''} of {height}x{width}"
+    if tta != "none":
+        origin += f", averaged over test-time augmentation ({tta})"
+    return page.Results(origin, result.loss, result.records, result.confusion.sum(0), shown)
+
+
+def _recall(network: trained.Trained, path: epath.Path) -> page.Results:
+    """The scores found in the work directory: in `eval.json` if it is of this step, else in the log of the training."""
+    described = metrics.describe(network.classes.names, network.config.eval.em_scores)
+    if (path / "eval.json").exists():
+        held = files.read_json(path / "eval.json")
+        expected = {"step": network.step, "split": "validation", "data_root": network.config.data.root}
+        if expected.items() <= held.items():
+            origin = f"eval.json, {held['images']} validation images, test-time augmentation {held['tta']}"
+            nested = {key: value for key, value in held.items() if isinstance(value, dict)}
+            values = held | {f"{key}/{name}": x for key, by_name in nested.items() for name, x in by_name.items()}
+            return page.Results(origin, held.get("loss"), _fill(described, values), np.array(held["confusion"]))
+    for row in metrics_log.read(path):
+        if row["step"] == network.step and "val/loss" in row:
+            values = {key.removeprefix("val/"): value for key, value in row.items()}
+            origin = "the validation split, as scored during training"
+            return page.Results(origin, row["val/loss"], _fill(described, values))
+    return page.Results("", None, [])
+
+
+def _fill(records: Sequence[metrics.Record], values: Mapping[str, float]) -> list[metrics.Record]:
+    """The records with the values of their flattened keys, see `metrics.flatten`; None for a missing key."""
+
+    def value(record):
+        if record.per_class:
+            return {name: values.get(f"{record.key}/{name}") for name in record.value}
+        return values.get(record.key)
+
+    return [dataclasses.replace(record, value=value(record)) for record in records]

@@ -1,0 +1,192 @@
+"""The one way through a network: image -> normalised -> margins -> network -> logits -> probability.
+
+Evaluation, panels, reports, tiles, notebooks and exports all take it, so that none of them sees another image than the
+training did.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from math import ceil, hypot, sqrt
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from unet_jax import models
+from unet_jax.data.source import Classes
+from unet_jax.inference import resample
+from unet_jax.metrics.confusion import predict_label
+from unet_jax.parallel import sharding
+
+TTA = ("none", "flips", "dihedral", "rotations")  # 1, 4, 8 and 7 predictions averaged
+ROTATIONS = 7  # of the paper's ISBI 2012 score; the angles, which it does not give, are spread evenly over the circle
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """(image - mean) / scale: part of a network, in its work directory and in every export.
+
+    Attributes:
+      mean, scale: in pixel values, 0..255; one for all channels, or one per channel.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    scale: tuple[float, ...] = (255.0,)
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        """float images `[..., C]` in 0..1, see `to_unit` -> what the network is given."""
+        if self.mean == (0.0,) and self.scale == (255.0,):
+            return image
+        return (image - np.float32(self.mean) / 255) / (np.float32(self.scale) / 255)
+
+    def to_json(self) -> dict[str, list[float]]:
+        """A dictionary that `from_json` takes back."""
+        return {"mean": list(self.mean), "scale": list(self.scale)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Sequence[float]] | None) -> "Normalization":
+        """The inverse of `to_json`; None, from a work directory that does not say, is the default."""
+        return cls() if values is None else cls(*(tuple(map(float, values[name])) for name in ("mean", "scale")))
+
+
+def to_unit(image: jax.Array) -> jax.Array:
+    """uint8 images as float32 in 0..1, the range in which they are augmented."""
+    return image.astype(jnp.float32) / 255
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network and all that a prediction needs beside its weights; the methods can be jitted.
+
+    Attributes:
+      model: see `unet_jax.models`.
+      classes: what it predicts.
+      mesh: the devices, which share the batch and, along `space`, the height of images.
+      normalization: of its images.
+    """
+
+    model: nn.Module
+    classes: Classes
+    mesh: jax.sharding.Mesh
+    normalization: Normalization = Normalization()
+
+    @property
+    def task(self) -> str:
+        """`multiclass`, `binary` or `multilabel`."""
+        return self.classes.task
+
+    def labels(self, variables: Mapping[str, Any], image: jax.Array, tta: str = "none") -> jax.Array:
+        """Whole uint8 images `[B, H, W, C]` -> uint8 labels `[B, H, W]`, or `[B, H, W, K]` for a multilabel task."""
+        return predict_label(self.logits(variables, image, tta), self.task)
+
+    def probability(self, variables: Mapping[str, Any], image: jax.Array, tta: str = "none") -> jax.Array:
+        """Whole uint8 images `[B, H, W, C]` -> class probabilities float32 `[B, H, W, K]`; K = 1 for a binary task."""
+        return to_probability(self.logits(variables, image, tta), self.task)
+
+    def logits(self, variables: Mapping[str, Any], image: jax.Array, tta: str = "none") -> jax.Array:
+        """Whole uint8 images `[B, H, W, C]` -> float32 logits `[B, H, W, K]`; mirrored at the borders."""
+        size = image.shape[1:3]
+        return self._window_logits(variables, reflect_pad(to_unit(image), self.margins(size, tta)), size, tta)
+
+    def window_logits(
+        self, variables: Mapping[str, Any], window: jax.Array, size: Sequence[int], tta: str = "none"
+    ) -> jax.Array:
+        """Windows of larger images, uint8, `size` with its `margins` -> float32 logits `[B, *size, K]`."""
+        return self._window_logits(variables, to_unit(window), size, tta)
+
+    def _window_logits(self, variables, window, size, tta):
+        """Normalises, averages over the views of test-time augmentation, and cuts; `window` is float in 0..1.
+
+        With `tta` the result is the logits of the mean probability: `flips` averages over the four flips, `dihedral`
+        over flips and quarter turns, `rotations` over seven rotations.
+        """
+        window = sharding.split_height(self.mesh, window)
+        apply = lambda x: self.model.apply(variables, self.normalization(x))
+        cut = lambda x: x[:, : size[0], : size[1]]
+        if tta == "none":
+            return cut(apply(window))
+        probability = lambda x: to_probability(apply(x), self.task)
+        if tta == "rotations":
+            mean = self._mean_over_rotations(probability, window, size)
+        else:
+            turns = (0, 2) if tta == "flips" else (0, 1, 2, 3)
+            views = [(turn, mirrored) for turn in turns for mirrored in (False, True)]
+            mean = cut(sum(_unview(probability(_view(window, *view)), *view) for view in views)) / len(views)
+        tiny = jnp.finfo(mean.dtype).tiny
+        log_mean = jnp.log(mean.clip(tiny))
+        return log_mean if self.task == "multiclass" else log_mean - jnp.log((1 - mean).clip(tiny))
+
+    def margins(self, size: Sequence[int], tta: str = "none") -> list[tuple[int, int]]:
+        """Pixels needed around a window of (height, width) `size`: (above, below), (left, right)."""
+        if tta != "rotations":
+            return list(self.model.margins(size))
+        side, ((before, after), _) = self._canvas(size)
+        radius = ceil(sqrt(2) * (max(before, after) + side / 2 + 1)) + 2  # two pixels for the cubic kernel
+        return [(radius - n // 2, radius - n + n // 2) for n in size]
+
+    def _canvas(self, size: Sequence[int]) -> tuple[int, Sequence[tuple[int, int]]]:
+        """The side of a square that holds a window of `size` at any angle, and the margins around the square."""
+        side = ceil(hypot(*size)) + 2
+        return side, self.model.margins((side, side))
+
+    def _mean_over_rotations(self, probability, window, size):
+        side, ((before, after), _) = self._canvas(size)
+        center = [margin + n // 2 for (margin, _), n in zip(self.margins(size, "rotations"), size, strict=True)]
+        offset = jnp.arange(-before, side + after) - side // 2
+        sample = jax.vmap(resample.sample, (0, None, None, None))
+        total = 0.0
+        for angle in np.arange(ROTATIONS) * 2 * np.pi / ROTATIONS:
+            rows, columns = resample.rotate(offset, offset, angle, 1.0)
+            turned = sample(window, rows + center[0], columns + center[1], "cubic").clip(0, 1)
+            predicted = probability(turned)[:, :side, :side]
+            rows, columns = resample.rotate(*(jnp.arange(n) - n // 2 for n in size), -angle, 1.0)
+            total = total + sample(predicted, rows + side // 2, columns + side // 2, "bilinear")
+        return total / ROTATIONS
+
+
+def create_network(
+    settings: Mapping[str, Any], classes: Classes, mesh: jax.sharding.Mesh, normalization: Normalization | None = None
+) -> Network:
+    """The network of `config.model` for `classes`, in the form that suits the devices of `mesh`.
+
+    Raises:
+      UserError: an invalid setting.
+    """
+    conv_impl = "cpu" if sharding.is_one_cpu(mesh) else "plain"
+    model = models.create(num_outputs=classes.num_outputs, conv_impl=conv_impl, **settings)
+    return Network(model, classes, mesh, normalization or Normalization())
+
+
+def reflect_pad(image: jax.Array, margins: Sequence[tuple[int, int]]) -> jax.Array:
+    """`[B, H, W, C]` with mirrored margins, as in figure 2 of the paper."""
+    return jnp.pad(image, ((0, 0), *margins, (0, 0)), mode="reflect")
+
+
+def to_probability(logits: jax.Array, task: str) -> jax.Array:
+    """Softmax, or sigmoids."""
+    return jax.nn.softmax(logits) if task == "multiclass" else jax.nn.sigmoid(logits)
+
+
+def to_label(probability: np.ndarray, task: str, threshold: float = 0.5) -> np.ndarray:
+    """Probabilities `[..., K]` -> class uint8 `[...]`, or masks uint8 `[..., K]` for a multilabel task.
+
+    Args:
+      probability: of each class; K = 1 for a binary task.
+      task: `multiclass`, `binary` or `multilabel`.
+      threshold: a sigmoid predicts its class where the probability exceeds it.
+    """
+    if task == "multiclass":
+        return probability.argmax(-1).astype(np.uint8)
+    positive = (probability > threshold).astype(np.uint8)
+    return positive[..., 0] if task == "binary" else positive
+
+
+def _view(x: jax.Array, turn: int, mirrored: bool) -> jax.Array:
+    x = jnp.rot90(x, turn, (1, 2))
+    return x[:, :, ::-1] if mirrored else x
+
+
+def _unview(x: jax.Array, turn: int, mirrored: bool) -> jax.Array:
+    return jnp.rot90(x[:, :, ::-1] if mirrored else x, -turn, (1, 2))

@@ -1,0 +1,128 @@
+"""What a work directory holds, for evaluation, prediction, export and notebooks alike."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+from flax import linen as nn
+
+from unet_jax import data, models
+from unet_jax.errors import UserError, check_choice
+from unet_jax.inference import forward
+from unet_jax.parallel import sharding
+from unet_jax.workdir import checkpoints, files
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained network, made by `load`.
+
+    Attributes:
+      config: the configuration that it was trained with.
+      classes: task, class names, palette, and channels of the images.
+      network: the network on its mesh, with its normalization.
+      variables: its weights, the EMA weights if enabled; whole on every device.
+      step: of the checkpoint.
+      source_size: (height, width) of the first training image before it was resized; None if it was not recorded.
+    """
+
+    config: Any
+    classes: data.Classes
+    network: forward.Network
+    variables: dict[str, Any]
+    step: int
+    source_size: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        jitted = sharding.jit_replicated(self.mesh, self.network.probability, static_argnames="tta")
+        object.__setattr__(self, "_probability", jitted)
+
+    @property
+    def model(self) -> nn.Module:
+        """The Flax module."""
+        return self.network.model
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The devices that the weights lie on."""
+        return self.network.mesh
+
+    def predict(self, images, tta: str = "none") -> jax.Array:
+        """Class probabilities of whole images; compiled once per shape.
+
+        Args:
+          images: uint8 `[B, H, W, C]`, at the size that the network was trained on (`config.data.size`).
+          tta: test-time augmentation, one of `forward.TTA`.
+
+        Returns:
+          float32 `[B, H, W, K]`; K = 1 for a binary task.
+
+        Raises:
+          UserError: other images than uint8 with that many channels; an unknown `tta`.
+        """
+        check_choice("tta", tta, forward.TTA)
+        if images.ndim != 4 or images.dtype != "uint8" or images.shape[-1] != self.classes.channels:
+            raise UserError(
+                f"images must be uint8 [batch, height, width, {self.classes.channels} channel(s)], not {images.dtype} "
+                f"{images.shape}"
+            )
+        return self._probability(self.variables, images, tta=tta)
+
+
+def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Trained:
+    """Loads a trained network from its work directory alone.
+
+    Args:
+      path: the work directory.
+      step: which checkpoint; None is the best.
+      mesh: the devices to put the weights on; None is all devices, with images split over as many of them as in
+        training, as far as these devices allow it.
+
+    Raises:
+      UserError: no work directory, or no such checkpoint; or one of another network than `config.json` describes.
+    """
+    path = epath.Path(path)
+    config = files.read_config(path)
+    if config.deterministic:
+        sharding.use_deterministic_kernels()
+    values = files.read_classes(path)
+    classes = data.Classes.from_json(values)
+    mesh = sharding.create_eval_mesh(config.mesh.data, config.mesh.space) if mesh is None else mesh
+    normalization = forward.Normalization.from_json(values.get("normalization"))
+    network = forward.create_network(config.model, classes, mesh, normalization)
+    step, saved = checkpoints.read_variables(path, step, sharding.replicated(mesh))
+    variables = evaluated_variables(saved)
+    _check_variables(network.model, classes, variables, f"{path}, step {step}")
+    source_size = tuple(values["image_size"]) if "image_size" in values else None
+    return Trained(config, classes, network, variables, step, source_size)
+
+
+def evaluated_variables(saved: dict[str, Any]) -> dict[str, Any]:
+    """Of the variables of a checkpoint those that a network is evaluated with: EMA weights if it has them."""
+    return {"params": saved.get("ema", saved["params"]), "batch_stats": saved.get("batch_stats", {})}
+
+
+def check_source(path: epath.PathLike, classes: data.Classes, source: data.Source) -> None:
+    """Checks that the network of a work directory is for images like those of `source`.
+
+    Raises:
+      UserError: it is for another task, number of classes, or number of channels.
+    """
+    kinds = [(c.task, len(c.names), c.channels) for c in (classes, source.classes)]
+    if kinds[0] != kinds[1]:
+        given, held = (f"{task} task of {count} classes, {channels} channel(s)" for task, count, channels in kinds)
+        raise UserError(f"{path} is a network for a {given}; the images in config.data.root are for a {held}")
+
+
+def _check_variables(model: nn.Module, classes: data.Classes, variables: dict[str, Any], name: str) -> None:
+    """Checks that these weights are those of the network; names the first that differs."""
+    needed = models.shapes(models.abstract_variables(model, classes.channels))
+    found = models.shapes(variables)
+    for weight in sorted(needed.keys() | found.keys()):
+        if needed.get(weight) != found.get(weight):
+            raise UserError(
+                f"{name}: {weight} is {found.get(weight, 'absent')}, but the network of config.json with "
+                f"{len(classes.names)} classes and {classes.channels} channel(s) needs {needed.get(weight, 'none')}: "
+                "the files of this work directory do not belong together"
+            )

@@ -1,0 +1,187 @@
+"""Exports trained networks to files that other programs can run: StableHLO, ONNX, and plain weights.
+
+The graphs of `to_stablehlo` and `to_onnx` have the same input and outputs, for any batch size and image size:
+
+image        uint8 `[b, h, w, C]`
+label        uint8 `[b, h, w]`, the most probable class (binary: 0 or 1); multilabel: `[b, h, w, K]`, each 0 or 1
+probability  float32 `[b, h, w, K]`, for thresholds other than 0.5; K = 1 for a binary task
+
+They include normalisation, mirrored margins and cropping, so that a caller cannot get any of these wrong.
+"""
+
+import dataclasses
+import importlib
+import json
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from jax import export
+
+from unet_jax.errors import UserError
+from unet_jax.inference import forward
+from unet_jax.inference.trained import Trained
+from unet_jax.metrics import confusion
+from unet_jax.models.unet import UNet
+from unet_jax.parallel import sharding
+
+if TYPE_CHECKING:
+    import onnx
+
+PLATFORMS = ("cpu", "cuda", "tpu")  # that a StableHLO file can run on
+
+
+def optional(name: str):
+    """Imports a package of the `export` extra.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise UserError(f"the package {package} is needed, but not installed: run scripts/install.sh export") from error
+
+
+def metadata(trained: Trained) -> dict[str, str]:
+    """Describes the weights: `config`, `classes` and `normalization` as JSON objects, and `step`."""
+    values = {
+        "config": json.loads(trained.config.to_json()),
+        "classes": trained.classes.to_json(),
+        "normalization": trained.network.normalization.to_json(),
+        "step": trained.step,
+    }
+    return {name: json.dumps(value) for name, value in values.items()}
+
+
+def to_safetensors(trained: Trained) -> bytes:
+    """The weights by their paths, such as `params/head/kernel`, with `metadata` in the header.
+
+    Raises:
+      UserError: safetensors is not installed.
+    """
+    weights = {path: np.ascontiguousarray(value) for path, value in _weights(trained).items()}
+    return optional("safetensors.numpy").save(weights, metadata(trained))
+
+
+def _weights(trained: Trained) -> dict[str, np.ndarray]:
+    return traverse_util.flatten_dict(jax.device_get(trained.variables), sep="/")
+
+
+def to_stablehlo(trained: Trained) -> bytes:
+    """The network with its weights, serialised by `jax.export` for CPU, CUDA and TPU.
+
+    `jax.export.deserialize(data).call(image)` returns (label, probability) as described above, and compiles once per
+    shape. JAX guarantees that the file can be read for six months.
+
+    Raises:
+      UserError: flatbuffers, which `jax.export` needs, is not installed.
+    """
+    optional("flatbuffers")
+    network = dataclasses.replace(
+        trained.network,
+        model=trained.model.clone(conv_impl="plain"),  # the other implementation is slow on other devices
+        mesh=sharding.create_mesh(1, 1, jax.devices()[:1]),
+    )
+    variables = jax.device_get(trained.variables)
+
+    def run(image):
+        logits = network.window_logits(variables, reflect_pad(network.model, image), image.shape[1:3])
+        return confusion.predict_label(logits, network.task), forward.to_probability(logits, network.task)
+
+    shape = (*export.symbolic_shape("b, h, w"), trained.classes.channels)
+    exported = export.export(jax.jit(run), platforms=PLATFORMS)(jax.ShapeDtypeStruct(shape, jnp.uint8))
+    return bytes(exported.serialize())
+
+
+def geometry(model: nn.Module) -> list[tuple[int, int, int]]:
+    """The margins of a network in closed form, for symbolic image sizes.
+
+    Output lengths grow by `stride` as input lengths do, so n pixels need an input of
+    `smallest + ceil((n - covered) / stride) * stride` pixels, of which `before` precede the n.
+
+    Returns:
+      (before, smallest, covered) for the height and for the width.
+    """
+    smallest = model.smallest_input
+    before = (before for before, _ in model.margins((1, 1)))
+    return list(zip(before, smallest, model.output_size(smallest), strict=True))
+
+
+def reflect_pad(model: nn.Module, image: jax.Array) -> jax.Array:
+    """`forward.reflect_pad` with the margins of the network, for symbolic height and width."""
+    for axis, (before, smallest, covered) in enumerate(geometry(model), 1):
+        length = image.shape[axis]
+        padded = smallest + (length - covered + model.stride - 1) // model.stride * model.stride
+        # A triangle wave, so that margins longer than the image are reflected again and again.
+        period = jnp.maximum(2 * (length - 1), 1)
+        index = (jnp.arange(padded) - before) % period
+        image = jnp.take(image, jnp.minimum(index, period - index), axis=axis)
+    return image
+
+
+def to_onnx(trained: Trained) -> "onnx.ModelProto":
+    """The network as an ONNX model in float32, with `metadata` in its `metadata_props`.
+
+    Raises:
+      UserError: the network is not a U-Net, or onnx is not installed.
+    """
+    if not isinstance(trained.model, UNet):
+        name = type(trained.model).__name__
+        raise UserError(f"ONNX is written only for config.model.name = 'unet', not for {name}; use StableHLO instead")
+    onnx = optional("onnx")
+    from unet_jax.interop import unet_onnx
+
+    task, outputs, graph = trained.classes.task, trained.classes.num_outputs, unet_onnx.Graph()
+    x = graph.add("Div", graph.add("Cast", "image", to=onnx.TensorProto.FLOAT), np.float32(255))
+    normalization = trained.network.normalization
+    if normalization != forward.Normalization():
+        x = graph.add("Sub", x, np.float32(normalization.mean) / np.float32(255))
+        x = graph.add("Div", x, np.float32(normalization.scale) / np.float32(255))
+    x = graph.add("Transpose", _reflect_pad_onnx(graph, trained.model, x), perm=(0, 3, 1, 2))  # ONNX convolves NCHW
+    x = unet_onnx.add_unet(graph, trained.model, _weights(trained), x)
+    size = graph.add("Shape", "image", start=1, end=3)
+    logits = graph.add("Slice", graph.add("Transpose", x, perm=(0, 2, 3, 1)), np.array([0, 0]), size, np.array([1, 2]))
+    if task == "multiclass":
+        graph.add("Softmax", logits, axis=-1, output="probability")
+        label = graph.add("ArgMax", logits, axis=-1, keepdims=0)
+    else:
+        graph.add("Sigmoid", logits, output="probability")
+        label = graph.add("Greater", logits, np.float32(0))
+        label = graph.add("Squeeze", label, np.array([-1])) if task == "binary" else label
+    graph.add("Cast", label, to=onnx.TensorProto.UINT8, output="label")
+
+    def tensor(name, kind, *channels):
+        shape = ("batch", "height", "width", *channels)
+        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DataType.Value(kind), shape)
+
+    image = tensor("image", "UINT8", trained.classes.channels)
+    label = tensor("label", "UINT8", *([outputs] if task == "multilabel" else []))
+    probability = tensor("probability", "FLOAT", outputs)
+    proto = onnx.helper.make_model(
+        onnx.helper.make_graph(graph.nodes, "unet", [image], [label, probability], graph.constants),
+        # Versions of 2022, which are sufficient: older runtimes reject newer ones.
+        opset_imports=[onnx.helper.make_opsetid("", 17)],
+        ir_version=8,
+        producer_name="unet_jax",
+    )
+    onnx.helper.set_model_props(proto, metadata(trained))
+    return proto
+
+
+def _reflect_pad_onnx(graph, model: UNet, x: str) -> str:
+    """`reflect_pad` as ONNX nodes."""
+    zero, one, two = np.arange(3)
+    for axis, numbers in enumerate(geometry(model), 1):
+        before, smallest, covered, stride = map(np.int64, (*numbers, model.stride))
+        length = graph.add("Gather", graph.add("Shape", "image"), np.int64(axis))
+        strides = graph.add("Div", graph.add("Add", length, stride - 1 - covered), stride)
+        padded = graph.add("Add", graph.add("Mul", strides, stride), smallest)
+        period = graph.add("Max", graph.add("Mul", graph.add("Sub", length, one), two), one)
+        index = graph.add("Mod", graph.add("Sub", graph.add("Range", zero, padded, one), before), period)
+        x = graph.add("Gather", x, graph.add("Min", index, graph.add("Sub", period, index)), axis=axis)
+    return x

@@ -1,0 +1,31 @@
+"""One score."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One score, with all that a log, a table or a page has to know of it.
+
+    Attributes:
+      key: in `metrics.jsonl`, behind `val/`, and in `eval.json`.
+      title: for people.
+      value: a number, or one per class by its name; None where there is nothing to measure.
+      higher_is_better: or else lower is.
+      note: printed below the table, if any.
+      details: what belongs to it in `eval.json`, as `<key>_<name>`.
+    """
+
+    key: str
+    title: str
+    value: float | None | dict[str, float | None]
+    higher_is_better: bool = True
+    note: str = ""
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def per_class(self) -> bool:
+        """Whether there is a value per class."""
+        return isinstance(self.value, dict)

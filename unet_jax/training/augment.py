@@ -1,0 +1,164 @@
+"""Joint random transforms of image, label and loss weights, in JAX, on the device.
+
+One key per example: what happens to an example depends neither on the rest of the batch nor on the number of devices.
+Window, rotation, zoom, shift and elastic deformation are one map of coordinates, so that an image is resampled at most
+once. Labels and weights take the nearest pixel and never blend. Outside the image the label is the ignore label, while
+the image is mirrored: a valid network looks beyond the window that it predicts.
+
+To add one: its field in `config.augment`, its limit in `LIMITS`, and a function with the next free number in
+`INTENSITY` (or a step in `_window`, if it moves pixels).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from unet_jax.errors import UserError, check_choice
+from unet_jax.inference import resample
+
+Margins = Sequence[tuple[int, int]]
+
+# The key of an augmentation is fold_in(key of the example, its number). No number is used twice, so that a new
+# augmentation changes no draw of the others.
+FLIP, AFFINE, CROP, COLOR, ELASTIC = range(5)
+
+LIMITS = {"rotate": 180, "scale": 0.9, "shift": 1, "brightness": 1, "contrast": 0.9, "gamma": 0.9}  # from 0
+
+
+def check(settings: Mapping, size: Sequence[int]) -> tuple[int, int]:
+    """Checks `config.augment` for images of (height, width) `size`; returns the size of the window.
+
+    Raises:
+      UserError: a value out of its range.
+    """
+    for name, limit in {**LIMITS, "elastic": min(size)}.items():
+        if not 0 <= settings[name] <= limit:
+            raise UserError(f"config.augment.{name} = {settings[name]} is not in 0..{limit}")
+    if not 2 <= settings["elastic_grid"] <= min(size):
+        raise UserError(f"config.augment.elastic_grid = {settings['elastic_grid']} is not in 2..{min(size)}")
+    check_choice("config.augment.interpolation", settings["interpolation"], resample.INTERPOLATION)
+    crop = tuple(settings["crop"]) or tuple(size)
+    if len(crop) != 2 or not all(isinstance(c, int) and 0 < c <= s for c, s in zip(crop, size, strict=True)):
+        raise UserError(f"config.augment.crop = {crop} must be (height, width) within config.data.size = {tuple(size)}")
+    return crop
+
+
+def augment(
+    keys: jax.Array,
+    batch: Mapping[str, jax.Array],
+    settings: Mapping,
+    margins: Margins,
+    ignore_label: int,
+) -> dict[str, jax.Array]:
+    """Transforms a batch.
+
+    Args:
+      keys: `[B]` random keys.
+      batch: `image` float `[B, H, W, C]` in 0..1; `label` integer `[B, H, W]` or `[B, H, W, K]`; maybe `weight` float
+        `[B, H, W]`.
+      settings: `config.augment`.
+      margins: how many pixels the image extends beyond the window: (above, below), (left, right).
+      ignore_label: the label of pixels from outside the image.
+
+    Returns:
+      the same fields and types; labels and weights `[B, h, w, ...]` of the window, images with the margins around it.
+    """
+    return jax.vmap(lambda key, example: _augment_one(key, example, settings, margins, ignore_label))(keys, dict(batch))
+
+
+def _augment_one(key, example, settings, margins, ignore_label):
+    horizontal, vertical = jax.random.bernoulli(jax.random.fold_in(key, FLIP), 0.5, (2,))
+    if settings["flip_horizontal"]:
+        example = jax.tree.map(lambda x: jnp.where(horizontal, x[:, ::-1], x), example)
+    if settings["flip_vertical"]:
+        example = jax.tree.map(lambda x: jnp.where(vertical, x[::-1], x), example)
+    example = _window(key, example, settings, margins, ignore_label)
+    image = example["image"]
+    for number, change in INTENSITY:
+        image = change(jax.random.fold_in(key, number), image, settings)
+    return {**example, "image": image}
+
+
+def _window(key, example, settings, margins, ignore_label):
+    """Cuts the window out of the transformed image, with its margins."""
+    image = example["image"]
+    size = image.shape[:2]
+    crop = tuple(settings["crop"]) or size
+    warps = any(settings[name] for name in ("rotate", "scale", "shift", "elastic"))
+    if not warps and crop == size and not any(map(sum, margins)):
+        return example
+    start = jax.random.randint(
+        jax.random.fold_in(key, CROP), (2,), 0, jnp.array([s - c + 1 for s, c in zip(size, crop, strict=True)])
+    )
+    rows, columns = (
+        first - before + jnp.arange(before + length + after)
+        for first, length, (before, after) in zip(start, crop, margins, strict=True)
+    )
+    if not warps:
+        whole = image[resample.mirror(rows, size[0])[:, None], resample.mirror(columns, size[1])]
+        cut = lambda x: jax.lax.dynamic_slice(x, (*start, *[0] * (x.ndim - 2)), (*crop, *x.shape[2:]))
+        return {name: whole if name == "image" else cut(x) for name, x in example.items()}
+
+    rows, columns = affine_coordinates(jax.random.fold_in(key, AFFINE), rows, columns, size, settings)
+    if settings["elastic"]:
+        down, right = resample.elastic(
+            jax.random.fold_in(key, ELASTIC), rows.shape, settings["elastic"], settings["elastic_grid"]
+        )
+        rows, columns = rows + down, columns + right
+    inner = tuple(slice(before, before + length) for length, (before, _) in zip(crop, margins, strict=True))
+    outside = {"label": ignore_label, "weight": 0}
+    warped = {n: resample.nearest(example[n], rows[inner], columns[inner], outside[n]) for n in example if n in outside}
+    image = resample.sample(image, rows, columns, settings["interpolation"])
+    return {**warped, "image": jnp.clip(image, 0, 1)}  # cubic overshoots
+
+
+def affine_coordinates(
+    key: jax.Array, rows: jax.Array, columns: jax.Array, size: Sequence[int], settings: Mapping
+) -> tuple[jax.Array, jax.Array]:
+    """Where output pixels come from, under a random affine map about the centre of the image.
+
+    Args:
+      key: random key.
+      rows, columns: of the output pixels, `[h]` and `[w]`.
+      size: height and width of the image.
+      settings: `rotate`, the angle is uniform in ± that many degrees; `scale`, the zoom is uniform in 1 ± scale;
+        `shift`, the displacement is uniform in ± that share of each side.
+
+    Returns:
+      source rows and columns, float `[h, w]`.
+    """
+    angle, zoom, down, right = jax.random.uniform(key, (4,), minval=-1, maxval=1)
+    height, width = size
+    center = (height - 1) / 2, (width - 1) / 2
+    y, x = resample.rotate(
+        rows - center[0] - down * settings["shift"] * height,
+        columns - center[1] - right * settings["shift"] * width,
+        jnp.deg2rad(settings["rotate"] * angle),
+        1 + settings["scale"] * zoom,
+    )
+    return y + center[0], x + center[1]
+
+
+def color(key: jax.Array, image: jax.Array, settings: Mapping) -> jax.Array:
+    """image ** g * c about the mean + b, clipped to 0..1; each factor is uniform in its range.
+
+    Args:
+      key: random key.
+      image: float `[h, w, C]` in 0..1.
+      settings: `brightness`, `contrast`, `gamma`.
+    """
+    brightness, contrast, gamma = (settings[name] for name in ("brightness", "contrast", "gamma"))
+    b, c, g = jax.random.uniform(key, (3,), minval=-1, maxval=1)
+    if gamma:
+        image = image ** (1 + gamma * g)
+    if contrast:
+        mean = image.mean()
+        image = (image - mean) * (1 + contrast * c) + mean
+    if brightness:
+        image = image + brightness * b
+    return jnp.clip(image, 0, 1) if brightness or contrast else image
+
+
+# Changes of the values of a window, in this order: (number of the key, function of key, image and settings).
+INTENSITY = ((COLOR, color),)

@@ -1,0 +1,134 @@
+"""What a configuration describes, beside images and state: network, loss, optimizer, sizes and steps."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import optax
+
+from unet_jax import data, losses, models
+from unet_jax.data import border
+from unet_jax.errors import UserError, check_choice
+from unet_jax.evaluation import evaluate
+from unet_jax.inference import forward
+from unet_jax.parallel import sharding
+from unet_jax.training import augment, optimizer, state, step
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+
+class Steps(NamedTuple):
+    """The training in steps.
+
+    Attributes:
+      per_epoch: may be fractional.
+      total: of the training.
+      eval_every, save_every: between two evaluations, and between two checkpoints.
+    """
+
+    per_epoch: float
+    total: int
+    eval_every: int
+    save_every: int
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the state after `step` steps is evaluated."""
+        return step == self.total or step % self.eval_every == 0
+
+    def saves(self, step: int) -> bool:
+        """Whether the state after `step` steps is saved."""
+        return self.evaluates(step) or step % self.save_every == 0
+
+
+class Components(NamedTuple):
+    """What a configuration describes, beside images and state; sizes are (height, width).
+
+    Attributes:
+      network: on its mesh.
+      loss: of the training and the evaluation.
+      schedule: step -> learning rate.
+      optimizer: with the schedule.
+      crop: what a training step predicts.
+      input_size: what the network is given for it.
+      eval_input_size: what the network is given for a whole image.
+    """
+
+    network: forward.Network
+    loss: losses.Loss
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    crop: tuple[int, int]
+    input_size: tuple[int, int]
+    eval_input_size: tuple[int, int]
+
+
+def build(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, steps: Steps) -> Components:
+    """Builds network, loss, schedule and optimizer, and checks that everything fits together.
+
+    Raises:
+      UserError: an invalid setting, or batches or images that the devices cannot share.
+    """
+    sharding.check_batch_size(mesh, config.train.batch_size, config.train.accumulate)
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"config.seed = {config.seed} is not in 0..2**31-1")
+    if config.train.log_every_steps < 1 or config.train.panels < 0:
+        raise UserError("config.train.log_every_steps must be 1 or more, config.train.panels 0 or more")
+    check_choice("config.train.nonfinite", config.train.nonfinite, ("stop", "skip"))
+    evaluate.check(config.eval, classes)
+    border.pixel_weight_fn(config.loss, classes)
+    loss = losses.make(config.loss, classes.task, len(classes.names))
+    network = forward.create_network(config.model, classes, mesh)
+    crop = augment.check(config.augment, config.data.size)
+    schedule = optimizer.make_schedule(config.optimizer, steps.per_epoch, steps.total)
+    params = models.shapes(models.abstract_variables(network.model, classes.channels)["params"])
+    optimizer.check_frozen(config.optimizer.frozen, params)
+    return Components(
+        network=network,
+        loss=loss,
+        schedule=schedule,
+        optimizer=optimizer.make_optimizer(config.optimizer, schedule),
+        crop=crop,
+        eval_input_size=_input_size("config.data.size", network, config.data.size),  # first: maybe it is the crop too
+        input_size=_input_size("config.augment.crop", network, crop),
+    )
+
+
+def _input_size(field: str, network: forward.Network, size: Sequence[int]) -> tuple[int, int]:
+    """What the network is given to predict `size`: with the margins it needs, which mirror the image."""
+    height, width = (n + sum(margin) for n, margin in zip(size, network.margins(size), strict=True))
+    try:
+        sharding.check_height(network.mesh, height)
+    except UserError as error:
+        raise UserError(f"{field} = {tuple(size)}, for which the network needs {height} rows: {error}") from error
+    return height, width
+
+
+def count_steps(settings: Mapping, steps_per_epoch: float) -> Steps:
+    """The epochs of `config.train` as whole numbers of steps, each at least one.
+
+    Raises:
+      UserError: one is not positive.
+    """
+    counts = []
+    for field in ("epochs", "eval_every_epochs", "checkpoint_every_epochs"):
+        if not 0 < settings[field] < math.inf:
+            raise UserError(f"config.train.{field} = {settings[field]} must be positive")
+        counts.append(max(1, round(settings[field] * steps_per_epoch)))
+    return Steps(steps_per_epoch, *counts)
+
+
+def make_train_step(config: "ConfigDict", components: Components, shardings: state.TrainState) -> Callable:
+    """The training step of a configuration, see `step.make_train_step`."""
+    return step.make_train_step(
+        components.network,
+        components.optimizer,
+        components.loss,
+        augmentation=config.augment,
+        seed=config.seed,
+        shardings=shardings,
+        ema=config.optimizer.ema,
+        microbatches=config.train.accumulate,
+        skip_nonfinite=config.train.nonfinite == "skip",
+    )

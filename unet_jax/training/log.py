@@ -1,0 +1,160 @@
+"""Training logs: console, `metrics.jsonl` and TensorBoard."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+from etils import epath
+
+from unet_jax import metrics
+from unet_jax.evaluation.evaluate import Evaluation
+from unet_jax.parallel import processes
+from unet_jax.workdir import metrics_log
+
+MAX_SKIPPED = 10  # steps in a row that config.train.nonfinite = "skip" forgives
+
+_INITIAL = {"window": [], "skipped": 0, "in_a_row": 0}
+
+
+class TrainingLog:
+    """Collects the metrics of steps; prints them, and writes them to `metrics.jsonl` and TensorBoard.
+
+    Attributes:
+      resume_state: what a checkpoint has to hold so that the lines stay exact: `window`, losses since the last line;
+        `skipped`, the steps whose update was skipped, and `in_a_row`, how many of the latest steps were.
+      nonfinite_error: what was not finite, once that cannot be forgiven; empty as long as all is well.
+      last_evaluation: the one added last.
+      waited: seconds spent waiting for data since the clock was started.
+    """
+
+    def __init__(
+        self,
+        path: epath.Path,
+        *,
+        schedule: Callable[[int], float],
+        steps_per_epoch: float,
+        total_steps: int,
+        batch_size: int,
+        every: int,
+        skips_nonfinite: bool,
+        first_step: int = 0,
+        resume_state: Mapping | None = None,
+    ):
+        """Starts at `first_step`.
+
+        Args:
+          path: the work directory.
+          schedule: step -> learning rate.
+          steps_per_epoch: may be fractional.
+          total_steps: of the training.
+          batch_size: over all devices.
+          every: steps between two lines.
+          skips_nonfinite: whether the step skips updates that are not finite.
+          first_step: steps taken before.
+          resume_state: of the run before; None at the start.
+        """
+        self.resume_state = {name: (resume_state or {}).get(name, value) for name, value in _INITIAL.items()}
+        self.nonfinite_error = ""
+        self.last_evaluation: Evaluation | None = None
+        self.waited = 0.0
+        self._path, self._schedule = path, schedule
+        self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
+        self._batch_size, self._every, self._skips = batch_size, every, skips_nonfinite
+        self._started, self._first_step = time.monotonic(), first_step
+        self._writer = None
+        if processes.is_main():
+            from clu import metric_writers  # imports TensorFlow
+
+            self._writer = metric_writers.SummaryWriter(str(path))
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out of images/s what is not training."""
+        self.waited, self._clock, self._timed_steps = 0.0, time.monotonic(), 0
+
+    def add(self, step: int, step_metrics: Mapping[str, jax.Array]) -> int:
+        """Adds the metrics of one step, on the host or still on the device; returns their signal, or 0."""
+        values = {name: float(value) for name, value in step_metrics.items()}
+        signal = int(values.pop("signal"))
+        if self._is_finite(step, values):
+            self.resume_state["window"] = [*self.resume_state["window"], values["loss"]]
+        self._timed_steps += 1
+        if step % self._every == 0 or step == self._total_steps:
+            self._add_line(step, values)
+        return signal
+
+    def _is_finite(self, step: int, values: Mapping[str, float]) -> bool:
+        """Whether the step's update was applied; sets `nonfinite_error` if the training cannot continue."""
+        if all(map(math.isfinite, values.values())):
+            self.resume_state["in_a_row"] = 0
+            return True
+        shown = f"step {step}: not finite: {', '.join(f'{name} = {value}' for name, value in values.items())}"
+        if self._skips:
+            skipped, in_a_row = self.resume_state["skipped"] + 1, self.resume_state["in_a_row"] + 1
+            self.resume_state |= {"skipped": skipped, "in_a_row": in_a_row}
+            processes.print_on_main(f"{shown}: skipped update ({skipped} so far)")
+        if not self._skips or self.resume_state["in_a_row"] == MAX_SKIPPED:
+            self.nonfinite_error = shown + (f", {MAX_SKIPPED} steps in a row" if self._skips else "")
+        return False
+
+    def _add_line(self, step: int, values: Mapping[str, float]) -> None:
+        window, seconds = self.resume_state["window"], max(time.monotonic() - self._clock, 1e-9)
+        line = {
+            "train/loss": math.fsum(window) / len(window) if window else math.nan,
+            "train/grad_norm": values["grad_norm"],
+            "train/learning_rate": float(self._schedule(step - 1 - self.resume_state["skipped"])),
+            "train/images_per_sec": self._timed_steps * self._batch_size / seconds,
+            "train/data_wait": self.waited / seconds,
+        }
+        if self._skips:
+            line["train/skipped"] = self.resume_state["skipped"]
+        self.resume_state["window"] = []
+        self.restart_clock()
+        left = (time.monotonic() - self._started) / (step - self._first_step) * (self._total_steps - step)
+        self._write(step, line)
+        processes.print_on_main(
+            f"step {step}/{self._total_steps}  epoch {step / self._steps_per_epoch:.1f}  "
+            f"loss {line['train/loss']:.4f}  {line['train/images_per_sec']:.1f} images/s  "
+            f"waiting for data {line['train/data_wait']:.1%}  left {int(left // 60)}:{int(left % 60):02d}"
+        )
+
+    def add_evaluation(self, step: int, result: Evaluation) -> None:
+        """Adds the scores of the validation split after `step` steps."""
+        self.last_evaluation = result
+        scores = {"loss": result.loss, **metrics.flatten(result.records)}
+        self._write(step, {f"val/{key}": value for key, value in scores.items()})
+        shown = [("loss", result.loss), *((r.title, r.value) for r in result.records if not r.per_class)]
+        line = "  ".join(f"{title} {value:.4f}" for title, value in shown if value is not None)
+        processes.print_on_main(f"  validation  {line}")
+
+    def _write(self, step: int, values: Mapping[str, float | None]) -> None:
+        if self._writer is None:
+            return
+        values = {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}
+        metrics_log.append(self._path, {"step": step, "epoch": step / self._steps_per_epoch, **values})
+        self._writer.write_scalars(step, {name: value for name, value in values.items() if value is not None})
+
+    def close(self) -> None:
+        """Flushes TensorBoard's file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def tile_summary(use: str, size: Sequence[int], input_size: Sequence[int]) -> str:
+    """What the network predicts, and how much of the image it is given for it."""
+    shown = f"{use} predicts {size[0]}x{size[1]}"
+    same = tuple(size) == tuple(input_size)
+    return shown if same else f"{shown} from {input_size[0]}x{input_size[1]}, mirrored where needed"
+
+
+def memory_summary(compiled: jax.stages.Compiled) -> str:
+    """What a compiled step needs on each device, if the compiler reports it."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return "unknown on this device"
+    held, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    return (
+        f"{(held + temporary) / 2**20:.0f} MiB a step on each device: {held / 2**20:.0f} state and batch, "
+        f"{temporary / 2**20:.0f} activations and gradients"
+    )

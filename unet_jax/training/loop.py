@@ -1,0 +1,141 @@
+"""Training: `train` reads from top to bottom; `setup.py` opens or resumes the run, `step.py` is the step."""
+
+import time
+from signal import Signals
+from typing import TYPE_CHECKING
+
+from etils import epath
+
+from unet_jax import metrics
+from unet_jax.errors import Interrupted, UserError
+from unet_jax.evaluation import evaluate, report
+from unet_jax.parallel import processes, sharding, signals
+from unet_jax.training import setup, state
+from unet_jax.workdir import integrity
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+
+def train(config: "ConfigDict", path: epath.PathLike) -> None:
+    """Trains a network, resuming from `path` if it holds a checkpoint.
+
+    Args:
+      config: as in `configs/default.py`.
+      path: the work directory.
+
+    Raises:
+      UserError: anything that the user can put right, before any training; a loss or gradients that are not finite; a
+        checkpoint that cannot be written.
+      Interrupted: by SIGTERM or SIGINT; everything done so far is saved.
+    """
+    run = setup.open_run(config, epath.Path(path))
+    if run is None:
+        return
+    mesh, train_state = run.components.network.mesh, run.state
+    stop_signal, pending = 0, None  # metrics are fetched one step late, so that the device never waits for the host
+    with signals.Deferred() as deferred:
+        if not run.evaluated:
+            stop_signal = evaluate_and_save(run, train_state, run.first_step, 0, deferred, replace=True)
+        batch = sharding.put_batch(mesh, next(run.batches))
+        for step in range(run.first_step + 1, run.steps.total + 1):
+            if stop_signal:
+                break
+            train_state, step_metrics = run.train_step(train_state, batch, sharding.per_device(mesh, deferred.received))
+            if pending is not None:
+                stop_signal = log_step(run, *pending)
+            pending = step, step_metrics
+            if step < run.steps.total:
+                waiting = time.monotonic()
+                rows = next(run.batches)
+                run.log.waited += time.monotonic() - waiting
+                batch = sharding.put_batch(mesh, rows)
+            if stop_signal or run.steps.saves(step):
+                stop_signal = max(stop_signal, log_step(run, *pending))
+                pending = None
+                stop_signal = evaluate_and_save(run, train_state, step, stop_signal, deferred)
+        run.writer.close()
+        run.log.close()
+        stop_signal = stop_signal or processes.max_over_processes(deferred.received)
+    if stop_signal:
+        message = f"{Signals(stop_signal).name}: {run.path} is saved; the same command resumes it"
+        raise Interrupted(message, stop_signal)
+    finish(run)
+
+
+def log_step(run: setup.Run, step: int, step_metrics: dict) -> int:
+    """Logs the metrics of a step; returns the signal that came with them, or 0.
+
+    Raises:
+      UserError: the training has diverged, before its state can replace a good one; or it cannot be saved.
+    """
+    stop_signal = run.log.add(step, step_metrics)
+    run.writer.check()
+    if run.log.nonfinite_error:
+        run.writer.close()
+        good = integrity.steps(run.path)
+        kept = (
+            f"The last good checkpoint is {run.path / 'checkpoints' / str(good[-1])}" if good else "None is saved yet"
+        )
+        raise UserError(
+            f"{run.log.nonfinite_error}. {kept}. Try a lower config.optimizer.learning_rate, "
+            "config.optimizer.clip_norm=1.0 or config.optimizer.warmup_epochs=1; config.train.nonfinite=skip forgives "
+            "single steps"
+        )
+    return stop_signal
+
+
+def evaluate_and_save(
+    run: setup.Run,
+    train_state: state.TrainState,
+    step: int,
+    stop_signal: int,
+    deferred: signals.Deferred,
+    replace: bool = False,
+) -> int:
+    """Evaluates the state after `step` steps if that is due, unless told to stop, and saves it.
+
+    Args:
+      run: see `setup.Run`.
+      train_state: after `step` steps.
+      step: the number of steps taken.
+      stop_signal: the signal that stops the training, or 0.
+      deferred: the signals of this process.
+      replace: whether the step was saved before, without its scores.
+
+    Returns:
+      the signal that stops the training, or 0.
+    """
+    variables, result = train_state.eval_variables, None
+    due = run.steps.evaluates(step)
+    if due and not stop_signal:
+        network, batch_size = run.components.network, run.config.train.batch_size
+        batches = run.images["validation"].eval_batches(batch_size, run.rows)
+        result = evaluate.evaluate(
+            run.eval_step, variables, batches, run.components.loss, network, lambda: deferred.received
+        )
+    if result is not None:
+        run.log.add_evaluation(step, result)
+    stop_signal = stop_signal or processes.max_over_processes(deferred.received)
+    evaluated = not due or result is not None
+    if evaluated or not replace:
+        meta = {**run.log.resume_state, "examples": run.example_digests, "evaluated": evaluated}
+        score = None if result is None else metrics.value_of(run.config.eval.best_metric, result.records)
+        run.writer.save(step, train_state, meta, score, replace)
+    if result is not None and not stop_signal:  # while the checkpoint is being written
+        run.panels.draw(step, lambda image: run.label_step(variables, image))
+    run.log.restart_clock()
+    return stop_signal
+
+
+def finish(run: setup.Run) -> None:
+    """Draws curves and report, and prints the scores and where to look."""
+    path = run.path
+    setup.draw_history(path, run.config, run.components.network.classes)
+    report.write(path, images=run.images["validation"], mesh=run.components.network.mesh)
+    processes.print_on_main(
+        f"{evaluate.format_table(run.log.last_evaluation)}\n"
+        f"Finished: {run.steps.total} steps; best checkpoint: step {integrity.best_step(path)}.\n"
+        f"Open {path / 'report.html'} in a browser, look at {path / 'panels' / str(run.steps.total)}, score it again:\n"
+        f"  python -m unet_jax.main --mode=eval --workdir={path}"
+    )

@@ -1,0 +1,257 @@
+"""What a training step needs on the devices at hand, before any image is read: memory, FLOPs and traffic."""
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+
+from unet_jax import data
+from unet_jax.errors import UserError
+from unet_jax.parallel import processes, sharding
+from unet_jax.training import components, log, program, state
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+STEPS_PER_EPOCH = 1000.0  # the schedule does not change what a step costs
+MAX_COMPILATIONS = 12
+
+
+class Plan(NamedTuple):
+    """A compiled training step.
+
+    Attributes:
+      components: see `components.Components`.
+      compiled: the step.
+      arguments: of the step, as shapes with shardings: state, batch, signals.
+      peak: bytes on each device; None if the compiler does not report it.
+    """
+
+    components: components.Components
+    compiled: jax.stages.Compiled
+    arguments: tuple
+    peak: int | None
+
+
+def plan(config: "ConfigDict", memory_gib: float | None) -> None:
+    """Compiles the training step for the devices at hand, and prints what it needs.
+
+    Args:
+      config: as in `configs/default.py`.
+      memory_gib: GiB of a device, to find the largest batch that fits; None: as the device reports.
+
+    Raises:
+      UserError: an invalid setting, or no files to infer the classes from.
+    """
+    if memory_gib is not None and not 0 < memory_gib < math.inf:
+        raise UserError(f"--memory_gib={memory_gib} must be positive")
+    config = config.copy_and_resolve_references()
+    classes = find_classes(config.data)
+    mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
+    processes.print_on_main(f"Compiling the training step for {_describe_mesh(mesh)}.")
+    made = {config.train.batch_size: compile_step(config, classes, mesh)}
+    processes.print_on_main("\n".join(_describe(config, classes, mesh, made[config.train.batch_size])))
+
+    limit = memory_gib * 2**30 if memory_gib else sharding.memory_limit(mesh)
+    if limit is None or made[config.train.batch_size].peak is None:
+        why = "no --memory_gib was given" if limit is None else "the compiler does not report memory"
+        processes.print_on_main(f"largest batch          not searched for: {why}")
+        return
+
+    def peak(batch_size):
+        if batch_size not in made:
+            config.train.batch_size = batch_size
+            made[batch_size] = compile_step(config, classes, mesh)
+        return made[batch_size].peak
+
+    processes.print_on_main(f"\nLooking for the largest batch that fits in {size(limit)} on each device")
+    unit = mesh.shape["data"] * config.train.accumulate
+    processes.print_on_main(_describe_largest(*largest_batch(peak, config.train.batch_size, unit, limit), unit))
+
+
+def find_classes(settings: "ConfigDict") -> data.Classes:
+    """What the labels mean, from `config.data` alone, unless it is a folder whose labels or channels are not set.
+
+    Raises:
+      UserError: an invalid setting, or no files to infer the classes from.
+    """
+    if settings.name == "folder" and not (settings.labels and settings.channels):
+        try:
+            data.infer_settings(settings, processes.print_on_main)
+        except UserError as error:
+            raise UserError(
+                "config.data.labels and config.data.channels are not both set, so they have to be inferred from the "
+                f"images: {error}"
+            ) from error
+    return data.classes(settings)
+
+
+def compile_step(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh) -> Plan:
+    """The training step as `loop.train` would compile it, for a state and a batch that do not exist."""
+    built = components.build(config, classes, mesh, components.count_steps(config.train, STEPS_PER_EPOCH))
+    model = built.network.model
+    shape = (1, *model.smallest_input, classes.channels)
+    shapes = jax.eval_shape(state.make_init(config.seed, model, shape, built.optimizer, config.optimizer.ema > 0))
+    shardings = state.shardings(shapes, mesh, config.mesh.shard_optimizer)
+    abstract = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
+    arguments = (abstract, abstract_batch(config, classes, mesh), sharding.per_device(mesh, 0))
+
+    started = time.monotonic()
+    compiled = components.make_train_step(config, built, shardings).lower(*arguments).compile()
+    peak = program.peak_bytes(compiled)
+    needed = "" if peak is None else f", which needs {size(peak)} on each device"
+    seconds = time.monotonic() - started
+    processes.print_on_main(f"  a batch of {config.train.batch_size}{needed}; compiled in {seconds:.1f} s")
+    return Plan(built, compiled, arguments, peak)
+
+
+def flops(config: "ConfigDict", made: Plan) -> int:
+    """Of the training step on all devices together, see `program.flops`."""
+    network = made.components.network
+    # In the plain form: the one for a single CPU multiplies more numbers to the same end.
+    plain = dataclasses.replace(network, model=network.model.clone(conv_impl="plain"))
+    shardings = jax.tree.map(lambda x: x.sharding, made.arguments[0])
+    step = components.make_train_step(config, made.components._replace(network=plain), shardings)
+    return program.flops(step, *made.arguments)
+
+
+def abstract_batch(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh) -> dict:
+    """A batch as `Pipeline.train_batches` yields it and `sharding.put_batch` shards it, without its values."""
+    count, size = config.train.batch_size, tuple(config.data.size)
+    masks = (len(classes.names),) if classes.task == "multilabel" else ()
+    fields = {
+        "image": (size + (classes.channels,), np.uint8),
+        "label": (size + masks, np.uint8),
+        "mask": ((), bool),
+    }
+    if config.loss.border_weight:
+        fields["weight"] = (size, np.float32)
+    where = sharding.by_example(mesh)
+    return {n: jax.ShapeDtypeStruct((count, *shape), kind, sharding=where) for n, (shape, kind) in fields.items()}
+
+
+def largest_batch(
+    peak: Callable[[int], int], first: int, unit: int, limit: float
+) -> tuple[int, Mapping[int, int], bool]:
+    """The largest batch that fits, by the line through two batch sizes, and then by trying.
+
+    Args:
+      peak: batch size -> bytes that its step needs on each device.
+      first: a batch size to start with.
+      unit: batch sizes are multiples of it.
+      limit: bytes of each device.
+
+    Returns:
+      the batch size, or 0 if none fits; the peaks measured; whether the next batch is known not to fit.
+    """
+    peaks = {first: peak(first)}
+    while len(peaks) < MAX_COMPILATIONS:
+        fits = max((n for n, needed in peaks.items() if needed <= limit), default=0)
+        fails = min((n for n, needed in peaks.items() if needed > limit and n > fits), default=None)
+        if fails is not None and fails - fits <= unit:
+            return fits, peaks, True
+        (a, b) = sorted(peaks, key=lambda n: abs(peaks[n] - limit))[:2] if len(peaks) > 1 else (0, 0)
+        slope = (peaks[a] - peaks[b]) / (a - b) if a != b else 0.0
+        if slope > 0:
+            guess = int((a + (limit - peaks[a]) / slope) // unit) * unit
+        else:  # no second point yet
+            guess = 2 * fits if fits else unit
+        if fails is not None and len(peaks) > 4 and len(peaks) % 2:  # where peaks do not lie on a line
+            guess = (fits + fails) // 2 // unit * unit
+        highest = guess if fails is None else fails - unit
+        guess = max(fits + unit, min(guess, highest))
+        peaks[guess] = peak(guess)
+    return max((n for n, needed in peaks.items() if needed <= limit), default=0), peaks, False
+
+
+def _describe_largest(batch_size: int, peaks: Mapping[int, int], certain: bool, unit: int) -> str:
+    above = min((n for n in peaks if n > batch_size), default=None)
+    if not batch_size:
+        return (
+            f"largest batch          none: {above} needs {size(peaks[above])}. More devices along space, "
+            "config.train.accumulate, config.model.remat or a smaller config.augment.crop save memory"
+        )
+    beyond = (
+        f"; {above}, the next, needs {size(peaks[above])}" if certain else "; maybe more fit, the search was stopped"
+    )
+    evenly = f", a multiple of {unit} (devices along data x accumulate)" if unit > 1 else ""
+    return f"largest batch          {batch_size}{evenly}\n  compiled, it needs {size(peaks[batch_size])}{beyond}"
+
+
+def _describe_mesh(mesh: jax.sharding.Mesh) -> str:
+    shape = mesh.shape
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh data={shape['data']} space={shape['space']}"
+
+
+def _describe(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, made: Plan) -> list[str]:
+    """The lines of the table."""
+    train_state, batch, _ = made.arguments
+    built, memory = made.components, made.compiled.memory_analysis()
+    count, work = config.train.batch_size, flops(config, made)
+    held = {
+        "parameters": train_state.params,
+        "batch statistics": train_state.batch_stats,
+        "optimizer state": train_state.opt_state,
+        "EMA weights": train_state.ema,
+        "batch": batch,
+    }
+    weights = sum(math.prod(x.shape) for x in jax.tree.leaves(train_state.params))
+    lines = [
+        "",
+        f"network                {weights:,} weights, {config.model.dtype}, {len(classes.names)} classes "
+        f"({classes.task}); {log.tile_summary('training', built.crop, built.input_size)}",
+        f"devices                {_describe_mesh(mesh)}",
+        f"step                   {count} images of {config.data.size[0]}x{config.data.size[1]}x{classes.channels}, "
+        f"accumulate={config.train.accumulate}, remat={tuple(config.model.remat)}, "
+        f"shard_optimizer={config.mesh.shard_optimizer}",
+        "",
+        "memory of each device",
+        *(f"  {name:<20} {size(program.held_bytes(tree)):>12}" for name, tree in held.items()),
+    ]
+    if memory is not None:
+        lines += [
+            f"  activations          {size(memory.temp_size_in_bytes):>12}  all that is temporary, gradients too",
+            f"  peak                 {size(made.peak):>12}  arguments + temporary + results - results in place",
+        ]
+    lines += [
+        "",
+        "work of a step         convolutions and matrix products, forward and backward; a multiply-add is two",
+        f"  all devices          {_flop(work)}  {_flop(work / count).strip()} an image",
+        f"  each device          {_flop(work / mesh.size)}",
+    ]
+    if (counted := (made.compiled.cost_analysis() or {}).get("flops", 0)) > 0:
+        lines.append(f"  by XLA's own count   {_flop(counted)}  of each device, all operations, loops once")
+    return lines + ["", *_describe_traffic(program.collectives(made.compiled))]
+
+
+def _describe_traffic(found: list[program.Collective]) -> list[str]:
+    formulas = {"all-reduce": "2(n-1)/n", "collective-permute": "1"}
+    groups = collections.defaultdict(list)
+    for collective in found:
+        groups[collective.kind, collective.participants].append(collective)
+    lines = ["sent by each device    in a step, in rings of n devices"]
+    for (kind, n), members in sorted(groups.items(), key=lambda item: -sum(c.sent for c in item[1])):
+        times, held = sum(c.executions for c in members), sum(c.size * c.executions for c in members)
+        lines.append(
+            f"  {kind:<20} {size(sum(c.sent for c in members)):>12}  {times} of {size(held)} together, times "
+            f"{formulas.get(kind, '(n-1)/n')}, n = {n}"
+        )
+    return lines if groups else ["sent by each device    nothing"]
+
+
+def size(count: float) -> str:
+    """Bytes with a unit."""
+    for unit, name, digits in ((2**30, "GiB", 2), (2**20, "MiB", 1), (2**10, "KiB", 1)):
+        if count >= unit:
+            return f"{count / unit:.{digits}f} {name}"
+    return f"{count:.0f} B"
+
+
+def _flop(count: float) -> str:
+    scale, name = next(((n, name) for n, name in ((1e12, "T"), (1e9, "G")) if count >= n), (1e6, "M"))
+    return f"{count / scale:>7.1f} {name}FLOP"

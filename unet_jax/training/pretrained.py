@@ -1,0 +1,75 @@
+"""Starting a training from the weights of another work directory: `config.init_from`."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from unet_jax import data, models
+from unet_jax.errors import UserError
+from unet_jax.inference import forward, trained
+from unet_jax.parallel import sharding
+from unet_jax.training import state
+from unet_jax.workdir import checkpoints, files
+
+
+class Pretrained(NamedTuple):
+    """Weights to start from.
+
+    Attributes:
+      params, batch_stats: without the head if it predicts another number of classes.
+      normalization: that these weights were trained with.
+      summary: what was loaded, for people.
+    """
+
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    normalization: forward.Normalization
+    summary: str
+
+
+def load_pretrained(path: epath.PathLike, network: forward.Network) -> Pretrained:
+    """Loads the best checkpoint of another work directory.
+
+    Args:
+      path: the other work directory.
+      network: of the new training.
+
+    Raises:
+      UserError: no work directory; a network that differs elsewhere than in its head (names the first difference).
+    """
+    classes = network.classes
+    try:
+        files.read_config(epath.Path(path))
+        values = files.read_classes(epath.Path(path))
+        names = data.Classes.from_json(values).names
+        step, saved = checkpoints.read_variables(path, None, sharding.replicated(network.mesh))
+    except UserError as error:
+        raise UserError(f"config.init_from = {str(path)!r}: {error}") from error
+    variables = trained.evaluated_variables(saved)
+    found = models.shapes(variables)
+    needed = models.shapes(models.abstract_variables(network.model, classes.channels))
+    differing = sorted(name for name in found.keys() | needed.keys() if found.get(name) != needed.get(name))
+    for name in differing:
+        if not name.startswith("params/head/"):
+            raise UserError(
+                f"config.init_from = {str(path)!r}: {name} is {found.get(name, 'absent')} there, but "
+                f"{needed.get(name, 'absent')} in this network. Set config.model (and config.data.channels) as there"
+            )
+    summary = f"Starting from the weights of {path}, step {step}"
+    if differing:
+        del variables["params"]["head"]
+        outputs = [sizes["params/head/bias"][0] for sizes in (found, needed)]
+        summary += f"; its head has {outputs[0]} outputs and is replaced by a new one with {outputs[1]}"
+    elif names != classes.names:
+        summary += f"; its head was trained for {', '.join(names)}, and is kept"
+    normalization = forward.Normalization.from_json(values.get("normalization"))
+    return Pretrained(variables["params"], variables["batch_stats"], normalization, summary)
+
+
+def with_pretrained(fresh: state.TrainState, pretrained: Pretrained) -> state.TrainState:
+    """A new state with pretrained weights; weights that they lack stay as they were initialised."""
+    params = {**fresh.params, **pretrained.params}
+    ema = None if fresh.ema is None else jax.tree.map(jnp.copy, params)
+    return fresh.replace(params=params, batch_stats=pretrained.batch_stats, ema=ema)

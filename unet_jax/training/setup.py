@@ -1,0 +1,266 @@
+"""Opens or resumes a run: everything that `loop.train` needs, checked before anything is written."""
+
+import dataclasses
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from unet_jax import data, metrics
+from unet_jax.data import border, pipeline
+from unet_jax.errors import UserError
+from unet_jax.evaluation import curves, evaluate, pictures, report
+from unet_jax.inference import forward
+from unet_jax.parallel import processes, sharding
+from unet_jax.training import components, log, pretrained
+from unet_jax.training import state as train_state
+from unet_jax.workdir import checkpoints, files, integrity, metrics_log
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An open run.
+
+    Attributes:
+      path: the work directory.
+      config: with the settings that were inferred from the files.
+      components: see `components.Components`.
+      steps: see `components.Steps`.
+      images: the splits `train` and `validation`.
+      rows: of each global batch, those that this process feeds.
+      example_digests: of the ids of each split; a checkpoint holds them.
+      first_step: steps taken before this run.
+      evaluated: whether the evaluation due after `first_step`, if any, was completed.
+      state: after `first_step`; the first step donates it.
+      batches: from `first_step` on, as the devices hold them.
+      train_step, eval_step, label_step: compiled, or compiled lazily.
+      writer: of checkpoints.
+      log, panels: of this run.
+    """
+
+    path: epath.Path
+    config: "ConfigDict"
+    components: components.Components
+    steps: components.Steps
+    images: Mapping[str, pipeline.Pipeline]
+    rows: np.ndarray
+    example_digests: Mapping[str, str]
+    first_step: int
+    evaluated: bool
+    state: train_state.TrainState
+    batches: Iterator[pipeline.Batch]
+    train_step: Callable
+    eval_step: Callable
+    label_step: Callable
+    writer: checkpoints.CheckpointWriter
+    log: log.TrainingLog
+    panels: pictures.Panels
+
+
+def open_run(config: "ConfigDict", path: epath.Path) -> Run | None:
+    """Opens a new run, or resumes the one in `path`; None if that is finished.
+
+    Args:
+      config: as in `configs/default.py`.
+      path: the work directory.
+
+    Raises:
+      UserError: anything that the user can put right; nothing was written then.
+    """
+    config = config.copy_and_resolve_references()
+    if config.deterministic:
+        sharding.use_deterministic_kernels()
+    if (path / "config.json").exists():
+        data.reuse_settings(config.data, files.read_config(path).data)
+    data.infer_settings(config.data, processes.print_on_main)
+    if processes.is_main():
+        files.check(path, config)
+    files.check_shared(path)
+
+    # Images, and what the configuration describes.
+    with processes.main_first("data"):
+        sources = {split: data.load(config.data, split) for split in ("train", "validation")}
+    classes, batch_size = sources["train"].classes, config.train.batch_size
+    steps = components.count_steps(config.train, len(sources["train"]) / batch_size)
+    mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
+    built = components.build(config, classes, mesh, steps)
+
+    # Resume, or initialise. Nothing is written before all of it has been checked.
+    digests = {name: hashlib.sha256(repr(list(source.ids)).encode()).hexdigest() for name, source in sources.items()}
+    resumed, meta, initial = integrity.newest_good_step(path), {"evaluated": True}, None
+    normalization = forward.Normalization()
+    if resumed is not None:
+        meta |= _read_meta(path, resumed, digests, config.data.root)
+        normalization = forward.Normalization.from_json(files.read_classes(path).get("normalization"))
+    else:
+        _check_no_checkpoint(path, min(steps.save_every, steps.eval_every))
+        if config.init_from:
+            initial = pretrained.load_pretrained(config.init_from, built.network)
+            normalization = initial.normalization
+    built = built._replace(network=dataclasses.replace(built.network, normalization=normalization))
+    if processes.is_main():
+        described = {**classes.to_json(), "image_size": sources["train"].read(0)[0].shape[:2]}
+        files.claim(path, config, {**described, "normalization": normalization.to_json()})
+    if resumed == steps.total and meta["evaluated"]:
+        _finish_again(path, config, classes, resumed)
+        return None
+
+    # State.
+    state = train_state.create(
+        seed=config.seed,
+        model=built.network.model,
+        image_shape=(1, *built.network.model.smallest_input, classes.channels),
+        optimizer=built.optimizer,
+        ema=config.optimizer.ema > 0,
+        mesh=mesh,
+        shard_optimizer=config.mesh.shard_optimizer,
+    )
+    writer = checkpoints.CheckpointWriter(path)
+    first_step = resumed or 0
+    if resumed is not None:
+        state, _ = writer.restore(resumed, state)
+        processes.print_on_main(f"Resuming from step {resumed} of {path}")
+    elif initial is not None:
+        state = pretrained.with_pretrained(state, initial)
+        processes.print_on_main(initial.summary)
+    if processes.is_main():
+        metrics_log.rewind(path, first_step, meta["evaluated"])
+        files.record_environment(path, first_step, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+
+    # Batches and compiled steps.
+    pixel_weight_fn = border.pixel_weight_fn(config.loss, classes)
+    images = {
+        name: pipeline.Pipeline(
+            source,
+            config.data.size,
+            config.data.resize,
+            config.data.cache_gib,
+            pixel_weight_fn,
+            processes.print_on_main,
+        )
+        for name, source in sources.items()
+    }
+    rows = sharding.process_rows(mesh, batch_size)
+    batches = images["train"].train_batches(batch_size, config.seed, first_step, rows)
+    _print_summary(config, built, steps, images, state)
+    train_step, batches = _compile(config, built, state, batches)
+    return Run(
+        path=path,
+        config=config,
+        components=built,
+        steps=steps,
+        images=images,
+        rows=rows,
+        example_digests=digests,
+        first_step=first_step,
+        evaluated=meta["evaluated"],
+        state=state,
+        batches=batches,
+        train_step=train_step,
+        eval_step=evaluate.make_eval_step(built.network, built.loss, em_scores=config.eval.em_scores),
+        label_step=sharding.jit_replicated(mesh, built.network.labels),
+        writer=writer,
+        log=log.TrainingLog(
+            path,
+            schedule=built.schedule,
+            steps_per_epoch=steps.per_epoch,
+            total_steps=steps.total,
+            batch_size=batch_size,
+            every=config.train.log_every_steps,
+            skips_nonfinite=config.train.nonfinite == "skip",
+            first_step=first_step,
+            resume_state=meta,
+        ),
+        panels=pictures.Panels(images["validation"], config.train.panels, path / "panels"),
+    )
+
+
+def _read_meta(path: epath.Path, step: int, digests: Mapping[str, str], root: str) -> dict[str, Any]:
+    """What was saved beside the state after `step` steps.
+
+    Raises:
+      UserError: the work directory holds no training, or one on other examples.
+    """
+    if step == 0:
+        raise UserError(
+            f"{path} holds imported weights. Start from them by --config.init_from={path}, in another --workdir"
+        )
+    meta = checkpoints.read_meta(path, step)
+    if meta["examples"] != digests:
+        raise UserError(
+            f"{path} was trained on other examples than config.data.root = {root!r} holds now: images were added, "
+            "removed or renamed. Restore them, or choose another --workdir"
+        )
+    return meta
+
+
+def _check_no_checkpoint(path: epath.Path, save_every: int) -> None:
+    """Says that a work directory without a checkpoint starts from scratch.
+
+    Raises:
+      UserError: it had one: a save starts when the one before has ended, so after two periods there was one.
+    """
+    reached = max((row["step"] for row in metrics_log.read(path)), default=0)
+    if reached > 2 * save_every:
+        raise UserError(
+            f"{path} has no checkpoint, though its metrics.jsonl reaches step {reached}: put its checkpoints back, or "
+            "choose another --workdir"
+        )
+    if reached:
+        processes.print_on_main(f"{path} was stopped before its first checkpoint: starting from scratch")
+
+
+def draw_history(path: epath.Path, config: "ConfigDict", classes: data.Classes) -> None:
+    """Writes `history.png`, on the main process."""
+    if processes.is_main():
+        records = metrics.describe(classes.names, config.eval.em_scores)
+        curves.draw_history(metrics_log.read(path), records, path / "history.png")
+
+
+def _finish_again(path: epath.Path, config: "ConfigDict", classes: data.Classes, step: int) -> None:
+    """Draws what is missing (a crash may have come between saving and drawing), and says that the run is finished."""
+    draw_history(path, config, classes)
+    if not (path / "report.html").exists():
+        report.write(path)
+    processes.print_on_main(
+        f"{path} is finished: {step} steps. Look at {path / 'report.html'}, or score it with --mode=eval."
+    )
+
+
+def _print_summary(config, built, steps, images, state) -> None:
+    from clu import parameter_overview
+
+    classes, mesh, (height, width) = built.network.classes, built.network.mesh, config.data.size
+    cached = "cached" if images["train"].cached else "read again each epoch"
+    training = log.tile_summary("training", built.crop, built.input_size)
+    validation = log.tile_summary("validation", config.data.size, built.eval_input_size)
+    processes.print_on_main(
+        f"{parameter_overview.get_parameter_overview(state.params, include_stats=False)}\n"
+        f"data     {len(images['train'].source)} training and {len(images['validation'].source)} validation images of "
+        f"{height}x{width}, {len(classes.names)} classes ({classes.task}), {cached}\n"
+        f"tiles    {training}; {validation}\n"
+        f"devices  {jax.device_count()} x {jax.devices()[0].device_kind}, mesh data={mesh.shape['data']} "
+        f"space={mesh.shape['space']}; {jax.process_count()} process(es)\n"
+        f"steps    {steps.total} of {config.train.batch_size} images, {steps.per_epoch:.1f} an epoch"
+    )
+
+
+def _compile(config, built, state, batches):
+    """The compiled training step, and the batches, of which it needed the first."""
+    mesh = built.network.mesh
+    first = next(batches)
+    shardings = jax.tree.map(lambda array: array.sharding, state)
+    started = time.monotonic()
+    step = components.make_train_step(config, built, shardings)
+    compiled = step.lower(state, sharding.put_batch(mesh, first), sharding.per_device(mesh, 0)).compile()
+    seconds = time.monotonic() - started
+    processes.print_on_main(f"memory   {log.memory_summary(compiled)}; compiled in {seconds:.1f} s")
+    return compiled, itertools.chain([first], batches)

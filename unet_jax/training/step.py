@@ -1,0 +1,124 @@
+"""The training step: augment, forward, loss, gradients, update; jitted once over the mesh."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unet_jax import losses
+from unet_jax.inference import forward
+from unet_jax.parallel import sharding
+from unet_jax.training import augment
+from unet_jax.training.state import TrainState
+
+AUGMENT, DROPOUT = 0, 1  # numbers of the keys of a step
+
+
+def make_train_step(
+    network: forward.Network,
+    optimizer: optax.GradientTransformation,
+    loss: losses.Loss,
+    *,
+    augmentation: Mapping[str, Any],
+    seed: int,
+    shardings: TrainState,
+    ema: float = 0.0,
+    microbatches: int = 1,
+    skip_nonfinite: bool = False,
+) -> Callable:
+    """A jitted function (state, batch, signals) -> (state, metrics); the state is donated.
+
+    Every random draw is a function of (seed, step, position in the global batch). With several microbatches the batch
+    goes through the network in as many parts, one after another, and the sum of their gradients is that of the whole
+    batch; only batch normalisation, whose statistics are then those of a microbatch, makes a difference.
+
+    `signals` int32 `[devices]` (see `sharding.per_device`) are the signals that the processes have received; the
+    largest is among the metrics of all processes, so that they act on it at the same step.
+
+    Args:
+      network: see `forward.Network`.
+      optimizer: see `optimizer.make_optimizer`.
+      loss: see `losses.make`.
+      augmentation: `config.augment`, or any mapping with its fields.
+      seed: of augmentation and dropout.
+      shardings: of the state, see `state.shardings`.
+      ema: decay of the EMA weights; 0 is off.
+      microbatches: how many parts a batch has.
+      skip_nonfinite: whether a step whose loss, gradients or new weights are not finite leaves the state as it was.
+    """
+    model, classes, mesh, augmentation = network.model, network.classes, network.mesh, dict(augmentation)
+
+    def augmented(batch, keys):
+        """The network's input, and what the loss needs."""
+        examples = {name: batch[name] for name in batch if name != "mask"}
+        examples["image"] = forward.to_unit(batch["image"])
+        crop = augmentation["crop"] or batch["image"].shape[1:3]
+        examples = augment.augment(keys, examples, augmentation, network.margins(crop), classes.ignore_label)
+        examples["image"] = network.normalization(examples["image"])
+        return {name: sharding.split_height(mesh, values) for name, values in examples.items()}
+
+    def loss_fn(params, batch_stats, examples, keys, totals):
+        logits, updates = model.apply(
+            {"params": params, "batch_stats": batch_stats}, examples["image"], keys, mutable=["batch_stats"]
+        )
+        label = examples["label"]
+        logits = sharding.split_height(mesh, logits[:, : label.shape[1], : label.shape[2]])
+        terms = loss.terms(logits, label, label != classes.ignore_label, examples.get("weight"))
+        return loss.combine(terms, totals), updates.get("batch_stats", {})
+
+    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def accumulated(state, examples, keys):
+        """Loss, batch statistics and gradients; microbatch i takes every n-th example, so that none changes device."""
+        label = examples["label"]
+        totals = loss.totals(label, label != classes.ignore_label, classes.num_outputs, examples.get("weight"))
+        split = lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
+
+        def add(sums, microbatch):
+            loss_sum, batch_stats, gradients = sums
+            examples = {name: sharding.split_height(mesh, values) for name, values in microbatch[0].items()}
+            (value, batch_stats), more = gradient_fn(state.params, batch_stats, examples, microbatch[1], totals)
+            return (loss_sum + value, batch_stats, jax.tree.map(jnp.add, gradients, more)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        sums = (jnp.zeros(()), state.batch_stats, zeros)
+        (value, batch_stats, gradients), _ = jax.lax.scan(add, sums, jax.tree.map(split, (examples, keys)))
+        return (value, batch_stats), gradients
+
+    def train_step(state, batch, signals):
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        positions = jnp.arange(batch["image"].shape[0])
+        augment_keys, dropout_keys = (
+            jax.vmap(lambda i, use=use: jax.random.fold_in(jax.random.fold_in(step_key, use), i))(positions)
+            for use in (AUGMENT, DROPOUT)
+        )
+        examples = augmented(batch, augment_keys)
+        if microbatches == 1:
+            result = gradient_fn(state.params, state.batch_stats, examples, dropout_keys, None)
+        else:
+            result = accumulated(state, examples, dropout_keys)
+        (value, batch_stats), gradients = result
+
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema
+        if ema_params is not None:  # the decay rises from 0.1, so that the initial weights are soon forgotten
+            decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+            ema_params = optax.incremental_update(params, ema_params, 1 - decay)
+        new_state = TrainState(state.step + 1, params, batch_stats, opt_state, ema_params)
+        # The norm of the new weights shows whether the new state is finite, not only the one before.
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients), "param_norm": optax.tree.norm(params)}
+        if skip_nonfinite:
+            finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
+            unchanged = state.replace(step=new_state.step)
+            new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, unchanged)
+        return new_state, {**metrics, "signal": signals.max()}
+
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        compiler_options=sharding.compiler_options(mesh, remat=bool(model.remat)),
+    )
