@@ -1,6 +1,9 @@
-"""ISBI 2012, the recipe of the U-Net paper: 572x572 -> 388x388 tiles one by one, weight map, elastic deformation.
+"""ISBI 2012, the recipe of the U-Net paper: 572x572 -> 388x388, one tile per step, weight map, elastic deformation.
 
 python -m unet_jax.main --config=configs/isbi2012.py --config.data.root=FOLDER
+
+All 1,000 epochs have not been run. With --config.train.epochs=24 --config.train.eval_every_epochs=4: V_rand 0.780 with
+7 rotations, on 5 held-out slices, after 42 minutes on 2 CPU cores.
 """
 
 from configs import default
@@ -32,9 +35,8 @@ def get_config():
     config.optimizer.momentum = 0.99
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_epochs = 1.0
-    config.optimizer.clip_norm = (
-        1.0  # not in the paper: one steep gradient times a momentum of 0.99 can undo a training
-    )
+    # Not in the paper: with a momentum of 0.99, one steep gradient can undo a training.
+    config.optimizer.clip_norm = 1.0
     config.train.batch_size = 1
     config.train.epochs = 1000.0
     config.train.eval_every_epochs = 20.0

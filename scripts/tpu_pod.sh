@@ -3,11 +3,11 @@
 #   scripts/tpu_pod.sh --zone=us-east5-b --spot -- --config=configs/carla.py --config.data.root=gs://B/carla \
 #     --workdir=gs://B/runs/carla
 #
-# Trains on all hosts of a Cloud TPU node: creates the node if it is not there, copies the last commit of this checkout,
-# installs it, and runs python -m unet_jax.main on every worker. Where the node is preempted it is deleted and created
-# again, and the training goes on in the same work directory. The end is that of the training: its exit code is passed
-# on. Ctrl-C or SIGTERM tells the workers to save and end. Called again, it goes on, on the node that is there. What was
-# in the folder unet_jax of the workers is replaced.
+# Trains on all hosts of a Cloud TPU node: creates the node if it does not exist, copies the last commit of this checkout,
+# installs it, and runs python -m unet_jax.main on every worker. A preempted node is deleted and created again, and the
+# training resumes from the same work directory. The script ends with the exit code of the training. Ctrl-C or SIGTERM
+# makes the workers save and exit. Called again, it resumes on the existing node. The folder unet_jax of the workers is
+# replaced.
 #
 #   --name=unet-jax             of the node
 #   --type=v6e-16               accelerator type; v6e-16 are 4 hosts of 4 chips
@@ -15,12 +15,12 @@
 #   --zone=ZONE                 default: gcloud's compute/zone
 #   --project=PROJECT           default: gcloud's project
 #   --spot                      cheaper, and preempted at any time
-#   --delete                    delete the node when the training has ended, well or not; otherwise it stays, and costs
-#   --poll=30                   seconds between looks at the node
+#   --delete                    delete the node at the end, failed or not; otherwise it stays, and is billed
+#   --poll=30                   seconds between queries of the node's state
 #   --dry-run                   print the commands of a first run; gcloud is not needed
 #
-# Needs gcloud, logged in, and a bucket that the workers may write: work directory and images are gs:// paths, for every
-# worker must see them. Lives as long as its connections do: begin it in tmux, on a machine that stays on.
+# Needs gcloud, logged in, and a bucket that the workers may write to: work directory and images are gs:// paths, which
+# every worker can see. It has to keep its connections open: start it in tmux, on a machine that stays on.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -51,7 +51,7 @@ while [ $# -gt 0 ]; do
       shift
       break
       ;;
-    *) fail "what is $1? Settings are --name=VALUE, see --help; flags of the training follow after --" ;;
+    *) fail "unexpected argument $1: settings are --name=VALUE, see --help; flags of the training follow after --" ;;
   esac
   shift
 done
@@ -64,11 +64,11 @@ for flag in "$@"; do
   if [ "$previous" = --workdir ]; then workdir=$flag; fi
   previous=$flag
 done
-[ -n "$workdir" ] || fail "say where to write: -- --workdir=gs://BUCKET/runs/NAME, which every worker can see"
-[[ $workdir == gs://?* ]] || fail "--workdir=$workdir: every worker must see it, and of the next node too:" \
+[ -n "$workdir" ] || fail "--workdir is required: -- --workdir=gs://BUCKET/runs/NAME, which every worker can see"
+[[ $workdir == gs://?* ]] || fail "--workdir=$workdir: every worker must see it, also those of the next node:" \
   "use gs://BUCKET/runs/NAME"
 if [ -z "$dry_run" ] && ! command -v gcloud >/dev/null; then
-  fail "there is no gcloud in PATH: install the Google Cloud CLI, or look with --dry-run"
+  fail "gcloud is not in PATH: install the Google Cloud CLI, or print the commands with --dry-run"
 fi
 
 # ---- One command each
@@ -98,14 +98,14 @@ tpu() { # VERB [ARGUMENT ...]
 }
 
 on_workers() { # COMMAND
-  # Without signs of life the connection to a worker that is gone would last for ever.
+  # Without keep-alives the connection to a lost worker would never end.
   tpu ssh "$name" --worker=all "--command=$1" \
     --ssh-flag="-o ServerAliveInterval=30" --ssh-flag="-o ServerAliveCountMax=6"
 }
 
 # ---- Steps
 
-look() { # sets `state`: READY, PREEMPTED, ...; empty where there is no such node
+look() { # sets `state`: READY, PREEMPTED, ...; empty if there is no such node
   local nodes
   nodes=$(tpu list '--format=value(name.basename(),state)') || return
   state=$(awk -v name="$name" '$1 == name { print $2 }' <<<"$nodes")
@@ -124,7 +124,7 @@ copy() {
     tpu scp "$archive" "$name:unet_jax.tar.gz" --worker=all
 }
 
-# What an interrupted call of this script has left running holds the TPU. The brackets keep pkill from finding itself.
+# Processes left by an interrupted call of this script hold the TPU. The brackets keep pkill from finding itself.
 end_old() {
   on_workers "pkill -KILL -f '[u]net_jax[.]main' || true"
 }
@@ -150,13 +150,13 @@ train() { # FLAG ...
     on_workers "$command"
     return
   fi
-  # In the background, where Ctrl-C does not reach it: it must not cut the connections to workers that save.
-  trap 'told=yes' INT TERM HUP
+  # In the background, out of reach of Ctrl-C, which would cut the connections to workers that are saving.
+  trap 'stopped=yes' INT TERM HUP
   on_workers "$command" </dev/null &
   pid=$!
   wait "$pid" || code=$?
-  if [ -n "$told" ]; then
-    echo "Telling the workers to save and end ..." >&2
+  if [ -n "$stopped" ]; then
+    echo "Stopping the workers, which save first ..." >&2
     on_workers "pkill -TERM -f '[u]net_jax[.]main'" || true
     code=0
     wait "$pid" || code=$?
@@ -169,13 +169,13 @@ end() { # CODE
   if [ -n "$delete" ]; then
     delete
   else
-    echo "The node $name is still there, and costs. To delete it:" >&2
+    echo "The node $name still exists, and is billed. To delete it:" >&2
     dry_run=yes delete >&2
   fi
   exit "$1"
 }
 
-# ---- The whole
+# ---- Main
 
 if [ -n "$dry_run" ]; then
   archive=unet_jax.tar.gz
@@ -189,19 +189,19 @@ if [ -n "$dry_run" ]; then
 fi
 
 if [ -n "$(git -C "$root" status --porcelain)" ]; then
-  echo "Changes that are not committed stay here; the workers get the last commit." >&2
+  echo "Uncommitted changes are not copied; the workers get the last commit." >&2
 fi
 archive=$(mktemp)
 trap 'rm -f "$archive"' EXIT
 
-told=''
+stopped=''
 state=''
-ours='' # has this call created the node before?
+ours='' # whether this call has created the node before
 while true; do
   look || fail "gcloud cannot list the nodes, see above"
   case $state in
     READY) ;;
-    PREEMPTED | TERMINATED) # for good: such a node can only be deleted
+    PREEMPTED | TERMINATED) # final: such a node can only be deleted
       echo "The node $name is $state and is created again." >&2
       delete || sleep "$poll"
       ours=yes
@@ -209,7 +209,7 @@ while true; do
       ;;
     '')
       if ! create; then
-        # What could be created once lacks capacity now; the first time it may be the settings.
+        # A node that could be created once lacks capacity now; the first time it may be the settings.
         [ -n "$ours" ] || fail "the node could not be created, see above"
         echo "No node yet; trying again." >&2
         sleep "$poll"
@@ -227,10 +227,10 @@ while true; do
 
   code=0
   { copy && end_old && install && train "$@"; } || code=$?
-  if [ "$code" -eq 0 ] || [ -n "$told" ]; then end "$code"; fi
+  if [ "$code" -eq 0 ] || [ -n "$stopped" ]; then end "$code"; fi
 
-  # The node's state may come after its processes have ended, so look three times. 143: something has told the training
-  # to save and end, as a host does when it is shut down; it was not us.
+  # The node's state may change after its processes have ended, so look three times. 143: something else stopped the
+  # training, as a host does when it is shut down.
   lost=''
   for _ in 1 2 3; do
     sleep "$poll"
@@ -240,8 +240,8 @@ while true; do
     fi
   done
   if [ -z "$lost" ] && [ "$code" -ne 143 ]; then
-    echo "error: the training ended with exit code $code; when that is mended the same command goes on" >&2
+    echo "error: the training ended with exit code $code; once that is fixed, the same command resumes it" >&2
     end "$code"
   fi
-  echo "The training was interrupted and goes on." >&2
+  echo "The training was interrupted and is resumed." >&2
 done

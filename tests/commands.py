@@ -1,6 +1,6 @@
-"""`python -m unet_jax.main` in processes forked from one that has already imported everything: real, and quickly there.
+"""`python -m unet_jax.main` in processes forked from one that has already imported everything: real, and fast to start.
 
-That process never starts a backend of JAX, so that each child has its own, with as many devices as it wants.
+That process never starts a JAX backend, so each command has its own, with as many devices as it wants.
 """
 
 import faulthandler
@@ -16,20 +16,28 @@ import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.py"
+# Imported by the process that commands are forked from, because commands import them.
+PRELOADED = ("clu.metric_writers", "clu.parameter_overview", "matplotlib.pyplot", "tensorflow")
+PRELOADED += ("unet_jax.data.shapes", "unet_jax.training.loop")
 _context = multiprocessing.get_context("forkserver")
 
 
 def preload() -> None:
-    """Imports what the commands import on their way, in the process that they are forked from."""
+    """Prepares the process that commands are forked from; it starts with the first command."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    _context.set_forkserver_preload(["commands", "preloaded"])
+    _context.set_forkserver_preload(["commands", *PRELOADED])
+
+
+def training(path: pathlib.Path, *more: str) -> tuple[str, ...]:
+    """The flags of a tiny training in the work directory `path`."""
+    return (f"--config={TINY}", "--config.train.panels=0", f"--workdir={path}", *more)
 
 
 class Command:
     """A running command.
 
     Attributes:
-      output: what it has printed so far, both streams.
+      output: what it has printed so far to either stream.
     """
 
     def __init__(
@@ -44,10 +52,10 @@ class Command:
         """Starts `python -m unet_jax.main FLAGS` with `devices` virtual devices.
 
         Args:
-          folder: to run in; it holds the output.
+          folder: to run in; the output is written there.
           file_size: no file may grow beyond this many bytes; 0 is no limit.
-          fills_cache: whether it adds to the shared compile cache, where a kill could leave half a file.
-          log_compiles: whether JAX tells what it compiles.
+          fills_cache: whether it adds to the shared compilation cache, where a kill could leave half a file.
+          log_compiles: whether JAX logs what it compiles.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / f"output_{time.monotonic_ns()}.txt"
@@ -62,10 +70,10 @@ class Command:
         return self._file.read_text() if self._file.exists() else ""
 
     def wait(self, timeout: float = 240) -> int:
-        """Waits for its end; returns the exit code, -signal where it was killed."""
+        """Waits for its end; returns the exit code, or -signal if it was killed."""
         self._process.join(timeout)
         if self._process.exitcode is None:
-            self.send(signal.SIGUSR1)  # tells where it hangs
+            self.send(signal.SIGUSR1)  # prints where it hangs
             time.sleep(1)
             self._process.kill()
             raise TimeoutError(self.output)
@@ -82,13 +90,13 @@ class Command:
         os.kill(self._process.pid, number)
 
     def resident_bytes(self) -> int:
-        """The memory that it holds."""
+        """Its resident memory."""
         pages = pathlib.Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
         return int(pages) * resource.getpagesize()
 
 
 def succeed(*flags: str, **settings) -> str:
-    """Runs a command that must end with 0; returns what it printed."""
+    """Runs a command that must succeed; returns what it printed."""
     command = Command(*flags, **settings)
     code = command.wait()
     assert code == 0, command.output
@@ -96,15 +104,23 @@ def succeed(*flags: str, **settings) -> str:
 
 
 def start_cluster(*flags: str, each=({}, {}), **settings) -> list[Command]:
-    """Starts the same command as two processes that work together; `each` has its own settings, and `more` flags."""
+    """Starts the same command as one process per entry of `each`, with its own settings and `more` flags."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     started = []
     for index, own in enumerate(each):
-        together = (f"--coordinator={address}", f"--num_processes={len(each)}", f"--process_id={index}")
-        started.append(Command(*flags, *own.pop("more", ()), *together, **{**settings, **own}))
+        distributed = (f"--coordinator={address}", f"--num_processes={len(each)}", f"--process_id={index}")
+        started.append(Command(*flags, *own.pop("more", ()), *distributed, **{**settings, **own}))
     return started
+
+
+def succeed_together(*flags: str, **settings) -> list[str]:
+    """As `start_cluster`, for commands that must succeed; returns what each printed."""
+    cluster = start_cluster(*flags, **settings)
+    codes = [command.wait() for command in cluster]
+    assert codes == [0] * len(cluster), "\n".join(command.output for command in cluster)
+    return [command.output for command in cluster]
 
 
 def _run(flags, file, settings, file_size):

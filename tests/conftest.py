@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, a tiny configuration, and the real images where they are."""
+"""Eight virtual CPU devices, a tiny configuration and training, and the real images if there are any."""
 
 import os
 import pathlib
@@ -8,32 +8,34 @@ import tempfile
 
 _TFDS = tempfile.TemporaryDirectory()  # prepared data sets stay out of the user's home
 os.environ["TFDS_DATA_DIR"] = _TFDS.name
-_USER = tempfile.TemporaryDirectory()  # and so do decoded images
+_USER = tempfile.TemporaryDirectory()  # and so do cached images
 os.environ["XDG_CACHE_HOME"] = _USER.name
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Networks of the tests are tiny: to compile them takes far longer than to run them. So compile with little
-# optimization, and what many tests train once only. In the environment, for the processes that tests start.
+# The networks of the tests are tiny: compiling them takes far longer than running them. So compile with little
+# optimization, and only once what many tests train. In the environment, for the processes that tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# So that main.py goes on in the process that it is called in.
+# With it set, main.py does not restart itself to set it.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
-# The background job of a shell ignores SIGINT, and so would what tests start.
+# Background jobs of a shell ignore SIGINT, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # for configs/
+pytest.register_assert_rewrite("commands", "helpers")
 
 import commands
+from commands import ROOT
+
+sys.path.insert(0, str(ROOT))  # for configs/
+
 import tiny
 
 commands.preload()
@@ -50,7 +52,7 @@ def real_data():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The work directory of a short training, to be left as it is."""
+    """The work directory of a short training; tests leave it as it is."""
     from unet_jax.training import loop
 
     config = tiny.get_config()
@@ -62,7 +64,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def optimized():
-    """Compiled as users compile: a sum that is not vectorised rounds more often, for some bounds too often."""
+    """Compiles as users do: a sum that is not vectorised rounds more often, for some bounds too often."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

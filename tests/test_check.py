@@ -30,7 +30,7 @@ def _bomb(path):
 
 
 def _broken_folder(root):
-    """Twelve good pairs, and one of each fault; returns what the report has to say about each."""
+    """Twelve good pairs, and one of each fault; returns the message expected for each."""
     for name in ("images", "masks"):
         (root / name).mkdir(parents=True)
 
@@ -87,7 +87,7 @@ def _run(root, *flags, workdir):
 
 def test_every_fault_is_named(tmp_path):
     faults = _broken_folder(tmp_path / "data")
-    # The same image in both splits, by a list.
+    # The same image in both splits, through a list.
     good = [f"good{k}" for k in range(12)]
     for folder in ("images", "masks"):
         shutil.copy(tmp_path / f"data/{folder}/good0.png", tmp_path / f"data/{folder}/copy.png")
@@ -104,7 +104,7 @@ def test_every_fault_is_named(tmp_path):
     shown = [line for line in result.stdout.splitlines() if line.startswith("FAULT")]
     for file, message in faults.items():
         assert any(file in line and message in line for line in shown), (file, message, shown)
-    assert any("in both splits: train good0, validation copy" in line for line in shown)
+    assert any("in more than one split: train good0, validation copy" in line for line in shown)
     assert len(shown) == len(faults) + 1 >= 12
     assert not any(f"{name}.png" in line for line in shown for name in good)
     assert f"{len(shown)} fault(s)" in result.stdout and "OK" not in result.stdout.split()
@@ -112,7 +112,7 @@ def test_every_fault_is_named(tmp_path):
         assert sheet.size[0] > 150
 
 
-def test_a_smeared_or_coloured_mask_does_not_spoil_the_guess(tmp_path):
+def test_a_smooth_or_coloured_mask_does_not_spoil_the_guess(tmp_path):
     _broken_folder(tmp_path / "data")
     (tmp_path / "data/masks/range.png").unlink()
     (tmp_path / "data/masks/void.png").unlink()
@@ -121,14 +121,14 @@ def test_a_smeared_or_coloured_mask_does_not_spoil_the_guess(tmp_path):
     assert "('0 -> 0 background', '255 -> 1 foreground')" in result.stdout
 
 
-def test_sound_images_are_ok(tmp_path, real_data, capsys):
+def test_images_without_faults_are_ok(tmp_path, real_data, capsys):
     from configs import camvid
 
     config = camvid.get_config()
     config.data.root = str(real_data / "camvid/CamVid")
     assert check.check(config, tmp_path / "sheet.png")
     out = capsys.readouterr().out
-    assert "42 pairs; good are 34 for train, 8 for validation" in out and out.rstrip().endswith("OK")
+    assert "42 pairs; usable: 34 train, 8 validation" in out and out.rstrip().endswith("OK")
     assert "480x360: 42 (width x height); resized to 256x192" in out
     row = next(line.split() for line in out.splitlines() if line.startswith("pedestrian"))
     assert row[1] == "9" and row[3] == "26" and row[5] == "8"
@@ -139,10 +139,10 @@ def test_sound_images_are_ok(tmp_path, real_data, capsys):
 def test_every_data_set_can_be_checked(tmp_path, config, capsys):
     config.data.variant = "multilabel"
     assert check.check(config, tmp_path / "sheet.png")
-    assert "good are 20 for train, 10 for validation" in capsys.readouterr().out
+    assert "usable: 20 train, 10 validation" in capsys.readouterr().out
 
 
-def test_faults_of_every_list_are_told_and_the_test_split_is_read(tmp_path, capsys):
+def test_faults_of_every_list_are_printed_and_the_test_split_is_read(tmp_path, capsys):
     from configs import folder
 
     _broken_folder(tmp_path / "data")
@@ -154,6 +154,6 @@ def test_faults_of_every_list_are_told_and_the_test_split_is_read(tmp_path, caps
     assert not check.check(config, tmp_path / "sheet.png")
     out = capsys.readouterr().out
     assert "val.txt, line 2: 'nothing': no image with a mask has that name" in out
-    assert "range.png: label 7" in out and "good are 2 for train, 1 for validation, 1 for test" in out
+    assert "range.png: label 7" in out and "usable: 2 train, 1 validation, 1 test" in out
     with pytest.raises(UserError, match="cannot be written"):
         check.check(config, "/proc/nowhere/sheet.png")

@@ -95,7 +95,7 @@ def cluster(tmp_path):
     return start
 
 
-def test_local_processes_share_a_coordinator_and_are_told_apart(cluster):
+def test_local_processes_share_a_coordinator_and_have_their_own_prefix(cluster):
     process = cluster("2", "--config=my config.py", "--do=0,0")
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -261,7 +261,7 @@ def test_a_preempted_node_is_made_again_and_the_training_goes_on(pod):
     assert pod.steps == ["create", *RUN, *again, "delete", "create", "create", *RUN]  # once there was no capacity
     trainings = [call for call in pod.calls if any("exec .venv" in word for word in call)]
     assert len(trainings) == 3 and trainings[0] == trainings[1] == trainings[2]
-    assert "is still there, and costs" in result.stderr and "tpu-vm delete unet-jax --quiet" in result.stderr
+    assert "still exists, and is billed" in result.stderr and "tpu-vm delete unet-jax --quiet" in result.stderr
 
 
 def test_a_training_that_fails_is_not_repeated(pod):
@@ -274,7 +274,7 @@ def test_a_node_that_is_there_is_used_and_one_under_repair_is_waited_for(pod):
     result = pod.run("--delete", *WORKDIR, state=["READY"], runs=["143 READY", "0 READY"])
     assert result.returncode == 0, result.stderr
     assert pod.steps == [*RUN, *RUN, "delete"]  # 143: saved and ended as the host was shut down
-    assert "still there" not in result.stderr
+    assert "still exists" not in result.stderr
 
 
 def test_a_node_that_cannot_be_created_or_was_stopped_ends_it(pod):
@@ -343,13 +343,13 @@ def test_tpu_pod_dry_run_prints_the_commands(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "say where to write"),
+        ([], "--workdir is required"),
         (["--", "--workdir=runs/shapes"], "--workdir=runs/shapes: every worker must see it"),
         (["--", "--workdir", "/runs"], "--workdir=/runs: every worker must see it"),
-        (["--spott", *WORKDIR], "what is --spott?"),
-        (["--config=configs/shapes.py"], "what is --config=configs/shapes.py?"),
+        (["--spott", *WORKDIR], "unexpected argument --spott"),
+        (["--config=configs/shapes.py"], "unexpected argument --config=configs/shapes.py"),
         (["--poll=soon", *WORKDIR], "--poll=soon is not a number"),
-        (["--name=", *WORKDIR], "what is --name=?"),
+        (["--name=", *WORKDIR], "unexpected argument --name="),
     ],
 )
 def test_tpu_pod_bad_usage(flags, message):
@@ -394,7 +394,7 @@ class Slurm:
 @pytest.mark.parametrize(
     "code, state, requeued", [(0, "RUNNING", False), (1, "RUNNING", False), (143, "RUNNING", True), (143, "CG", False)]
 )
-def test_a_slurm_job_that_was_told_to_stop_goes_back_into_the_queue(tmp_path, code, state, requeued):
+def test_a_stopped_slurm_job_is_requeued(tmp_path, code, state, requeued):
     slurm = Slurm(tmp_path, f"exit {code}", state)
     flags = ["--config=configs/shapes.py", "--config.data.size=(48, 48)"]
     result = slurm.run(*flags)
@@ -428,7 +428,7 @@ def test_slurm_dry_run_bad_usage_and_what_is_asked_for(tmp_path):
     python = [str(ROOT / ".venv/bin/python"), "-u", "-m", "unet_jax.main"]
     assert shlex.split(result.stdout) == [*srun, *python, "--config=my config.py"]
     slurm = Slurm(tmp_path, "exit 0")
-    assert "error: say what to train" in slurm.run().stderr
+    assert "error: no flags given" in slurm.run().stderr
     (slurm.root / ".venv/bin/python").unlink()
     result = slurm.run("--config=x.py")
     assert result.returncode == 1 and "scripts/install.sh cuda12" in result.stderr

@@ -1,4 +1,4 @@
-"""The report of a work directory: what it tells, and that it works in a browser."""
+"""The report of a work directory: what it shows, and that it works in a browser."""
 
 import json
 import re
@@ -10,14 +10,13 @@ import pytest
 import tiny
 from etils import epath
 
-from unet_jax import data
+from unet_jax import data, metrics
 from unet_jax.data import pipeline
 from unet_jax.data.source import Classes
 from unet_jax.errors import UserError
 from unet_jax.evaluation import evaluate, page, report
-from unet_jax.inference import trained
-from unet_jax.metrics import confusion
-from unet_jax.models import unet
+from unet_jax.inference import forward
+from unet_jax.inference import trained as trained_network
 from unet_jax.parallel import sharding
 from unet_jax.training import state
 from unet_jax.workdir import checkpoints, files, metrics_log
@@ -40,16 +39,21 @@ def _without_images(path):
     _change_config(path, name="carla", variant="carla23", root="/nowhere")
 
 
+def _records(names, counts):
+    return metrics.records(metrics.Counts(np.array(counts), names))
+
+
 def _render(names, counts, **extra):
     """A page about made-up counts."""
     palette = tuple((40 * k % 256, 90 * k % 256, 70 * k % 256) for k in range(len(names)))
     task = "multilabel" if np.ndim(counts) == 3 else "multiclass"
     values = {"name": "run", "config": tiny.get_config(), "classes": Classes(task, tuple(names), palette)}
-    values |= {"step": 5, "rows": [], "runs": [], "missing": None, "origin": "10 images", "pictures": {}}
-    return page.render(scores=confusion.scores(counts, names), confusion=np.array(counts), **{**values, **extra})
+    values |= {"step": 5, "rows": [], "runs": []}
+    values["results"] = page.Results("10 images", None, _records(names, counts), np.array(counts))
+    return page.render(**{**values, **extra})
 
 
-def test_training_writes_a_report_and_says_so(trained):
+def test_training_writes_a_report(trained):
     text = (trained / "report.html").read_text()
     assert text.count('<article class="card"') == 10  # the whole split, for it is smaller than 12
     assert len(text) < 2**20
@@ -59,19 +63,20 @@ def test_training_writes_a_report_and_says_so(trained):
 
 
 def test_its_scores_are_those_of_eval_mode(copy):
-    network = trained.load(copy)
-    measured = report._measure(network, report._open_images(network, copy))
+    network = trained_network.load(copy)
+    measured = report._measure(network, evaluate.open_split(network, copy, "validation"))
     result = evaluate.evaluate_workdir(copy, None, None, "validation")
-    assert (measured.confusion == result.confusion).all()
-    assert measured.scores == result.scores
-    report.write(copy)
-    text = (copy / "report.html").read_text()
-    assert f"{result.scores['miou']:.4f}" in text and f"{result.scores['iou']['square']:.4f}" in text
-    worst = measured.pictures["worst"]
-    assert [p.scores["miou"] for p in worst] == sorted(p.scores["miou"] for p in worst)
-    for picture in worst:  # what is shown is what was scored
+    assert (measured.counts == result.confusion.sum(0)).all()
+    assert measured.records == result.records and measured.loss == result.loss
+    text = report.write(copy).read_text()
+    scores = metrics.flatten(result.records)
+    assert all(f"{scores[key]:.4f}" in text for key in ("miou", "mdice", "accuracy", "iou/square", "dice/square"))
+    assert f"{result.loss:.4f}" in text
+    worst = [(picture, metrics.flatten(picture.records)) for picture in measured.shown["worst"]]
+    assert [scores["miou"] for _, scores in worst] == sorted(scores["miou"] for _, scores in worst)
+    for picture, scores in worst:  # what is shown is what was scored
         known = picture.label != 255
-        assert (picture.prediction == picture.label)[known].mean() == pytest.approx(picture.scores["accuracy"])
+        assert (picture.prediction == picture.label)[known].mean() == pytest.approx(scores["accuracy"])
 
 
 def test_overlapping_masks_have_a_report(config, tmp_path):
@@ -79,8 +84,9 @@ def test_overlapping_masks_have_a_report(config, tmp_path):
     config.data.variant, config.data.shapes_validation, config.model.features = "multilabel", 3, (4, 8)
     classes = data.load(config.data, "validation").classes
     files.claim(path, config, classes.to_json())
-    model = unet.create(classes.num_outputs, **config.model)
-    untrained = state.create(0, model, (1, 48, 48, classes.channels), optax.identity(), False, sharding.create_mesh(0, 1))
+    mesh = sharding.create_mesh(0, 1)
+    model = forward.create_network(config.model, classes, mesh).model
+    untrained = state.create(0, model, (1, 48, 48, classes.channels), optax.identity(), False, mesh)
     writer = checkpoints.CheckpointWriter(path)
     writer.save(1, untrained, {}, None)
     writer.close()
@@ -108,9 +114,9 @@ def test_ids_decide_between_equal_scores():
     assert middle == [48, 49, 50]
 
 
-def test_without_its_images_it_tells_what_is_known(copy, capsys):
+def test_without_its_images_it_shows_what_is_known(copy, capsys):
     (copy / "eval.json").unlink(missing_ok=True)
-    step = trained.load(copy).step
+    step = trained_network.load(copy).step
     row = next(r for r in metrics_log.read(copy) if r["step"] == step and "val/miou" in r)
     _without_images(copy)
     report.write(copy)
@@ -118,13 +124,14 @@ def test_without_its_images_it_tells_what_is_known(copy, capsys):
     text = (copy / "report.html").read_text()
     assert "could not be read" in text and "/nowhere" in text and '<article class="card"' not in text
     assert f"{row['val/miou']:.4f}" in text and 'class="matrix"' not in text
-    scored = {"step": step, "split": "validation", "images": 7, "tta": "flips", "data_root": "/nowhere"}
-    scored["confusion"] = np.eye(7, dtype=int).tolist()
+    scored = {"step": step, "split": "validation", "images": 7, "tta": "flips", "data_root": "/nowhere", "loss": 0.125}
+    scored |= {"miou": 0.4321, "iou": {"square": 0.9876}, "confusion": np.eye(7, dtype=int).tolist()}
     for change, used in (({}, True), ({"split": "test"}, False), ({"data_root": "/elsewhere"}, False)):
         (copy / "eval.json").write_text(json.dumps(scored | change))
         text = report.write(copy).read_text()
         assert ("eval.json, 7 validation images, test-time augmentation flips" in text) == used
         assert ('class="matrix"' in text) == used
+        assert all((number in text) == used for number in ("0.1250", "0.4321", "0.9876"))
 
 
 def test_an_image_that_vanishes_in_between_does_not_end_in_an_error(copy, monkeypatch):
@@ -150,27 +157,35 @@ def test_an_older_training_has_no_environment(copy):
     assert "not recorded" in text and "python -m unet_jax.main --config=" in text
 
 
-def test_a_damaged_name_or_message_stays_text():
+def test_every_value_is_escaped():
     run = {"first_step": 0, "command": f"python -m unet_jax.main --workdir='{NASTY}'", "commit": None}
     run |= {"devices": NASTY, "platform": NASTY, "versions": {"jax": NASTY}}
-    image = np.zeros((16, 16, 1), np.uint8)
+    names, counts = (NASTY, "other"), np.array([[256, 0], [0, 0]])
     label = np.zeros((16, 16), np.uint8)
-    scores = confusion.scores([[256, 0], [0, 0]], (NASTY, "other"))
-    picture = page.Picture(NASTY, scores, image, label, label)
+    picture = page.Picture(NASTY, _records(names, counts), label[..., None], label, label)
+    results = page.Results(NASTY, 1.0, _records(names, counts), counts, {"worst": [picture], "median": [], "best": []})
     config = tiny.get_config()
     config.data.root = NASTY
-    text = _render(
-        (NASTY, "other"),
-        [[256, 0], [0, 0]],
-        name=NASTY,
-        config=config,
-        runs=[run],
-        missing=NASTY,
-        origin=NASTY,
-        pictures={"worst": [picture], "median": [], "best": []},
-    )
+    text = _render(names, counts, name=NASTY, config=config, runs=[run], missing=NASTY, results=results)
     assert "<b>&" not in text and '"x"' not in text
-    assert text.count("&lt;b&gt;&amp;&quot;x&quot;&lt;/b&gt;$title") >= 10
+    assert text.count("&lt;b&gt;&amp;&#34;x&#34;&lt;/b&gt;$title") >= 10
+
+
+def test_a_new_metric_is_shown_without_another_change(monkeypatch):
+    def boundary_scores(counts):
+        distances = {name: 10.0 + k for k, name in enumerate(counts.names)}
+        return [
+            metrics.Record("boundary", "boundary F1", 0.6789),
+            metrics.Record("distance", "distance", distances, higher_is_better=False),
+        ]
+
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, boundary_scores))
+    rows = [{"step": s, "epoch": s, "val/boundary": 0.1 * s} for s in (1, 2)]
+    text = _render(("a", "b"), [[2, 2], [0, 4]], rows=rows)
+    assert "<dt>boundary F1</dt><dd>0.6789</dd>" in text and 'alt="Validation scores over epochs"' in text
+    assert '<th scope="col">distance</th>' in text
+    assert '<td class="bar"><div>11.0000</div></td>' in text  # no bar: it is no share
+    assert '<div>0.5000<i style="--v:50.00%"></i></div>' in text
 
 
 def test_absent_classes_are_shown_as_absent():
@@ -220,7 +235,7 @@ def _fits(browser):
     return browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_it_opens_without_a_word_and_without_a_network(opened):
+def test_it_opens_without_console_messages_and_without_a_network(opened):
     assert opened.get_log("browser") == []
     images = opened.execute_script("return [...document.images].map(i => [i.complete, i.naturalWidth])")
     assert len(images) == 2 + 4 * 10
@@ -245,9 +260,9 @@ def test_its_controls_work_by_mouse_and_keyboard(opened):
     slider = card.find_element(By.CSS_SELECTOR, "[type=range]")
 
     assert layer(card) == ["error"] and opacity() == 1
-    radios["truth"].click()
-    assert layer(card) == ["truth"] and layer(other) == ["error"]
-    radios["truth"].send_keys(Keys.ARROW_RIGHT)
+    radios["ground-truth"].click()
+    assert layer(card) == ["ground-truth"] and layer(other) == ["error"]
+    radios["ground-truth"].send_keys(Keys.ARROW_RIGHT)
     assert layer(card) == ["prediction"]
     radios["prediction"].send_keys(Keys.TAB)
     assert opened.switch_to.active_element == slider
@@ -259,10 +274,10 @@ def test_its_controls_work_by_mouse_and_keyboard(opened):
     ).release().perform()
     assert opacity() == pytest.approx(0.25, abs=0.1)
 
-    # The controls above the cards move them all.
+    # The controls above the cards change all of them.
     every = opened.find_element(By.CSS_SELECTOR, ".all")
-    every.find_element(By.CSS_SELECTOR, "[value=truth]").click()
-    assert [layer(card) for card in cards] == [["truth"]] * 10
+    every.find_element(By.CSS_SELECTOR, "[value=ground-truth]").click()
+    assert [layer(card) for card in cards] == [["ground-truth"]] * 10
     every.find_element(By.CSS_SELECTOR, "[type=range]").send_keys(Keys.HOME)
     assert opacity() == 0
     opened.find_element(By.CSS_SELECTOR, "summary").send_keys(Keys.ENTER)

@@ -1,4 +1,4 @@
-"""A network and a data set so small that a training takes seconds, with everything random switched on."""
+"""A network and a data set so small that a training takes seconds, with everything random enabled."""
 
 from configs import default
 

@@ -2,18 +2,18 @@
 
 
 def load(workdir, step: int | None = None):
-    """Loads what was trained: `unet_jax.load("runs/shapes").predict(images)`.
+    """Loads a trained network: `unet_jax.load("runs/shapes").predict(images)`.
 
     Args:
-      workdir: the work directory of a training, or of converted weights.
+      workdir: the work directory of a training, or of imported weights.
       step: which checkpoint; None is the best.
 
     Returns:
-      a `unet_jax.inference.trained.Trained`: `config`, `classes`, `model`, `variables`, `step`, and `predict`.
+      a `unet_jax.inference.trained.Trained`: `config`, `classes`, `network`, `variables`, `step`, and `predict`.
 
     Raises:
       UserError: no work directory, or no such checkpoint.
     """
-    from unet_jax.inference import trained
+    from unet_jax.inference import trained  # here, so that importing the package does not import jax
 
     return trained.load(workdir, step)

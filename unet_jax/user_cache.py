@@ -1,4 +1,4 @@
-"""Where this user keeps what can be made again: `$XDG_CACHE_HOME/unet_jax`, else `~/.cache/unet_jax`."""
+"""The user's folder for what can be recomputed: `$XDG_CACHE_HOME/unet_jax`, else `~/.cache/unet_jax`."""
 
 import os
 import pathlib
@@ -6,19 +6,19 @@ import tempfile
 
 
 def folder(name: str) -> pathlib.Path:
-    """A folder that this user can write and that lasts, created where it is missing.
+    """A folder that this user can write to and that lasts; created if it is missing.
 
-    Where the cache folder cannot be written, as in many containers, it is one below the folder for temporary files.
+    If the cache folder cannot be written, as in many containers, it is below the folder for temporary files.
 
     Args:
-      name: of the folder, one for each kind of thing that is kept.
+      name: of the folder, one per kind of content.
 
     Raises:
-      OSError: neither can be written, or the second belongs to somebody else.
+      OSError: neither can be written, or the second belongs to another user.
     """
     home = os.environ.get("XDG_CACHE_HOME", "")
-    home = home if os.path.isabs(home) else os.path.expanduser("~/.cache")  # a relative one is none, says the standard
-    if os.path.isabs(home):  # without a home "~" stays
+    home = home if os.path.isabs(home) else os.path.expanduser("~/.cache")  # the standard says to ignore a relative one
+    if os.path.isabs(home):  # without a home folder "~" is not expanded
         path = pathlib.Path(home, "unet_jax", name)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -29,8 +29,8 @@ def folder(name: str) -> pathlib.Path:
                 return path
     own = pathlib.Path(tempfile.gettempdir(), f"unet_jax-{os.getuid()}")
     own.mkdir(mode=0o700, exist_ok=True)
-    found = own.lstat()  # everybody can write beside it, so that it may have been put there, or be a link
+    found = own.lstat()  # others can write next to it, so it may have been put there, or be a link
     if found.st_uid != os.getuid() or own.is_symlink() or found.st_mode & 0o022:
-        raise PermissionError(f"{own} is not a folder of this user alone")
+        raise PermissionError(f"{own} is not a folder that only this user can write to")
     (own / name).mkdir(exist_ok=True)
     return own / name

@@ -1,6 +1,6 @@
 """The works and suites of the benchmark, and the processes that run them: one for each contender.
 
-A process builds its work once and then answers "take n steps" with the seconds it took. `interleave` has them take
+A process prepares its task once and then answers "take n steps" with the seconds it took. `interleave` has them take
 rounds in turn, in changing order, so that whatever else the machine does slows all of them alike.
 """
 
@@ -14,13 +14,16 @@ import pathlib
 import random
 import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 OURS, TORCH = "unet_jax", ("PyTorch eager", "PyTorch compiled")
-BUILD_TIMEOUT, ROUND_TIMEOUT = 1800, 900  # seconds; torch.compile of a large network takes minutes
+PREPARE_TIMEOUT, ROUND_TIMEOUT = 1800, 900  # seconds; torch.compile of a large network takes minutes
 MAX_STEPS = 4096  # in a round
 QUEUE = 3  # batches that the image pipeline may have ready before they are asked for
 
@@ -28,24 +31,15 @@ Row = dict[str, Any]
 
 
 class Work(NamedTuple):
-    """A network and a batch of images.
-
-    Attributes:
-      name: on the command line and in tables.
-      model: settings of the network, as in `config.model`.
-      channels, classes: of the images and of the labels.
-      size: height and width of images and labels.
-      batch: images in it.
-      margin: pixels that an unpadded network sees beyond each side of the image, mirrored.
-    """
+    """A network and a batch of images."""
 
     name: str
-    model: Mapping[str, Any]
+    model: Mapping[str, Any]  # settings of the network, as in `config.model`
     channels: int
     classes: int
-    size: tuple[int, int]
+    size: tuple[int, int]  # height and width of images and labels
     batch: int
-    margin: int = 0
+    margin: int = 0  # pixels that an unpadded network sees beyond each side of an image, mirrored
 
 
 _UNET = {"features": (64, 128, 256, 512, 1024)}
@@ -63,45 +57,28 @@ WORKS = {
 
 
 class Settings(NamedTuple):
-    """How to measure.
+    """How to measure."""
 
-    Attributes:
-      repeats: rounds.
-      seconds: roughly, of each contender in a round; one step at least.
-      platform: as JAX names it; empty is its default.
-      cores: of the CPU to use.
-      folder: for temporary files.
-    """
-
-    repeats: int
-    seconds: float
-    platform: str
-    cores: int
-    folder: pathlib.Path
+    repeats: int  # rounds
+    seconds: float  # roughly, of each contender in a round; one step at least
+    platform: str  # as JAX names it
+    cores: int  # of the CPU to use
+    folder: pathlib.Path  # for temporary files
 
 
 class Task(NamedTuple):
-    """What a process does.
+    """What a process does."""
 
-    Attributes:
-      suite: `step`, `predict`, `matmul` (of two matrices of `work.size`), `input`, or `probe` (only describes itself).
-      work: see `Work`; None to probe.
-      dtype: `float32` or `bfloat16`.
-      contender: `unet_jax`, `PyTorch eager` or `PyTorch compiled`; of `input`, which part of the way.
-      settings: see `Settings`.
-      devices: how many to use; on a CPU, virtual ones.
-    """
-
-    suite: str
-    work: Work | None
+    suite: str  # step, predict, matmul (of two matrices of `work.size`) or input
+    work: Work
     dtype: str
-    contender: str
+    contender: str  # unet_jax, PyTorch eager or PyTorch compiled; of input, which part of the way
     settings: Settings
-    devices: int = 1
+    devices: int = 1  # on a CPU, virtual ones
 
 
 class Failed(Exception):
-    """A process gave no answer; the message says why."""
+    """A process did not do what it was asked for; the message says why."""
 
 
 def log(text: str) -> None:
@@ -130,10 +107,10 @@ class Worker:
         other_end.close()  # so that an ended process is noticed
 
     def answer(self, timeout: float) -> dict[str, Any]:
-        """Waits for an answer.
+        """Waits for what it knows of its task, the first answer.
 
         Raises:
-          Failed: none came in time, the process ended, or it reports an error.
+          Failed: no answer came in time, the process ended, or it reports an error.
         """
         try:
             if not self._connection.poll(timeout):
@@ -146,33 +123,32 @@ class Worker:
             raise Failed(answer["error"])
         return answer
 
-    def ask(self, steps: int, timeout: float) -> dict[str, Any]:
-        """Sends a number of steps to take, or 0 to end, and returns the `answer`."""
+    def take(self, steps: int, timeout: float) -> dict[str, Any]:
+        """Has it take some steps, and waits for the answer: `seconds` and more; 0 steps end it: `memory_bytes`."""
         with contextlib.suppress(OSError):  # it has ended, as `answer` will find
             self._connection.send(steps)
         return self.answer(timeout)
 
     def _describe_end(self) -> str:
         code = self._process.exitcode or 0
-        reason = f"exit code {code}"
-        if code < 0:
-            reason = signal.Signals(-code).name + (", out of memory?" if code == -signal.SIGKILL else "")
+        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        reason += ", out of memory?" if code == -signal.SIGKILL else ""
         output = self._output.read_text(errors="replace").strip() if self._output.exists() else ""
         return f"the process ended ({reason})" + (f": {output.splitlines()[-1][:160]}" if output else "")
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """Ends it, whatever it does."""
         self._process.kill()
         self._process.join()
         self._connection.close()
 
 
-def interleave(tasks: Mapping[str, Task], settings: Settings) -> dict[str, dict[str, Any]]:
+def interleave(tasks: Mapping[Any, Task], settings: Settings) -> dict[Any, dict[str, Any]]:
     """Measures tasks round by round.
 
     Returns:
-      for each task the facts of its contender, `steps` in a round, `times_s` of a step in each round, other values of
-      the rounds, `memory_bytes`; or `error`.
+      for each task what is known of it, `steps` in a round, `times_s` of a step in each round, other values of the
+      rounds, `memory_bytes`; or `error`.
     """
     workers, results, order = {}, {}, random.Random(0)
 
@@ -184,60 +160,56 @@ def interleave(tasks: Mapping[str, Task], settings: Settings) -> dict[str, dict[
             results[name] = {"error": str(failure)}
             workers.pop(name).close()
 
-    def prepare(name):
-        facts, started = workers[name].answer(BUILD_TIMEOUT), time.perf_counter()
-        steps = _calibrate(workers[name], settings.seconds)
-        log(f"  {name}: {steps} steps a round, found in {time.perf_counter() - started:.0f} s")
-        return {**facts, "steps": steps, "times_s": []}
-
     try:
         for name, task in tasks.items():
             workers[name] = Worker(task)
-            results[name] = attempt(name, prepare, name) or results[name]
+            if facts := attempt(name, _prepare, workers[name], settings.seconds):
+                log(f"  {name}: ready, {facts['steps']} steps a round")
+                results[name] = facts
         for _ in range(settings.repeats):
             for name in order.sample(sorted(workers), len(workers)):
                 result = results[name]
-                if answer := attempt(name, workers[name].ask, result["steps"], ROUND_TIMEOUT):
+                if answer := attempt(name, workers[name].take, result["steps"], ROUND_TIMEOUT):
                     result["times_s"].append(answer.pop("seconds") / result["steps"])
                     for key, value in answer.items():
                         result.setdefault(key, []).append(value)
         for name in sorted(workers):
-            results[name] |= attempt(name, workers[name].ask, 0, 60) or {}
+            results[name] |= attempt(name, workers[name].take, 0, 60) or {}
     finally:
         for worker in workers.values():
             worker.close()
     return results
 
 
-def _calibrate(worker: Worker, seconds: float) -> int:
+def _prepare(worker: Worker, seconds: float) -> dict[str, Any]:
     """Warms up, and finds how many steps fill `seconds`."""
+    facts = worker.answer(PREPARE_TIMEOUT)
     for _ in range(2):  # threads and caches are slow at first
-        worker.ask(1, BUILD_TIMEOUT)
+        worker.take(1, PREPARE_TIMEOUT)
     steps = 1
-    while (taken := worker.ask(steps, ROUND_TIMEOUT)["seconds"]) < seconds / 2 and steps < MAX_STEPS:
+    while (taken := worker.take(steps, ROUND_TIMEOUT)["seconds"]) < seconds / 2 and steps < MAX_STEPS:
         steps *= 2
-    return min(max(1, round(steps * seconds / max(taken, 1e-9))), MAX_STEPS)
+    steps = min(max(1, round(steps * seconds / max(taken, 1e-9))), MAX_STEPS)
+    return {**facts, "steps": steps, "times_s": []}
 
 
 def serve(connection, task: Task, output: str) -> None:
-    """What a process runs: builds its work, and takes steps until it is asked for none."""
+    """What a process runs."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # as much memory as is needed
+    os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_NUM_CPU_DEVICES": str(task.devices)}
     os.environ |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    os.environ |= {"JAX_NUM_CPU_DEVICES": str(task.devices), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    os.environ |= {"JAX_PLATFORMS": "cpu"} if task.settings.platform == "cpu" else {}
+    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3"} | ({"JAX_PLATFORMS": "cpu"} if task.settings.platform == "cpu" else {})
     try:
         side = importlib.import_module("with_torch" if task.contender in TORCH else "with_jax")
-        facts = side.describe(task)
-        before = _resident_bytes("VmRSS")
-        if task.suite != "probe":
-            run, facts = side.build(task)
+        before = _resident_bytes("VmRSS:")
+        run, facts = side.build(task)
         connection.send(facts)
-        warm_up, first = QUEUE if task.suite == "input" else 1, True
+        first = True
         while steps := connection.recv():
-            run(warm_up)  # a training never idles, and what has idled has lost caches, perhaps memory, or has a full queue
+            # A training never idles. What has idled has lost caches, perhaps memory, and has a full queue of images.
+            run(QUEUE if task.suite == "input" else 1)
             started = time.perf_counter()
             values = run(steps) or {}
             seconds = time.perf_counter() - started
@@ -247,9 +219,7 @@ def serve(connection, task: Task, output: str) -> None:
             if first:
                 _forget_compilation()
             first = False
-        memory = side.device_memory()
-        if memory is None and before is not None:
-            memory = max(_resident_bytes("VmHWM") - before, 0)
+        memory = side.device_memory() or _resident_bytes("VmHWM:") - before
         connection.send({"memory_bytes": memory})
     except ImportError as error:
         connection.send({"error": f"not installed: {error.name or error}"})
@@ -257,32 +227,45 @@ def serve(connection, task: Task, output: str) -> None:
         connection.send({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
 
 
-def _resident_bytes(field: str) -> int | None:
-    """Memory that this process holds (VmRSS) or held at most (VmHWM); None where the system does not tell."""
+def _resident_bytes(field: str) -> int:
+    """Memory that this process holds (VmRSS) or held at most (VmHWM); 0 where the system does not tell."""
     with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    return None
+        words = pathlib.Path("/proc/self/status").read_text().split()
+        return int(words[words.index(field) + 1]) * 1024
+    return 0
 
 
 def _forget_compilation() -> None:
     """Returns memory that compilers freed, and restarts the peak of resident memory, where the system allows it."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
+def measure(suite: str, works: Sequence[Work], dtypes: Sequence[str], settings: Settings) -> Iterator[list[Row]]:
+    """Yields the rows of a suite, some at a time."""
+    if suite == "startup":
+        yield measure_startup(settings)
+    elif suite == "scaling":
+        yield from measure_scaling(works[0], dtypes[0], settings)
+    for dtype in dtypes if suite == "input" else ():
+        yield from (measure_input(work, dtype, settings) for work in works)
+    for dtype in dtypes if suite in ("step", "predict") else ():
+        n = 3072 if settings.platform == "cpu" else 8192
+        yield (products := compare("matmul", Work(f"matmul-{n}", {}, 0, 0, (n, n), 1), dtype, settings, (OURS, TORCH[0])))
+        peak = max((row["gflop"] / min(row["times_s"]) for row in products if "error" not in row), default=None)
+        yield from (compare(suite, work, dtype, settings, peak=peak) for work in works)
+
+
 def compare(
-    suite: str, work: Work, dtype: str, settings: Settings, contenders: Sequence[str] = (OURS, *TORCH)
+    suite: str, work: Work, dtype: str, settings: Settings, contenders: Sequence[str] = (OURS, *TORCH), peak=None
 ) -> list[Row]:
-    """A row for each contender, see `summarise` and `add_ratios`."""
+    """A row for each contender, see `summarise` and `add_ratios`; `peak` is GFLOP/s."""
     log(f"{suite} {work.name} {dtype}")
     results = interleave({name: Task(suite, work, dtype, name, settings) for name in contenders}, settings)
     counts = {name: result["parameters"] for name, result in results.items() if "parameters" in result}
     assert len(set(counts.values())) < 2, f"the networks differ: {counts}"
-    gflop = {"gflop": results[OURS].get("gflop")}
+    gflop = {"gflop": results[OURS].get("gflop"), "peak_gflop_per_s": peak}
     return add_ratios([summarise(suite, work, dtype, name, gflop | result) for name, result in results.items()])
 
 
@@ -355,3 +338,44 @@ def measure_scaling(base: Work, dtype: str, settings: Settings) -> Iterator[list
                 costs = [own / base for own, base in zip(row["times_s"], one["times_s"], strict=False)]
                 row |= {**spread(costs, "cost", "cost_quartiles"), "work_of_base": row["gflop"] / one["gflop"]}
         yield rows
+
+
+def measure_startup(settings: Settings) -> list[Row]:
+    """Seconds of the command until its first finished step, with nothing cached and again, and of --help."""
+    train = [f"--config={ROOT / 'configs' / 'shapes.py'}", "--config.train.log_every_steps=1"]
+    rows = []
+    for case, flags, line, times in (
+        ("--help", ["--help"], "", 5), ("cold", train, "step 1/", 1), ("warm", train, "step 1/", 3)
+    ):
+        log(f"startup {case}")
+        try:
+            seconds = [seconds_until(line, flags, settings.folder) for _ in range(times)]
+            result = {"times_s": seconds, **spread(seconds, "median_s", "quartiles_s")}
+        except Failed as failure:
+            result = {"error": str(failure)}
+        rows.append({"suite": "startup", "case": case, **result})
+    return rows
+
+
+def seconds_until(line: str, flags: Sequence[str], folder: pathlib.Path) -> float:
+    """Seconds that `python -m unet_jax.main` takes to print a line that starts with `line`; if that is empty, to end.
+
+    Raises:
+      Failed: it ended without that line.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory(dir=folder) as workdir:
+        command = [sys.executable, "-m", "unet_jax.main", *flags, *([f"--workdir={workdir}/run"] if line else [])]
+        started, output = time.perf_counter(), [""]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, env=environment, cwd=workdir, **pipes) as process:
+            for text in process.stdout:
+                output.append(text)
+                if line and text.startswith(line):
+                    break
+            seconds = time.perf_counter() - started
+            process.kill()
+    if not output[-1].startswith(line):
+        raise Failed(f"it ended before its first step: {''.join(output[-5:]).strip()[-300:]}")
+    return seconds

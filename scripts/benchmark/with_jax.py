@@ -1,9 +1,10 @@
 """The works by unet_jax: its own training step, prediction and image pipeline."""
 
+import itertools
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,7 @@ from unet_jax.models import unet
 from unet_jax.parallel import sharding
 from unet_jax.training import program, state, step
 
-
-class Training(NamedTuple):
-    """The training step of a work and its arguments; `plain_step` is the same for counting operations."""
-
-    state: state.TrainState
-    batch: dict[str, jax.Array]
-    signals: jax.Array
-    step: Callable
-    plain_step: Callable
+Run = Callable[[int], dict[str, float] | None]  # takes n steps and waits for their end
 
 
 def make_networks(work: Work, dtype: str, mesh: jax.sharding.Mesh) -> list[forward.Network]:
@@ -33,57 +26,62 @@ def make_networks(work: Work, dtype: str, mesh: jax.sharding.Mesh) -> list[forwa
     networks = []
     for conv_impl in ("cpu" if sharding.is_one_cpu(mesh) else "plain", "plain"):
         model = unet.UNet(work.classes, conv_impl=conv_impl, dtype=dtype, **work.model)
-        networks.append(forward.Network(model, "multiclass", mesh))
         assert np.all(np.array(model.margins(work.size)) == work.margin), model.margins(work.size)
+        networks.append(forward.Network(model, "multiclass", mesh))
     return networks
 
 
-def make_training(work: Work, dtype: str, mesh: jax.sharding.Mesh) -> Training:
-    """A training step without augmentation: softmax cross-entropy and Adam, on a batch that is on the devices."""
+def make_train_steps(
+    work: Work, dtype: str, mesh: jax.sharding.Mesh, batches: Iterator | None = None
+) -> tuple[Run, dict[str, Any]]:
+    """A function that takes n steps of softmax cross-entropy and Adam without augmentation, and what is known of them.
+
+    As in a training, the metrics of a step are fetched while the next one runs. The function goes on where it stopped
+    and returns the last `loss` and `waited_s`, the seconds that it waited for images.
+
+    Args:
+      work: a batch of it is taken again and again unless there are `batches`.
+      dtype: of the computation.
+      mesh: the devices.
+      batches: as the image pipeline yields them.
+    """
     networks = make_networks(work, dtype, mesh)
     optimizer = optax.adam(optax.constant_schedule(1e-3))
     loss = losses.make({"cross_entropy": 1.0}, "multiclass", work.classes)
     shape = (1, *networks[0].model.smallest_input, work.channels)
-    train_state = state.create(0, networks[0].model, shape, optimizer, False, mesh)
-    others = {"augmentation": {}, "ignore_label": 255, "seed": 0, "shardings": state.shardings(train_state, mesh, False)}
-    steps = [step.make_train_step(network, optimizer, loss, **others) for network in networks]
+    current = state.create(0, networks[0].model, shape, optimizer, False, mesh)
+    others = {"augmentation": {}, "ignore_label": 255, "seed": 0, "shardings": state.shardings(current, mesh, False)}
+    steps = (step.make_train_step(network, optimizer, loss, **others) for network in networks)
     batch = sharding.put_batch(mesh, {**draw_batch(work), "mask": np.ones(work.batch, bool)})
-    return Training(train_state, batch, sharding.per_device(mesh, 0), *steps)
+    batches, signals = batches or itertools.repeat(batch), sharding.per_device(mesh, 0)
+    compiled, facts = _compile(*steps, current, batch, signals)
 
-
-def make_train_steps(training: Training, compiled: Callable, read: Callable | None = None) -> Callable[[int], dict]:
-    """A function that takes n steps from where it stopped, and returns the last `loss`.
-
-    As in a training, the metrics of a step are fetched while the next one runs.
-
-    Args:
-      training: see there.
-      compiled: its step.
-      read: returns the next batch as the pipeline yields it, put onto the devices; None repeats the same batch. The
-        result then has `waited_s`, the seconds spent in it, as well.
-    """
-    current, batch = training.state, training.batch
-
-    def run(steps):
+    def run(count):
         nonlocal current, batch
         pending, waited = None, 0.0
-        for _ in range(steps):
-            current, metrics = compiled(current, batch, training.signals)
+        for _ in range(count):
+            current, metrics = compiled(current, batch, signals)
             jax.device_get(pending)
             pending = metrics
-            if read is not None:
-                batch, seconds = read()
-                waited += seconds
+            started = time.perf_counter()
+            rows = next(batches)
+            waited += time.perf_counter() - started
+            batch = sharding.put_batch(mesh, rows)
         jax.block_until_ready(current)
-        return {"loss": float(metrics["loss"])} | ({} if read is None else {"waited_s": waited})
+        return {"loss": float(metrics["loss"]), "waited_s": waited}
 
-    return run
+    return run, facts | _count(current.params)
 
 
-def build(task: Task) -> tuple[Callable[[int], dict | None], dict[str, Any]]:
+def build(task: Task) -> tuple[Run, dict[str, Any]]:
     """A function that takes n steps of a task, and what is known of it besides times."""
     mesh = sharding.create_mesh(0, 1, jax.devices()[: task.devices])
-    return {"step": _step, "predict": _predict, "matmul": _matmul, "input": _input}[task.suite](task, mesh)
+    if task.suite == "step":
+        return make_train_steps(task.work, task.dtype, mesh)
+    if task.suite == "matmul":
+        a, b = (jax.random.normal(jax.random.key(i), task.work.size, task.dtype) for i in (0, 1))
+        return _repeat(jax.jit(jnp.matmul), a, b), {"gflop": 2 * task.work.size[0] ** 3 / 1e9}
+    return (_predict if task.suite == "predict" else _input)(task, mesh)
 
 
 def device_memory() -> int | None:
@@ -98,38 +96,16 @@ def _compile(function: Callable, plain: Callable, *args) -> tuple[Callable, dict
     return compiled, {"compile_s": time.perf_counter() - started, "gflop": program.flops(plain, *args) / 1e9}
 
 
-def _step(task, mesh, read=None):
-    training = make_training(task.work, task.dtype, mesh)
-    compiled, facts = _compile(training.step, training.plain_step, training.state, training.batch, training.signals)
-    return make_train_steps(training, compiled, read), facts | _count(training.state.params)
-
-
-def _predict(task, mesh):
-    network, plain = make_networks(task.work, task.dtype, mesh)
-    options = {"out_shardings": sharding.by_example(mesh), "compiler_options": sharding.compiler_options(mesh)}
-    shape = (1, *network.model.smallest_input, task.work.channels)
-    variables = sharding.jit_replicated(mesh, network.model.init)(jax.random.key(0), jnp.zeros(shape))
-    image = sharding.put_batch(mesh, draw_batch(task.work))["image"]
-    functions = (jax.jit(one.probability, **options) for one in (network, plain))
-    compiled, facts = _compile(*functions, variables, image)
-    return _repeat(compiled, variables, image), facts | _count(variables)
-
-
 def _count(params) -> dict[str, int]:
     return {"parameters": sum(array.size for array in jax.tree.leaves(params))}
 
 
-def _matmul(task, mesh):
-    a, b = (jax.random.normal(jax.random.key(i), task.work.size, task.dtype) for i in (0, 1))
-    return _repeat(jax.jit(jnp.matmul), a, b), {"gflop": 2 * task.work.size[0] ** 3 / 1e9}
-
-
-def _repeat(function: Callable, *args) -> Callable[[int], None]:
+def _repeat(function: Callable, *args) -> Run:
     """A function that calls n times, two calls at once at most: results take memory."""
 
-    def run(steps):
+    def run(count):
         pending = None
-        for _ in range(steps):
+        for _ in range(count):
             result = function(*args)
             jax.block_until_ready(pending)
             pending = result
@@ -138,35 +114,26 @@ def _repeat(function: Callable, *args) -> Callable[[int], None]:
     return run
 
 
-def _input(task, mesh):
-    """The images of a folder alone, or a training as in `training.loop`, which also measures how long it waits."""
-    part, _, place = task.contender.partition(" from ")
-    batches = _read_batches(task, mesh, place)
-    if part == "pipeline":
-
-        def run(steps):
-            for _ in range(steps):
-                next(batches)
-
-        return run, {}
-
-    def read():
-        started = time.perf_counter()
-        rows = next(batches)
-        waited = time.perf_counter() - started
-        return sharding.put_batch(mesh, rows), waited
-
-    return _step(task, mesh, read)
+def _predict(task: Task, mesh: jax.sharding.Mesh) -> tuple[Run, dict[str, Any]]:
+    networks = make_networks(task.work, task.dtype, mesh)
+    options = {"out_shardings": sharding.by_example(mesh), "compiler_options": sharding.compiler_options(mesh)}
+    model = networks[0].model
+    image = jnp.zeros((1, *model.smallest_input, task.work.channels))
+    variables = sharding.jit_replicated(mesh, model.init)(jax.random.key(0), image)
+    image = sharding.put_batch(mesh, draw_batch(task.work))["image"]
+    compiled, facts = _compile(*(jax.jit(one.probability, **options) for one in networks), variables, image)
+    return _repeat(compiled, variables, image), facts | _count(variables)
 
 
-def _read_batches(task: Task, mesh: jax.sharding.Mesh, place: str) -> Iterator[dict[str, np.ndarray]]:
-    """Training batches of noisy images, from the cache of decoded images or from PNG files each time."""
+def _input(task: Task, mesh: jax.sharding.Mesh) -> tuple[Run, dict[str, Any]]:
+    """Noisy images by the pipeline, alone or for training steps, from the cache or decoded from PNG files each time."""
     from configs import folder  # needs libraries that the other suites do without
 
     from unet_jax import data
     from unet_jax.data import pipeline
 
-    settings, work = folder.get_config().data, task.work
+    (part, place), work = task.contender.split(" from "), task.work
+    settings = folder.get_config().data
     settings.root, settings.size, settings.channels = str(_write_images(task)), work.size, work.channels
     settings.labels = tuple(f"{i} class_{i}" for i in range(work.classes))
     settings.cache_gib = 4.0 if place == "cache" else 0.0
@@ -174,7 +141,15 @@ def _read_batches(task: Task, mesh: jax.sharding.Mesh, place: str) -> Iterator[d
     images = pipeline.Pipeline(data.load(settings, "train"), settings.size, settings.resize, settings.cache_gib)
     if images.cached != (place == "cache"):
         raise RuntimeError("the images cannot be cached")
-    return images.train_batches(work.batch, 0, 0, sharding.process_rows(mesh, work.batch))
+    batches = images.train_batches(work.batch, 0, 0, sharding.process_rows(mesh, work.batch))
+    if part == "training":
+        return make_train_steps(work, task.dtype, mesh, batches)
+
+    def run(count):
+        for _ in range(count):
+            next(batches)
+
+    return run, {}
 
 
 def _write_images(task: Task) -> pathlib.Path:

@@ -3,8 +3,9 @@
 Images are `[B, C, H, W]` in channels-last memory, the faster layout for convolutions on CPUs and GPUs.
 """
 
-import time
+import timeit
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 DEVICES = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "rocm": "cuda"}  # platform of JAX -> device of PyTorch
+Run = Callable[[int], dict[str, float] | None]  # takes n steps and waits for their end
 DEFAULTS = {"padding": "same", "upsample": "transposed_2x2", "dropout": 0.0}
 
 
@@ -62,100 +64,77 @@ def _block(inputs: int, outputs: int, border: int, depth: int = 2) -> nn.Sequent
     return nn.Sequential(*layers)
 
 
-def make_train_steps(model: UNet, work: Work, dtype: str, compiled: bool = False) -> Callable[[int], dict]:
-    """A function that takes n steps of softmax cross-entropy and Adam, and returns the last `loss`.
+def make_run(suite: str, model: UNet, work: Work, dtype: str, compiled: bool = False) -> Run:
+    """A function that takes n steps: of softmax cross-entropy and Adam, returns the last `loss`; or predictions.
 
     Args:
+      suite: `step` or `predict` (class probabilities float32).
       model: in training mode, channels-last, on the device to use.
-      work: of which to take the batch.
+      work: whose batch is taken again and again.
       dtype: bfloat16 is `torch.autocast`; weights, loss and Adam stay float32.
       compiled: by torch.compile, forward and backward; Adam is one fused kernel in either case.
     """
-    image, label = _put_batch(model, work)
-    logits = _make_forward(model, work, dtype)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    loss_fn = lambda image, label: F.cross_entropy(logits(image), label.long())
-    loss_fn = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
+    batch, device = draw_batch(work), model.head.weight.device
+    image, label = (torch.from_numpy(batch[name]).to(device) for name in ("image", "label"))
+    image = image.permute(0, 3, 1, 2)  # which is channels-last without moving anything
 
-    def run(steps):
-        for _ in range(steps):
+    def logits(image):  # scaled to 0..1, and mirrored at the borders for an unpadded network
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            x = image.float() / 255
+            return model(F.pad(x, [work.margin] * 4, mode="reflect") if work.margin else x).float()
+
+    compile = partial(torch.compile, dynamic=False) if compiled else lambda function: function
+    if suite == "predict":
+        model.eval()
+        return _repeat(compile(lambda image: logits(image).softmax(1)), image)
+    loss_fn = compile(lambda image, label: F.cross_entropy(logits(image), label.long()))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+
+    def run(count):
+        for _ in range(count):
             optimizer.zero_grad(set_to_none=True)
             loss = loss_fn(image, label)
             loss.backward()
             optimizer.step()
-        _wait(image)
-        return {"loss": loss.item()}
+        return {"loss": loss.item()}  # waits for the last step but its update
 
     return run
 
 
-def make_predictions(model: UNet, work: Work, dtype: str, compiled: bool = False) -> Callable[[int], None]:
-    """A function that predicts the batch n times: class probabilities float32. Arguments as for `make_train_steps`."""
-    image, _ = _put_batch(model, work)
-    logits = _make_forward(model.eval(), work, dtype)
-    probability = lambda image: logits(image).softmax(1)
-    return _repeat(torch.compile(probability, dynamic=False) if compiled else probability, image)
-
-
-def _repeat(function: Callable, *args: torch.Tensor) -> Callable[[int], None]:
+def _repeat(function: Callable, *args: torch.Tensor) -> Run:
     @torch.inference_mode()
-    def run(steps):
-        for _ in range(steps):
+    def run(count):
+        for _ in range(count):
             function(*args)
-        _wait(args[0])
+        if args[0].is_cuda:
+            torch.cuda.synchronize()
 
     return run
 
 
-def _make_forward(model: UNet, work: Work, dtype: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """uint8 images -> logits float32: scaled to 0..1, and mirrored at the borders for an unpadded network."""
-
-    def logits(image):
-        with torch.autocast(image.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            x = image.float() / 255
-            return model(F.pad(x, [work.margin] * 4, mode="reflect") if work.margin else x).float()
-
-    return logits
-
-
-def _put_batch(model: UNet, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
-    """`image` `[B, C, H, W]` and `label` `[B, H, W]`, uint8; permuted from `[B, H, W, C]`, memory is channels-last."""
-    device, batch = model.head.weight.device, draw_batch(work)
-    image, label = (torch.from_numpy(batch[name]).to(device) for name in ("image", "label"))
-    return image.permute(0, 3, 1, 2), label
-
-
-def _wait(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-
-
-def build(task: Task) -> tuple[Callable[[int], dict | None], dict[str, Any]]:
+def build(task: Task) -> tuple[Run, dict[str, Any]]:
     """A function that takes n steps of a task, and what is known of it besides times."""
     if task.settings.platform not in DEVICES:
         raise RuntimeError(f"PyTorch is not compared on a {task.settings.platform}")
     device, work = torch.device(DEVICES[task.settings.platform]), task.work
+    torch.manual_seed(0)
     if device.type == "cpu":
         torch.set_num_threads(task.settings.cores)
     elif not torch.cuda.is_available():
         raise RuntimeError("this PyTorch finds no GPU")
-    # JAX's default for float32 on GPUs that have it, and a search for the fastest convolutions, as XLA makes one.
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-    torch.manual_seed(0)
+    else:  # JAX's default for float32, where there is TensorFloat-32; the fastest convolutions, which XLA looks for, too
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     if task.suite == "matmul":
         a, b = (torch.randn(work.size, dtype=getattr(torch, task.dtype), device=device) for _ in range(2))
         return _repeat(torch.matmul, a, b), {"gflop": 2 * work.size[0] ** 3 / 1e9}
     model = UNet(work).to(device, memory_format=torch.channels_last)
     compiled = task.contender == "PyTorch compiled"
-    run = {"step": make_train_steps, "predict": make_predictions}[task.suite](model, work, task.dtype, compiled)
+    run = make_run(task.suite, model, work, task.dtype, compiled)
     facts = {"parameters": sum(weight.numel() for weight in model.parameters())}
-    if compiled:  # in the first step
-        marks = [time.perf_counter()]
-        for _ in range(2):
-            run(1)
-            marks.append(time.perf_counter())
-        facts["compile_s"] = max(marks[1] - marks[0] - (marks[2] - marks[1]), 0.0)
+    if compiled:
+        first, second = (timeit.timeit(lambda: run(1), number=1) for _ in range(2))
+        facts["compile_s"] = max(first - second, 0.0)
     return run, facts
 
 

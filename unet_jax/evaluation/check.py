@@ -10,7 +10,7 @@ from etils import epath
 from PIL import Image
 
 from unet_jax import data, models
-from unet_jax.data import colors, folder
+from unet_jax.data import colors, images
 from unet_jax.errors import UserError
 from unet_jax.evaluation import pictures
 from unet_jax.parallel.processes import print_on_main
@@ -71,7 +71,7 @@ def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
     sources = {split: data.load_with_faults(config.data, split) for split in splits}
     classes = sources["train"].classes
     places = [(source, split, index) for split, source in sources.items() for index in range(len(source))]
-    examples = folder.each(lambda place: _inspect(*place), places, "Checking")
+    examples = images.map_parallel(lambda place: _inspect(*place), places, "Checking")
     good = [example for example in examples if not example.fault]
     faults = list(dict.fromkeys(fault for source in sources.values() for fault in source.faults))
     faults += [example.fault for example in examples if example.fault]
@@ -144,7 +144,7 @@ def _print_labels(classes: data.Classes, good: Sequence[Example]) -> None:
     none = np.zeros((0, len(classes.names) + 1), np.int64)
     pixels = {split: np.array([e.pixels for e in good if e.split == split] or none) for split in SPLITS}
     totals = {split: counts.sum(0) for split, counts in pixels.items()}
-    images = {split: (counts > 0).sum(0) for split, counts in pixels.items()}
+    holding = {split: (counts > 0).sum(0) for split, counts in pixels.items()}
     names = (*classes.names, "ignored")
     width = max(map(len, names))
     print_on_main(f"{'class':{width}}  id   share of training  in images   share of validation  in images")
@@ -152,7 +152,7 @@ def _print_labels(classes: data.Classes, good: Sequence[Example]) -> None:
         if name == "ignored" and not any(total[row] for total in totals.values()):
             continue
         index = row if row < len(classes.names) else classes.ignore_label
-        (a, b), (c, d) = ((totals[s][row] / max(totals[s].sum(), 1), images[s][row]) for s in SPLITS)
+        (a, b), (c, d) = ((totals[s][row] / max(totals[s].sum(), 1), holding[s][row]) for s in SPLITS)
         print_on_main(f"{name:{width}}  {index:3}  {a:17.3%}  {b:9}   {c:19.3%}  {d:9}")
     for row, name in enumerate(classes.names):
         if not totals["train"][row]:
@@ -174,7 +174,7 @@ def _draw_sheet(
         return example.name, np.asarray(small)
 
     chosen = [good[i] for i in pictures.spread(SHOWN, len(good))]
-    picture = pictures.contact_sheet(folder.each(small_overlay, chosen, "Drawing"), classes)
+    picture = pictures.contact_sheet(images.map_parallel(small_overlay, chosen, "Drawing"), classes)
     with sheet.open("wb") as file:
         picture.save(file, "PNG")
     print_on_main(f"look at   {sheet}")

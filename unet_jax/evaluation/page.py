@@ -79,7 +79,8 @@ def render(
       missing: why the images could not be read; None if they could.
     """
     shown = {rank: found for rank, found in results.shown.items() if found}
-    scores = {record.title: record.value for record in results.records if not record.per_class}
+    ordered = sorted(results.records, key=lambda record: record.key != config.eval.best_metric)  # that one first
+    scores = {record.title: record.value for record in ordered if not record.per_class}
     scores["validation loss"] = results.loss
     columns = [
         (record, all(0 <= value <= 1 for value in _known(record).values()))

@@ -36,10 +36,10 @@ def records(cells: Sequence[tuple[np.ndarray, np.ndarray]], ignore_label: int) -
     sweeps: dict[str, list] = {"v_rand": [], "v_info": [], "pixel_error": []}
     for threshold in THRESHOLDS:
         compared, errors = [], []
-        for (probability, label), truth in zip(cells, components, strict=True):
+        for (probability, label), reference in zip(cells, components, strict=True):
             predicted, counted = probability > threshold, label != ignore_label
-            if truth.any():
-                compared.append(compare(thin_borders(predicted), truth))
+            if reference.any():
+                compared.append(compare(thin_borders(predicted), reference))
             if counted.any():
                 errors.append((predicted != (label == 1))[counted].mean())
         v_rand, v_info = np.mean(compared, axis=0).tolist() if compared else (None, None)
@@ -76,8 +76,8 @@ def thin_borders(cells: np.ndarray) -> np.ndarray:
     return watershed(~cells, components, connectivity=1, watershed_line=True)
 
 
-def compare(segmentation: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """V_rand and V_info (alpha = 1/2) of a segmentation, over the pixels where `truth` is not 0.
+def compare(segmentation: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """V_rand and V_info (alpha = 1/2) of a segmentation, over the pixels where `reference` is not 0.
 
     V_rand = sum p_ij^2 / (1/2 sum s_i^2 + 1/2 sum t_j^2), V_info = I(S; T) / (1/2 H(S) + 1/2 H(T)), where p_ij is the
     share of pixels in segment i and true segment j, s_i and t_j its sums. Pixels where `segmentation` is 0 are segments
@@ -85,15 +85,15 @@ def compare(segmentation: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
 
     Args:
       segmentation: integer `[H, W]`, 0 on lines.
-      truth: integer `[H, W]`.
+      reference: integer `[H, W]`.
 
     Raises:
-      ValueError: nothing in the truth.
+      ValueError: nothing in the reference.
     """
-    inside = truth > 0
-    s, t = segmentation[inside].astype(np.int64), truth[inside].astype(np.int64)
+    inside = reference > 0
+    s, t = segmentation[inside].astype(np.int64), reference[inside].astype(np.int64)
     if not s.size:
-        raise ValueError("the truth has no cells")
+        raise ValueError("the reference has no cells")
     lines = s == 0
     s[lines] = s.max() + 1 + np.arange(lines.sum())
     joint = sparse.coo_array((np.ones(s.size), (s, t))).tocsr()

@@ -16,7 +16,7 @@ def make_schedule(settings: Mapping, steps_per_epoch: float, total_steps: int) -
     `constant`; `step`, times 0.1 at each epoch of `decay_epochs`; `cosine`, to zero at `total_steps`.
 
     Raises:
-      UserError: unknown name, or a value without meaning.
+      UserError: an unknown name, or an invalid value.
     """
     name = check_choice("config.optimizer.schedule", settings["schedule"], ("constant", "step", "cosine"))
     peak, decay = settings["learning_rate"], settings["decay_epochs"]
@@ -45,10 +45,10 @@ def make_schedule(settings: Mapping, steps_per_epoch: float, total_steps: int) -
 def make_optimizer(settings: Mapping, schedule: optax.Schedule) -> optax.GradientTransformation:
     """The gradient transformation: clipping by the global norm, then `adam`, `adamw` or `sgd`.
 
-    Weights whose names begin with one of `frozen` are left alone, and their gradients do not count in the norm.
+    Weights whose names have a prefix in `frozen` stay fixed, and their gradients do not count in the norm.
 
     Raises:
-      UserError: unknown name.
+      UserError: an unknown name, or a value out of range.
     """
     name = check_choice("config.optimizer.name", settings["name"], ("adam", "adamw", "sgd"))
     for field, limit in LIMITS.items():
@@ -68,29 +68,29 @@ def make_optimizer(settings: Mapping, schedule: optax.Schedule) -> optax.Gradien
     if not frozen:
         return rule
 
-    def part(path, _):
+    def label(path, _):
         return "frozen" if "/".join(key.key for key in path).startswith(frozen) else "trained"
 
-    parts = {"trained": rule, "frozen": optax.set_to_zero()}
-    return optax.partition(parts, lambda params: jax.tree_util.tree_map_with_path(part, params))
+    transforms = {"trained": rule, "frozen": optax.set_to_zero()}
+    return optax.partition(transforms, lambda params: jax.tree_util.tree_map_with_path(label, params))
 
 
 def check_frozen(frozen: Sequence[str], names: Collection[str]) -> None:
     """Checks `config.optimizer.frozen`.
 
     Args:
-      frozen: beginnings of names.
+      frozen: prefixes of names.
       names: of all weights, as `down_0/Conv_0/kernel`.
 
     Raises:
-      UserError: one begins no name, or nothing is left to train.
+      UserError: one is a prefix of no name, or nothing is left to train.
     """
     blocks = sorted({name.split("/")[0] for name in names})
-    for start in frozen:
-        if not start or not any(name.startswith(start) for name in names):
+    for prefix in frozen:
+        if not prefix or not any(name.startswith(prefix) for name in names):
             raise UserError(
-                f"config.optimizer.frozen: no weight begins with {start!r}. The blocks are {', '.join(blocks)}."
-                + did_you_mean(start, blocks)
+                f"config.optimizer.frozen: {prefix!r} is a prefix of no weight. The blocks are {', '.join(blocks)}."
+                + did_you_mean(prefix, blocks)
             )
     if all(name.startswith(tuple(frozen)) for name in names):
         raise UserError(f"config.optimizer.frozen = {tuple(frozen)} leaves nothing to train")
