@@ -1,4 +1,4 @@
-"""Carvana: cars against background, 1918x1280, at 192x288. All sixteen views of a car stay in one split.
+"""Carvana: cars against background, 1918x1280, at 192x288. All views of a car stay in one split.
 
 python -m unet_jax.main --config=configs/carvana.py --config.data.root=FOLDER
 

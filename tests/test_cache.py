@@ -322,5 +322,5 @@ def test_the_cache_folder_belongs_to_the_user(tmp_path, monkeypatch):
     assert path == tmp_path / f"unet_jax-{os.getuid()}" / "a" and path.is_dir()
     assert path.parent.stat().st_mode & 0o777 == 0o700
     path.parent.chmod(0o777)
-    with pytest.raises(PermissionError, match="is not a folder of this user alone"):
+    with pytest.raises(PermissionError, match="is not a folder that only this user can write to"):
         user_cache.folder("a")

@@ -1,11 +1,15 @@
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from unet_jax import losses
+from unet_jax import data, losses
+from unet_jax.data import pipeline
 from unet_jax.errors import UserError
+from unet_jax.evaluation import evaluate
+from unet_jax.parallel import sharding
 
 RNG = np.random.default_rng(0)
 LABEL = RNG.integers(0, 3, (2, 4, 5))
@@ -13,26 +17,41 @@ MASK = RNG.random((2, 4, 5)) < 0.7
 LOGITS = RNG.normal(size=(2, 4, 5, 3)).astype(np.float32)
 
 
-def _sum(terms):
-    return terms["cross_entropy"][0].sum()
+def _make(task, num_classes=3, class_weights=(), **settings):
+    """A loss of the terms in `settings` alone."""
+    weights = dict.fromkeys(losses.TERMS, 0.0)
+    return losses.make({**weights, "class_weights": class_weights, **settings}, task, num_classes)
 
 
-def _value(terms, name):
-    return float(losses.combine(terms, {name: 1.0}))
+def _value(loss, *batch):
+    return float(loss.combine(loss.terms(*batch)))
+
+
+def _shapes(task):
+    """Logits and labels for a task, and the probability of each label, in float64."""
+    if task == "multiclass":
+        exponentials = np.exp(LOGITS.astype(np.float64))
+        probability = exponentials / exponentials.sum(-1, keepdims=True)
+        return LOGITS, LABEL, MASK, np.take_along_axis(probability, LABEL[..., None], -1)[..., 0]
+    shape = (2, 4, 5) if task == "binary" else (2, 4, 5, 3)
+    label, mask = RNG.integers(0, 2, shape), RNG.random(shape) < 0.7
+    logits = LOGITS[..., :1] if task == "binary" else LOGITS
+    positive = 1 / (1 + np.exp(-logits.astype(np.float64).reshape(shape)))
+    return logits, label, mask, np.where(label == 1, positive, 1 - positive)
 
 
 @pytest.mark.parametrize("weights", [(), (1.0, 2.0, 0.5)])
 def test_softmax_cross_entropy_by_hand(weights):
-    terms = losses.terms(LOGITS, jnp.asarray(np.where(MASK, LABEL, 255)), MASK, "multiclass", weights)
-    probability = np.exp(LOGITS) / np.exp(LOGITS).sum(-1, keepdims=True)
-    pixel_weights = MASK * np.array(weights or (1, 1, 1))[LABEL]
-    nll = -np.log(np.take_along_axis(probability, LABEL[..., None], -1)[..., 0])
-    assert _value(terms, "cross_entropy") == pytest.approx((nll * pixel_weights).sum() / pixel_weights.sum(), 1e-5)
+    logits, label, mask, probability = _shapes("multiclass")
+    loss = _make("multiclass", cross_entropy=1.0, class_weights=weights)
+    pixel_weights = mask * np.array(weights or (1, 1, 1))[label]
+    expected = -(np.log(probability) * pixel_weights).sum() / pixel_weights.sum()
+    assert _value(loss, logits, jnp.asarray(np.where(mask, label, 255)), mask) == pytest.approx(expected, 1e-5)
 
 
 def test_softmax_cross_entropy_and_its_gradient_equal_those_of_optax_without_a_scatter():
-    label, logits = jnp.asarray(LABEL), 30 * LOGITS
-    ours = lambda x: _sum(losses.terms(x, label, jnp.ones(label.shape, bool), "multiclass"))
+    label, logits, loss = jnp.asarray(LABEL), 30 * LOGITS, _make("multiclass", cross_entropy=1.0)
+    ours = lambda x: loss.terms(x, label, jnp.ones(label.shape, bool))["cross_entropy"][0].sum()
     plain = lambda x: optax.softmax_cross_entropy_with_integer_labels(x, label).sum()
     found, expected = (jax.value_and_grad(f)(logits) for f in (ours, plain))
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)  # sums in another order
@@ -43,34 +62,30 @@ def test_softmax_cross_entropy_and_its_gradient_equal_those_of_optax_without_a_s
 
 @pytest.mark.parametrize("task", ["binary", "multilabel"])
 def test_sigmoid_cross_entropy_by_hand(task):
-    shape = (2, 4, 5) if task == "binary" else (2, 4, 5, 3)
-    label, mask = RNG.integers(0, 2, shape), RNG.random(shape) < 0.7
-    logits = LOGITS[..., :1] if task == "binary" else LOGITS
-    probability = 1 / (1 + np.exp(-logits.reshape(shape)))
-    nll = -np.where(label, np.log(probability), np.log(1 - probability))
-    terms = losses.terms(logits, jnp.asarray(label), mask, task)
-    assert _value(terms, "cross_entropy") == pytest.approx(nll[mask].mean(), 1e-5)
+    logits, label, mask, probability = _shapes(task)
+    loss = _make(task, cross_entropy=1.0)
+    assert _value(loss, logits, jnp.asarray(label), mask) == pytest.approx(-np.log(probability)[mask].mean(), 1e-5)
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
 def test_dice_by_hand(task):
     if task == "multiclass":
-        probability, truth = np.exp(LOGITS) / np.exp(LOGITS).sum(-1, keepdims=True), np.eye(3)[LABEL]
+        probability, target = np.exp(LOGITS) / np.exp(LOGITS).sum(-1, keepdims=True), np.eye(3)[LABEL]
         label, mask = LABEL, MASK
     else:
-        probability, truth = 1 / (1 + np.exp(-LOGITS)), np.eye(3)[LABEL]
-        label, mask = truth.astype(int), np.repeat(MASK[..., None], 3, -1)
-    terms = losses.terms(LOGITS, jnp.asarray(label), mask, task)
+        probability, target = 1 / (1 + np.exp(-LOGITS)), np.eye(3)[LABEL]
+        label, mask = target.astype(int), np.repeat(MASK[..., None], 3, -1)
     per_class = []
     for b in range(2):
         for k in range(3):
-            p, t = probability[b, ..., k][MASK[b]], truth[b, ..., k][MASK[b]]
+            p, t = probability[b, ..., k][MASK[b]], target[b, ..., k][MASK[b]]
             per_class.append(1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1))
-    assert _value(terms, "dice") == pytest.approx(np.mean(per_class), 1e-5)
+    value = _value(_make(task, dice=1.0), LOGITS, jnp.asarray(label), mask)
+    assert value == pytest.approx(np.mean(per_class), 1e-5)
 
 
 @pytest.mark.parametrize("task", ["multiclass", "binary", "multilabel"])
-def test_masked_pixels_and_examples_count_nowhere(task):
+def test_masked_pixels_and_examples_do_not_count(task):
     shape = {"multiclass": (3, 4, 4), "binary": (3, 4, 4), "multilabel": (3, 4, 4, 2)}[task]
     channels = 1 if task == "binary" else 2
     logits = jnp.asarray(RNG.normal(size=(3, 4, 4, channels)), jnp.float32)
@@ -78,39 +93,100 @@ def test_masked_pixels_and_examples_count_nowhere(task):
     mask = np.ones(shape, bool)
     mask[2] = False  # a whole example, as padding is
     mask[0, :2] = False
-    value = lambda logits, label: losses.combine(
-        losses.terms(logits, jnp.asarray(label), mask, task), {"cross_entropy": 1.0, "dice": 1.0}
-    )
+    loss = _make(task, num_classes=2, cross_entropy=1.0, dice=1.0)
+    value = lambda logits, label: loss.combine(loss.terms(logits, jnp.asarray(label), mask))
     gradient = jax.grad(value)(logits, label)
     assert not gradient[2].any() and not gradient[0, :2].any() and gradient[1].any()
     assert value(logits, np.where(mask, label, 255)) == value(logits, label)
-    alone = losses.terms(logits[:2], jnp.asarray(label[:2]), mask[:2], task)
-    assert value(logits, label) == losses.combine(alone, {"cross_entropy": 1.0, "dice": 1.0})
+    alone = loss.terms(logits[:2], jnp.asarray(label[:2]), mask[:2])
+    assert value(logits, label) == loss.combine(alone)
 
 
-def test_everything_masked_is_zero_not_nan():
-    terms = losses.terms(LOGITS, jnp.asarray(LABEL), np.zeros_like(MASK), "multiclass")
-    assert losses.combine(terms, {"cross_entropy": 1.0, "dice": 1.0}) == 0
+def test_a_fully_masked_batch_is_zero_not_nan():
+    loss = _make("multiclass", cross_entropy=1.0, dice=1.0)
+    assert _value(loss, LOGITS, jnp.asarray(LABEL), np.zeros_like(MASK)) == 0
 
 
-def test_bad_weights_are_named():
+def test_an_invalid_weight_is_an_error_that_names_its_field():
     with pytest.raises(UserError, match=r"config\.loss"):
-        losses.check({"cross_entropy": 0.0, "dice": 0.0}, (), 3)
+        _make("multiclass", cross_entropy=0.0, dice=0.0)
     with pytest.raises(UserError, match="must be empty or hold 3"):
-        losses.check({"cross_entropy": 1.0}, (1.0, 2.0), 3)
+        _make("multiclass", cross_entropy=1.0, class_weights=(1.0, 2.0))
 
 
 @pytest.mark.parametrize("task", ["multiclass", "binary"])
-def test_pixel_weights_multiply_and_divide_once(task):
+def test_pixel_weights_multiply_class_weights_and_the_mean_divides_once(task):
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(2, 3, 4, 2 if task == "multiclass" else 1)), jnp.float32)
     label, weights = jnp.asarray(rng.integers(0, 2, (2, 3, 4))), jnp.asarray(rng.uniform(0, 5, (2, 3, 4)), jnp.float32)
     mask = jnp.asarray(rng.random((2, 3, 4)) < 0.7)
-    found = _value(losses.terms(logits, label, mask, task, (1.0, 3.0), weights), "cross_entropy")
+    loss = _make(task, num_classes=2, cross_entropy=1.0, class_weights=(1.0, 3.0))
     if task == "multiclass":
         pixels = -np.take_along_axis(np.log(jax.nn.softmax(logits)), label[..., None], -1)[..., 0]
     else:
         p = jax.nn.sigmoid(logits[..., 0])
         pixels = -np.where(label == 1, np.log(p), np.log(1 - p))
     by_hand = np.asarray(weights * mask * np.where(label == 1, 3.0, 1.0))
-    assert found == pytest.approx((pixels * by_hand).sum() / by_hand.sum(), rel=1e-6)
+    expected = (pixels * by_hand).sum() / by_hand.sum()
+    assert _value(loss, logits, label, mask, weights) == pytest.approx(expected, rel=1e-6)
+
+
+# A new term: one function, its line in `losses.TERMS`, and its fields in `config.loss`.
+
+
+def focal(pixels, gamma):
+    """Focal loss, -(1 - p)^gamma log p of the probability p of the label (Lin et al. 2017, arXiv:1708.02002, eq. 4)."""
+    if pixels.softmax:
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(pixels.logits), pixels.label[..., None], -1)[..., 0]
+    else:
+        log_p = jax.nn.log_sigmoid(jnp.where(pixels.label > 0, pixels.logits, -pixels.logits))
+    loss = -((1 - jnp.exp(log_p)) ** gamma) * log_p
+    axes = tuple(range(1, loss.ndim))
+    return (loss * pixels.weight).sum(axes), pixels.weight.sum(axes)
+
+
+@pytest.fixture
+def with_focal(monkeypatch):
+    monkeypatch.setitem(losses.TERMS, "focal", losses.Term(focal, parameters={"gamma": (0.0, 5.0)}))
+
+
+@pytest.mark.usefixtures("with_focal")
+@pytest.mark.parametrize("task", ["multiclass", "binary", "multilabel"])
+def test_a_new_term_needs_only_its_function_and_its_fields(task):
+    logits, label, mask, probability = _shapes(task)
+    loss = _make(task, cross_entropy=0.5, focal=2.0, focal_gamma=3.0)
+    cross_entropy = -np.log(probability)[mask].mean()
+    expected = 0.5 * cross_entropy + 2 * (-((1 - probability) ** 3) * np.log(probability))[mask].mean()
+    assert _value(loss, logits, jnp.asarray(label), mask) == pytest.approx(expected, rel=1e-5)
+    totals = loss.totals(jnp.asarray(label), mask, logits.shape[-1])
+    assert {name: float(total) for name, total in totals.items()} == dict.fromkeys(
+        ("cross_entropy", "focal"), mask.sum()
+    )
+
+
+@pytest.mark.usefixtures("with_focal")
+@pytest.mark.parametrize("gamma", [-1.0, 5.5, float("nan")])
+def test_the_parameters_of_a_new_term_are_checked(gamma):
+    with pytest.raises(UserError, match=rf"config\.loss\.focal_gamma = {gamma} is not in 0\.0\.\.5\.0"):
+        _make("multiclass", focal=1.0, focal_gamma=gamma)
+
+
+@pytest.mark.usefixtures("with_focal")
+def test_a_new_term_trains_in_microbatches_and_is_evaluated(config):
+    with config.unlocked():
+        config.loss.cross_entropy, config.loss.focal, config.loss.focal_gamma = 0.0, 1.0, 2.0
+    config.train.accumulate, config.train.batch_size = 2, 4
+    state, history = helpers.run_steps(config, helpers.one_device(), steps=2)
+    assert np.isfinite([step["loss"] for step in history]).all() and history[0]["grad_norm"] > 0
+
+    built, _ = helpers.build(config, helpers.one_device())
+    source = data.load(config.data, "validation")
+    images = pipeline.Pipeline(source, config.data.size, config.data.resize, cache_gib=0.0)
+    step = evaluate.make_eval_step(built.network, built.loss)
+    batches = images.eval_batches(4, sharding.process_rows(built.network.mesh, 4))
+    result = evaluate.evaluate(step, state.eval_variables, batches, built.loss, built.network)
+    examples = [images.read(i) for i in range(len(source))]
+    image, label = (np.stack([example[name] for example in examples]) for name in ("image", "label"))
+    probability = np.asarray(built.network.probability(state.eval_variables, image), np.float64)
+    p = np.take_along_axis(probability, label[..., None].astype(int), -1)
+    assert result.loss == pytest.approx((-((1 - p) ** 2) * np.log(p)).mean(), rel=1e-5)

@@ -1,8 +1,17 @@
+import json
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unet_jax.metrics import confusion
+from unet_jax import data, metrics
+from unet_jax.errors import UserError
+from unet_jax.evaluation import evaluate, report
+from unet_jax.metrics import Record, confusion
+from unet_jax.parallel import signals
+from unet_jax.training import log, loop, setup
+from unet_jax.workdir import integrity, metrics_log
 
 RNG = np.random.default_rng(0)
 
@@ -13,12 +22,19 @@ def _numpy_confusion(prediction, label, mask, classes):
     return counts
 
 
+def _scores(counts, names):
+    """Key -> value, as in `metrics.jsonl`."""
+    return metrics.flatten(metrics.records(metrics.Counts(counts, names)))
+
+
 def test_confusion_equals_numpy():
     label, prediction = RNG.integers(0, 5, (2, 3, 7, 6))
     mask = RNG.random(label.shape) < 0.8
-    counts = confusion.confusion(jnp.asarray(prediction), jnp.asarray(np.where(mask, label, 255)), mask, "multiclass", 5)
+    label_given = jnp.asarray(np.where(mask, label, 255))
+    counts = confusion.confusion(jnp.asarray(prediction), label_given, mask, "multiclass", 5)
     assert counts.dtype == jnp.int32
-    assert (np.asarray(counts) == _numpy_confusion(prediction, label, mask, 5)).all()
+    for i in range(3):  # of each example
+        assert (np.asarray(counts[i]) == _numpy_confusion(prediction[i], label[i], mask[i], 5)).all()
     assert counts.sum() == mask.sum()
 
 
@@ -26,35 +42,37 @@ def test_multilabel_confusion_equals_numpy_per_class():
     label, prediction = RNG.integers(0, 2, (2, 3, 7, 6, 4))
     mask = RNG.random(label.shape) < 0.8
     counts = confusion.confusion(jnp.asarray(prediction), jnp.asarray(label), mask, "multilabel", 4)
-    for k in range(4):
-        expected = _numpy_confusion(prediction[..., k], label[..., k], mask[..., k], 2)
-        assert (np.asarray(counts[k]) == expected).all()
+    for i in range(3):
+        for k in range(4):
+            expected = _numpy_confusion(prediction[i, ..., k], label[i, ..., k], mask[i, ..., k], 2)
+            assert (np.asarray(counts[i, k]) == expected).all()
 
 
 def test_scores_worked_by_hand():
-    counts = np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]])  # nothing of the third class, nor predicted as such
-    scores = confusion.scores(counts, ("road", "car", "dog"))
+    counts = np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]])  # the third class is neither present nor predicted
+    scores = _scores(counts, ("road", "car", "dog"))
     assert scores["accuracy"] == 9 / 12
-    assert scores["iou"] == {"road": 6 / 9, "car": 3 / 6, "dog": None}
-    assert scores["dice"] == {"road": 12 / 15, "car": 6 / 9, "dog": None}
+    assert [scores[f"iou/{name}"] for name in ("road", "car", "dog")] == [6 / 9, 3 / 6, None]
+    assert [scores[f"dice/{name}"] for name in ("road", "car", "dog")] == [12 / 15, 6 / 9, None]
     assert scores["miou"] == pytest.approx((6 / 9 + 3 / 6) / 2)
-    assert scores["pixels"] == {"road": 8, "car": 4, "dog": 0}
+    assert confusion.pixel_counts(counts).tolist() == [8, 4, 0]
 
 
-def test_false_positives_of_an_absent_class_lower_the_others_but_not_the_mean():
-    scores = confusion.scores(np.array([[6, 2], [0, 0]]), ("road", "dog"))
-    assert scores["iou"] == {"road": 6 / 8, "dog": None} and scores["miou"] == 6 / 8
+def test_false_positives_of_an_absent_class_lower_the_others_but_do_not_count_in_the_mean():
+    scores = _scores(np.array([[6, 2], [0, 0]]), ("road", "dog"))
+    assert scores["iou/road"] == 6 / 8 and scores["iou/dog"] is None and scores["miou"] == 6 / 8
 
 
 def test_multilabel_scores_worked_by_hand():
     counts = np.array([[[5, 1], [1, 3]], [[10, 0], [0, 0]]])
-    scores = confusion.scores(counts, ("plus", "ring"))
-    assert scores["iou"] == {"plus": 3 / 5, "ring": None}
+    scores = _scores(counts, ("plus", "ring"))
+    assert scores["iou/plus"] == 3 / 5 and scores["iou/ring"] is None
     assert scores["accuracy"] == 18 / 20
+    assert confusion.pixel_counts(counts).tolist() == [4, 0]
 
 
-def test_no_pixel_at_all():
-    scores = confusion.scores(np.zeros((2, 2), int), ("a", "b"))
+def test_scores_of_no_pixels_are_none():
+    scores = _scores(np.zeros((2, 2), int), ("a", "b"))
     assert scores["accuracy"] is None and scores["miou"] is None
 
 
@@ -63,3 +81,90 @@ def test_predicted_labels():
     assert confusion.predict_label(logits, "multiclass").tolist() == [[[1, 0]]]
     assert confusion.predict_label(logits, "multilabel").tolist() == [[[[0, 1, 1], [1, 0, 0]]]]
     assert confusion.predict_label(logits[..., :1], "binary").tolist() == [[[0, 1]]]
+
+
+def test_records_have_these_keys_titles_and_directions():
+    records = metrics.describe(("road", "car"))
+    assert [(record.key, record.title) for record in records] == [
+        ("accuracy", "pixel accuracy"),
+        ("miou", "mean IoU"),
+        ("mdice", "mean Dice"),
+        ("iou", "IoU"),
+        ("dice", "Dice"),
+    ]
+    assert [record.per_class for record in records] == [False, False, False, True, True]
+    assert all(record.higher_is_better for record in records)
+    assert metrics.flatten(records)["iou/car"] is None  # there are no values yet
+
+
+# A new metric: one function that returns records, and its place in `metrics.METRICS`.
+
+
+def missed(counts):
+    """The share of the pixels that are not predicted as what they are; and of each class."""
+    total, pixels = counts.confusion, counts.confusion.sum(1)
+    share = lambda wrong, all_of_it: float(wrong / all_of_it) if all_of_it else None
+    per_class = [share(n - hit, n) for n, hit in zip(pixels, total.diagonal(), strict=True)]
+    return [
+        Record("missed", "missed", share(pixels.sum() - total.trace(), pixels.sum()), higher_is_better=False),
+        Record("miss", "Missed", dict(zip(counts.names, per_class, strict=True)), higher_is_better=False),
+        Record("silence", "background", share(total[:, 0].sum(), pixels.sum())),
+    ]
+
+
+@pytest.fixture
+def with_missed(monkeypatch):
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, missed))
+
+
+@pytest.mark.usefixtures("with_missed")
+def test_a_new_metric_is_in_table_json_and_log(tmp_path):
+    counts, names = np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]]), ("road", "car", "dog")
+    records = metrics.records(metrics.Counts(counts, names))
+    result = evaluate.Evaluation(0.5, records, counts[None], names)
+
+    header, road, car, dog, last = evaluate.format_table(result).splitlines()
+    assert "Missed" in header and "missed 0.2500" in last
+    assert "0.2500" in road and "0.2500" in car and dog.split() == ["dog", "absent", "absent", "absent"]
+
+    values = json.loads(json.dumps(evaluate.to_json(result)))
+    assert values["missed"] == 3 / 12 and values["miss"] == {"road": 2 / 8, "car": 1 / 4, "dog": None}
+
+    settings = dict(steps_per_epoch=2.0, total_steps=4, batch_size=1, every=1, skips_nonfinite=False)
+    training_log = log.TrainingLog(tmp_path, schedule=lambda step: 0.1, **settings)
+    training_log.add_evaluation(4, result)
+    training_log.close()
+    (row,) = metrics_log.read(tmp_path)
+    assert row["val/missed"] == 3 / 12 and row["val/miss/car"] == 1 / 4 and row["val/miss/dog"] is None
+
+
+@pytest.mark.usefixtures("with_missed")
+def test_a_new_metric_can_be_the_best_metric_by_its_key(config):
+    classes = data.classes(config.data)
+    for key in ("missed", "miss/ring", "silence"):
+        evaluate.check(config.eval.to_dict() | {"best_metric": key}, classes)
+    with pytest.raises(UserError, match="Did you mean 'missed'"):
+        evaluate.check(config.eval.to_dict() | {"best_metric": "mised"}, classes)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_missed")
+@pytest.mark.parametrize("best_metric, best", [("missed", 2), ("miss/circle", 1), ("silence", 2)])
+def test_a_new_metric_picks_the_best_checkpoint_whichever_direction_is_better(config, tmp_path, best_metric, best):
+    config.eval.best_metric, config.train.eval_every_epochs = best_metric, 0.4  # every step
+    run = setup.open_run(config, tmp_path)
+    with signals.Deferred() as deferred:
+        # Networks that predict one class everywhere, after steps 1 to 4: circles, background, triangles, triangles.
+        for step, predicted in enumerate((2, 0, 3, 3), 1):
+            bias = jax.device_put(100.0 * jnp.eye(7)[predicted], run.state.params["head"]["bias"].sharding)
+            params = {**run.state.params, "head": {**run.state.params["head"], "bias": bias}}
+            loop.evaluate_and_save(run, run.state.replace(params=params, ema=params), step, 0, deferred)
+    run.writer.close()
+    run.log.close()
+    rows = {row["step"]: row for row in metrics_log.read(tmp_path)}
+    assert [rows[step]["val/miss/circle"] for step in (1, 2, 3)] == [0, 1, 1]
+    assert integrity.steps(tmp_path) == [best, 3, 4] and integrity.best_step(tmp_path) == best
+
+    result = evaluate.evaluate_workdir(tmp_path, None, None, "validation")
+    assert metrics.flatten(result.records)[best_metric] == rows[best][f"val/{best_metric}"]
+    assert "missed" in report.write(tmp_path).read_text()

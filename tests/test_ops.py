@@ -12,7 +12,7 @@ def _normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def test_max_pool_and_its_gradient_equal_the_plain_one_with_ties():
+def test_max_pool_and_its_gradient_equal_those_of_flax_even_with_ties():
     x = jnp.round(2 * _normal(2, 8, 6, 5))  # few values, so many ties
     weights = _normal(2, 4, 3, 5, seed=1)
     plain = lambda x: nn.max_pool(x, (2, 2), strides=(2, 2))
@@ -23,7 +23,7 @@ def test_max_pool_and_its_gradient_equal_the_plain_one_with_ties():
     assert (gradients[0] == gradients[1]).all()
 
 
-NARROW, WIDE = (4, 6), (64, 128)  # channels and features; wide ones take Winograd's form
+NARROW, WIDE = (4, 6), (64, 128)  # channels and features; wide convolutions are computed by Winograd's algorithm
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
@@ -31,7 +31,7 @@ NARROW, WIDE = (4, 6), (64, 128)  # channels and features; wide ones take Winogr
     "height, width, batch, channels",
     [(37, 40, 1, NARROW), (6, 8, 9, NARROW), (3, 3, 1, NARROW), (20, 22, 1, WIDE), (18, 16, 3, WIDE[::-1])],
 )
-def test_convolution_on_one_cpu_and_its_gradients_equal_the_plain_one(padding, height, width, batch, channels):
+def test_convolution_for_one_cpu_and_its_gradients_equal_the_plain_one(padding, height, width, batch, channels):
     _check_convolution(padding, (batch, height, width, channels[0]), channels[1], winograd=channels != NARROW)
 
 
@@ -47,7 +47,7 @@ def _check_convolution(padding, shape, features, winograd):
         x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     ours = lambda x, kernel: ops.conv_3x3_on_cpu(x, kernel, padding)
-    # Float32 sums of up to 9000 products of size one in another order, and Winograd's sums and differences before them.
+    # float32 sums of up to 9000 products of size one in another order, after Winograd's sums and differences.
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
     close(ours(x, kernel), plain(x, kernel))
     weights = _normal(*plain(x, kernel).shape, seed=2)
@@ -60,7 +60,7 @@ def _check_convolution(padding, shape, features, winograd):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_transposed_convolution_and_its_gradients_equal_the_plain_one(size):
+def test_transposed_convolution_and_its_gradients_equal_those_of_flax(size):
     x, kernel = _normal(2, 5, 4, 3), _normal(size, size, 3, 6, seed=1)
     layer = nn.ConvTranspose(6, (size, size), strides=(2, 2), padding="SAME", use_bias=False)
     plain = lambda x, kernel: layer.apply({"params": {"kernel": kernel}}, x)
@@ -79,7 +79,7 @@ def test_repeat_equals_nearest_resize():
     assert (ops.repeat_2x(x) == jax.image.resize(x, (2, 6, 8, 5), "nearest")).all()
 
 
-def test_bilinear_resize_and_its_gradient_equal_the_plain_one():
+def test_bilinear_resize_and_its_gradient_equal_those_of_jax():
     x, weights = _normal(2, 3, 4, 5), _normal(2, 6, 8, 5, seed=1)
     plain = lambda x: jax.image.resize(x, (2, 6, 8, 5), "bilinear")
     # Sums of four products of size one, in another order.
@@ -90,7 +90,7 @@ def test_bilinear_resize_and_its_gradient_equal_the_plain_one():
     np.testing.assert_allclose(ops.resize_2x(one), jnp.broadcast_to(one, (1, 2, 2, 2)), atol=1e-6)
 
 
-def test_dropout_keeps_the_mean_and_depends_on_the_key_of_the_example_alone():
+def test_dropout_keeps_the_mean_and_depends_only_on_the_key_of_the_example():
     keys = jax.random.split(jax.random.key(0), 4)
     x = jnp.ones((4, 50, 50, 2))
     y = ops.dropout(x, keys, 0.3)

@@ -20,7 +20,7 @@ def test_schedules(config):
     np.testing.assert_allclose([cosine(s) for s in (0, 50, 100)], [1, 0.5, 0], atol=1e-6)
 
 
-def test_warm_up_rises_to_the_peak_and_keeps_the_boundaries(config):
+def test_warm_up_rises_to_the_peak_and_moves_no_boundary(config):
     schedule = _schedule(config, schedule="step", learning_rate=1.0, decay_epochs=(3,), warmup_epochs=1)
     np.testing.assert_allclose([schedule(s) for s in (0, 5, 10, 29, 31)], [0, 0.5, 1, 1, 0.1], rtol=1e-6)
 
@@ -58,7 +58,7 @@ def test_optimizers_are_those_of_optax(config, settings, rule):
         (dict(ema=1.0), "config.optimizer.ema"),
     ],
 )
-def test_settings_without_meaning_are_named(config, settings, message):
+def test_an_invalid_setting_is_an_error_that_names_it(config, settings, message):
     settings = config.optimizer.to_dict() | settings
     with pytest.raises(UserError, match=message):
         schedule = optimizer.make_schedule(settings, steps_per_epoch=10, total_steps=100)

@@ -1,4 +1,4 @@
-"""What a compiled step needs and sends, and that the plan tells it."""
+"""What a compiled step needs and sends, and that the plan prints it."""
 
 import re
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import camvid, carla, default, folder, isbi2012, oxford_iiit_pet
-from unet_jax import data
+from unet_jax import data, models
 from unet_jax.errors import UserError
 from unet_jax.models import unet
 from unet_jax.parallel import sharding
@@ -24,8 +24,8 @@ CARLA = {
 
 def _compile(config, count=8, space=1):
     config.mesh.space = space
-    devices = sharding.create_mesh(0, space, jax.devices()[:count])
-    return plan.compile_step(config, plan.find_classes(config.data), devices)
+    mesh = sharding.create_mesh(0, space, jax.devices()[:count])
+    return plan.compile_step(config, plan.find_classes(config.data), mesh)
 
 
 def _traffic(made):
@@ -42,7 +42,7 @@ def _sizes(collectives):
 
 @pytest.fixture
 def plain(config):
-    """No normalisation, so that nothing but gradients and three scalars is summed over devices; SGD."""
+    """SGD without normalisation, so that only gradients and three scalars are summed over devices."""
     config.model.norm, config.optimizer.name, config.optimizer.ema = "none", "sgd", 0.0
     return config
 
@@ -59,24 +59,22 @@ def plain(config):
 )
 def test_flops_of_training_equal_the_known_numbers(settings, image, outputs, expected):
     model = unet.UNet(outputs, **settings)
-    params = unet.abstract(model, image[-1])["params"]
+    params = models.abstract_variables(model, image[-1])["params"]
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     loss = lambda params, image, keys: model.apply({"params": params}, image, keys).sum()
-    given = params, jax.ShapeDtypeStruct((1, *image), jnp.float32), keys
-    forward, training = (program.flops(f, *given) for f in (loss, jax.value_and_grad(loss)))
+    arguments = params, jax.ShapeDtypeStruct((1, *image), jnp.float32), keys
+    forward, training = (program.flops(f, *arguments) for f in (loss, jax.value_and_grad(loss)))
     # The image needs no gradient, so training is three times the forward pass less the first convolution, which is
-    # less than half a hundredth of it in all of these networks.
+    # less than 0.5 % of it in all of these networks.
     assert 2.985 * forward < training < 3 * forward
     assert training / 1e9 == pytest.approx(expected, rel=0.01)
 
 
-def test_work_that_is_done_again_counts_again(plain):
-    devices = sharding.create_mesh(0, 1)
-    classes = plan.find_classes(plain.data)
-    kept = plan.flops(plain, classes, devices, plan.compile_step(plain, classes, devices))
+def test_rematerialised_work_is_counted(plain):
+    stored = plan.flops(plain, _compile(plain))
     plain.model.remat = (0, 1, 2)
-    again = plan.flops(plain, classes, devices, plan.compile_step(plain, classes, devices))
-    assert 1.25 * kept < again < 4 / 3 * kept  # once more forward, but for the up-sampling and the head
+    rematerialised = plan.flops(plain, _compile(plain))
+    assert 1.25 * stored < rematerialised < 4 / 3 * stored  # a second forward pass, but for up-sampling and head
 
 
 def test_flops_follow_loops_branches_and_products():
@@ -121,7 +119,7 @@ def test_collectives_are_read_in_all_their_notations():
     assert [collective.sent for collective in expected] == sent
 
 
-def test_devices_that_share_a_batch_send_each_other_gradients_and_three_scalars(plain):
+def test_devices_that_share_a_batch_exchange_gradients_and_three_scalars(plain):
     made = _compile(plain)
     traffic = _traffic(made)
     assert traffic.keys() == {"all-reduce"}
@@ -130,38 +128,38 @@ def test_devices_that_share_a_batch_send_each_other_gradients_and_three_scalars(
     assert _sizes(traffic["all-reduce"]) == params + 3 * 4  # the loss, the sum of its weights, the signal
 
 
-def test_parts_of_a_batch_send_gradients_once_each(plain):
+def test_microbatches_exchange_gradients_once_each(plain):
     plain.train.batch_size, plain.train.accumulate = 16, 2
     made = _compile(plain)
     traffic = _traffic(made)
     assert traffic.keys() == {"all-reduce"}
     params = program.held_bytes(made.arguments[0].params)
-    # The price of leaving the sums to the compiler, which places one where the gradient is made: twice what is needed.
+    # The compiler places each sum where its gradient is computed: twice what is needed.
     assert _sizes(traffic["all-reduce"]) == 2 * (params + 4) + 2 * 4
 
 
-def test_devices_that_share_images_send_each_other_borders(plain):
+def test_devices_that_share_images_exchange_borders(plain):
     made = _compile(plain, space=2)
     traffic = _traffic(made)
     assert traffic.keys() == {"all-reduce", "collective-permute"}
-    widest = 2 * 48 * 8 * 4  # a row of two images of 48 columns, 8 channels: what the two highest blocks join
+    widest = 2 * 48 * 8 * 4  # input of the last decoder block: a row of two images of 48 columns, 8 channels
     assert max(c.size for c in traffic["collective-permute"]) == widest
-    # Gradients are summed along one axis of the mesh and then along the other.
+    # Gradients are summed along one axis of the mesh, then along the other.
     params = program.held_bytes(made.arguments[0].params)
     assert params <= _sizes(traffic["all-reduce"]) <= 2 * params + 100
 
 
-def test_a_shared_optimizer_is_an_eighth_and_nothing_but_weights_is_gathered(plain):
-    plain.model.features = (8, 8, 16)  # what eight devices can share, but for the first kernel's input
+def test_a_sharded_optimizer_takes_an_eighth_and_only_weights_are_gathered(plain):
+    plain.model.features = (8, 8, 16)  # divisible by eight, but for the input of the first kernel
     whole = _compile(plain)
     plain.mesh.shard_optimizer = True
     made = _compile(plain)
     held = [program.held_bytes(m.arguments[0].opt_state) for m in (whole, made)]
-    assert held[1] < held[0] / 8 + 200  # the head and what has no axis for eight devices, in bytes
+    assert held[1] < held[0] / 8 + 200  # bytes of the head and of arrays with no axis for eight devices
     traffic = _traffic(made)
     assert traffic.keys() == {"all-reduce", "all-gather"}
-    shapes = {x.size * 4 for x in jax.tree.leaves(made.arguments[0].params)}
-    assert {c.size for c in traffic["all-gather"]} <= shapes
+    sizes = {x.size * 4 for x in jax.tree.leaves(made.arguments[0].params)}
+    assert {c.size for c in traffic["all-gather"]} <= sizes
     assert _sizes(traffic["all-gather"]) <= program.held_bytes(made.arguments[0].params)
 
 
@@ -171,13 +169,13 @@ def test_eight_devices_share_the_memory_of_one_image(config, optimized, model, m
     config.data.size = (2008, 2048) if model.get("padding") == "valid" else (2048, 2048)  # 2048 rows with margins
     config.model.features, config.train.batch_size, config.loss.dice = (2, 4, 4), 1, 0.5
     config.model.update(model)
-    monkeypatch.setattr(mesh, "is_one_cpu", lambda devices: False)  # the same form of the convolution
+    monkeypatch.setattr(sharding, "is_one_cpu", lambda mesh: False)  # the same convolutions
     one, eight = _compile(config, 1).peak, _compile(config, 8, space=8).peak
-    # An eighth, and the border rows. The whole image as it comes, one byte a value, lies on every device.
+    # An eighth, and the border rows. The image as it is read, one byte a value, is whole on every device.
     assert eight < 0.2 * one
 
 
-def test_the_largest_batch_is_found_by_few_compilations_and_verified():
+def test_the_largest_batch_is_found_and_verified_by_few_compilations():
     tried = []
 
     def search(needed, first, unit, limit):
@@ -195,11 +193,11 @@ def test_the_largest_batch_is_found_by_few_compilations_and_verified():
 
 
 @pytest.mark.slow
-def test_a_plan_tells_everything_and_writes_nothing(tmp_path):
+def test_a_plan_prints_everything_and_writes_nothing(tmp_path):
     flags = (f"--config={commands.TINY}", "--mode=plan", "--memory_gib=1")
     output = commands.succeed(*flags, folder=tmp_path)
     rows = (
-        "network devices step parameters optimizer averaged batch activations peak all.devices each.device by.XLA "
+        "network devices step parameters optimizer EMA batch activations peak all.devices each.device by.XLA "
         "sent.by.each.device all-reduce"
     )
     for row in rows.split():
@@ -222,9 +220,9 @@ def test_the_largest_batch_fits_and_the_next_does_not(plain, capsys):
     assert _compile(plain).peak > 0.01 * 2**30
 
 
-def test_without_a_memory_the_plan_asks_for_it(plain, capsys):
+def test_without_a_memory_size_the_plan_asks_for_it(plain, capsys):
     plan.plan(plain, None)
-    assert "no memory was given, as by --memory_gib=80" in capsys.readouterr().out
+    assert "not searched for: no --memory_gib was given" in capsys.readouterr().out
     with pytest.raises(UserError, match="memory_gib=-1 must be positive"):
         plan.plan(plain, -1)
 
@@ -232,9 +230,9 @@ def test_without_a_memory_the_plan_asks_for_it(plain, capsys):
 def test_classes_are_known_without_files():
     known = {carla: 23, camvid: 11, isbi2012: 2, oxford_iiit_pet: 3, default: 7}
     assert {file: len(plan.find_classes(file.get_config().data).names) for file in known} == known
-    with pytest.raises(UserError, match=r"labels and config.data.channels do not .* 'data/folder' is not a folder"):
+    with pytest.raises(UserError, match=r"labels and config.data.channels are not .* 'data/folder' is not a folder"):
         plan.find_classes(folder.get_config().data)
     settings = folder.get_config().data
     settings.labels = ("0 background", "255 -> 1 cell")
-    with pytest.raises(UserError, match="not settled"):
+    with pytest.raises(UserError, match="are not set; they can be inferred"):
         data.classes(settings)

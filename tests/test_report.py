@@ -144,7 +144,7 @@ def test_an_image_that_vanishes_in_between_does_not_end_in_an_error(copy, monkey
 
 def test_a_training_without_a_checkpoint_has_none(copy, tmp_path):
     shutil.rmtree(copy / "checkpoints")
-    with pytest.raises(UserError, match="stopped before the first one"):
+    with pytest.raises(UserError, match="stopped before its first one"):
         report.write(copy)
     with pytest.raises(UserError, match=r"has no config.json"):
         report.write(tmp_path / "nothing")

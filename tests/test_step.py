@@ -1,13 +1,13 @@
-"""The training step alone: parts of a batch, activations computed again, images shared by devices."""
+"""The training step alone: microbatches, rematerialised activations, images split over devices."""
 
 import chex
+import helpers
 import jax
 import numpy as np
 import pytest
-import test_train
 
 from unet_jax.parallel import sharding
-from unet_jax.training import plan, step
+from unet_jax.training import components, plan, step
 
 
 @pytest.fixture
@@ -19,46 +19,43 @@ def gradient_config(config):
     return config
 
 
-def _compile(config, devices):
-    return plan.compile_step(config, plan.find_classes(config.data), devices)
+def _compile(config, mesh):
+    return plan.compile_step(config, plan.find_classes(config.data), mesh)
 
 
 @pytest.mark.parametrize("norm", ["none", "group"])
-def test_gradients_of_parts_sum_up_to_those_of_the_whole_batch(gradient_config, norm):
+def test_gradients_of_microbatches_add_up_to_those_of_the_batch(gradient_config, norm):
     config = gradient_config
     config.model.norm = norm
-    devices = sharding.create_mesh(2, 1, jax.devices()[:2])
-    whole, whole_history = test_train._run_steps(config, devices, steps=1)
+    whole, whole_history = helpers.run_steps(config, helpers.two_devices(), steps=1)
     config.train.accumulate = 4
-    parts, parts_history = test_train._run_steps(config, devices, steps=1)
+    accumulated, history = helpers.run_steps(config, helpers.two_devices(), steps=1)
     # Weights of size one less their gradients: float32 rounding of sums over 8 x 48 x 48 pixels in another order.
-    chex.assert_trees_all_close(parts.params, whole.params, atol=1e-6)
-    assert parts_history[0]["loss"] == pytest.approx(whole_history[0]["loss"], abs=1e-6)
+    chex.assert_trees_all_close(accumulated.params, whole.params, atol=1e-6)
+    assert history[0]["loss"] == pytest.approx(whole_history[0]["loss"], abs=1e-6)
 
 
-def test_one_compilation_serves_all_steps_of_parts(gradient_config, monkeypatch):
+def test_steps_with_microbatches_compile_once(gradient_config, monkeypatch):
     made, make = [], step.make_train_step
-    monkeypatch.setattr(step, "make_train_step", lambda *args: made.append(make(*args)) or made[-1])
+    monkeypatch.setattr(step, "make_train_step", lambda *args, **kwargs: made.append(make(*args, **kwargs)) or made[-1])
     gradient_config.train.accumulate, gradient_config.optimizer.learning_rate = 2, 0.01
-    test_train._run_steps(gradient_config, sharding.create_mesh(2, 1, jax.devices()[:2]), steps=3)
+    helpers.run_steps(gradient_config, helpers.two_devices(), steps=3)
     assert [function._cache_size() for function in made] == [1]
 
 
-def test_activations_computed_again_change_nothing(gradient_config):
+def test_rematerialised_activations_change_nothing(gradient_config):
     config = gradient_config
-    devices = sharding.create_mesh(2, 1, jax.devices()[:2])
-    kept, _ = test_train._run_steps(config, devices, steps=1)
+    stored, _ = helpers.run_steps(config, helpers.two_devices(), steps=1)
     config.model.remat = (0, 1, 2)
-    again, _ = test_train._run_steps(config, devices, steps=1)
-    chex.assert_trees_all_equal_structs(kept.params, again.params)
-    chex.assert_trees_all_close(kept.params, again.params, atol=1e-6)
+    rematerialised, _ = helpers.run_steps(config, helpers.two_devices(), steps=1)
+    chex.assert_trees_all_equal_structs(stored.params, rematerialised.params)
+    chex.assert_trees_all_close(stored.params, rematerialised.params, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_parts_and_remat_save_memory(config, optimized):
+def test_microbatches_and_remat_save_memory(config, optimized):
     config.data.size, config.train.batch_size = (128, 128), 32
-    devices = sharding.create_mesh(0, 1)
-    peak = lambda: _compile(config, devices).peak
+    peak = lambda: _compile(config, sharding.create_mesh(0, 1)).peak
     whole = peak()
     config.model.remat = (0, 1, 2)
     # Without, every block keeps what goes into and comes out of both convolutions, norms and activations; with, what
@@ -70,11 +67,11 @@ def test_parts_and_remat_save_memory(config, optimized):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [{"padding": "valid"}, {"upsample": "bilinear"}, {"upsample": "nearest"}])
-def test_networks_whose_images_are_shared_by_devices_train_the_same(gradient_config, model):
+def test_networks_train_the_same_on_images_split_over_devices(gradient_config, model):
     config = gradient_config
     config.model.update(model)
-    one, one_history = test_train._run_steps(config, test_train._one_device(), steps=2)
-    many, many_history = test_train._run_steps(config, sharding.create_mesh(2, 4), steps=2)
+    one, one_history = helpers.run_steps(config, helpers.one_device(), steps=2)
+    many, many_history = helpers.run_steps(config, sharding.create_mesh(2, 4), steps=2)
     for a, b in zip(one_history, many_history, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
     chex.assert_trees_all_close(one.params, many.params, atol=1e-5)
@@ -82,13 +79,11 @@ def test_networks_whose_images_are_shared_by_devices_train_the_same(gradient_con
 
 
 @pytest.mark.parametrize("model", [{}, {"upsample": "transposed_3x3", "norm": "none", "dropout": 0.3}])
-def test_a_step_adds_nothing_up_in_an_order_that_a_gpu_chooses(gradient_config, model):
+def test_a_step_has_no_sums_whose_order_a_gpu_chooses(gradient_config, model):
     config = gradient_config
     config.model.update(model)
-    devices, classes = sharding.create_mesh(2, 1, jax.devices()[:2]), plan.find_classes(config.data)
-    made = _compile(config, devices)
-    layout = jax.tree.map(lambda x: x.sharding, made.arguments[0])
-    train_step = step.make_train_step(made.parts.model, made.parts.tx, config, classes, devices, layout)
-    program = train_step.lower(*made.arguments).as_text()
+    made = _compile(config, helpers.two_devices())
+    shardings = jax.tree.map(lambda x: x.sharding, made.arguments[0])
+    program = components.make_train_step(config, made.components, shardings).lower(*made.arguments).as_text()
     assert "stablehlo.convolution" in program
     assert "scatter" not in program  # nor the select_and_scatter of a windowed maximum

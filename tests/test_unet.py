@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unet_jax import models
 from unet_jax.errors import UserError
-from unet_jax.models import UNet, unet
+from unet_jax.models.unet import UNet
 
 PAPER = dict(num_outputs=2, padding="valid", dropout=0.5)
 CARLA = dict(
@@ -31,7 +32,7 @@ KERAS = dict(num_outputs=1, upsample="nearest", dropout=0.5)
     ],
     ids=["paper", "carla", "pytorch", "pytorch_6", "keras"],
 )
-def test_networks_of_the_sources(settings, image, parameters, output):
+def test_published_networks_have_their_number_of_parameters(settings, image, parameters, output):
     model = UNet(**settings)
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image)))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == parameters
@@ -39,12 +40,12 @@ def test_networks_of_the_sources(settings, image, parameters, output):
     chex.assert_shape(logits, (2, *output, settings["num_outputs"]))
 
 
-def test_paper_network_has_23_convolutions_and_its_geometry():
+def test_the_network_of_the_paper_has_23_convolutions_and_its_sizes():
     model = UNet(**PAPER)
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 572, 572, 1)))
     kernels = [leaf for leaf in jax.tree.leaves(variables) if leaf.ndim == 4]
     assert sorted(kernel.shape[0] for kernel in kernels) == [1] + 4 * [2] + 18 * [3]
-    for b in (8, 9, 32):  # the legal inputs are 16 b + 60
+    for b in (8, 9, 32):  # it accepts sizes of 16 b + 60
         assert model.output_size((16 * b + 60, 572)) == (16 * b + 60 - 184, 388)
     lowest, skips = jax.eval_shape(
         lambda v, x: model.apply(v, x, None, method="encode"), variables, jnp.zeros((1, 572, 572, 1))
@@ -81,7 +82,7 @@ def test_every_skip_reaches_the_logits(settings):
     chex.assert_shape(model.apply(variables, image), (1, *expected, 2))
 
 
-def test_an_additional_skip_is_an_error():
+def test_an_unused_skip_is_an_error():
     model = UNet(2, features=(4, 8))
     image = jnp.zeros((1, 8, 8, 3))
     variables = model.init(jax.random.key(0), image)
@@ -116,7 +117,7 @@ def test_dropout_of_an_example_does_not_depend_on_its_batch():
     np.testing.assert_allclose(whole[2:], part, atol=1e-5)
 
 
-def test_bfloat16_computes_low_and_keeps_parameters_and_logits_high():
+def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_and_logits_in_float32():
     image = jax.random.normal(jax.random.key(1), (1, 16, 16, 3))
     model = UNet(2, features=(4, 8), norm="batch", dtype="bfloat16")
     variables = model.init(jax.random.key(0), image)
@@ -125,9 +126,9 @@ def test_bfloat16_computes_low_and_keeps_parameters_and_logits_high():
     assert lowest.dtype == jnp.bfloat16
     logits = model.apply(variables, image)
     assert logits.dtype == jnp.float32
-    high = UNet(2, features=(4, 8), norm="batch").apply(variables, image)
+    exact = UNet(2, features=(4, 8), norm="batch").apply(variables, image)
     # bfloat16 has 8 bits: five layers of relative error 2^-8 each, on logits of size one.
-    assert 0 < jnp.abs(logits - high).max() < 0.1
+    assert 0 < jnp.abs(logits - exact).max() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -138,9 +139,17 @@ def test_bfloat16_computes_low_and_keeps_parameters_and_logits_high():
         (dict(padding="valid"), (100, 572), "Nearest heights: 188"),
     ],
 )
-def test_illegal_sizes_name_the_nearest_legal_ones(settings, size, nearest):
+def test_an_illegal_size_is_an_error_that_names_the_nearest_legal_ones(settings, size, nearest):
     with pytest.raises(UserError, match=nearest):
         UNet(2, **settings).output_size(size)
+
+
+def _output_height(model, height):
+    """The height of the output; 0 if the network does not accept images of `height`."""
+    try:
+        return model.output_size((height, model.smallest_input[1]))[0]
+    except UserError:
+        return 0
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(padding="valid"), dict(padding="valid", extra_conv=True)], ids=str)
@@ -150,15 +159,14 @@ def test_margins_are_the_smallest_that_predict_every_pixel(settings):
         (before, after), _ = model.margins((size, 48))
         needed = before + size + after
         (output, _) = model.output_size((needed, model.smallest_input[1]))
-        assert output >= size and 2 * before == needed - output  # the prediction begins at the first pixel
-        smaller = [model._output_length(n) or 0 for n in range(size, needed)]
-        assert all(n < size for n in smaller)
+        assert output >= size and 2 * before == needed - output  # the output starts at the first pixel
+        assert all(_output_height(model, smaller) < size for smaller in range(size, needed))
     assert UNet(2, padding="valid").margins((388, 388)) == ((92, 92), (92, 92))
     assert UNet(2).margins((96, 100)) == ((0, 0), (0, 12))
 
 
 def test_initialisation_of_the_paper():
-    """Every layer keeps N(0, sqrt(2 / N)), N the values that one output is computed from."""
+    """Kernels are drawn from N(0, sqrt(2 / N)), N being the number of inputs of one output."""
     model = UNet(2, features=(32, 64, 128), kernel_init="paper")
     params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     for path, kernel in jax.tree_util.tree_leaves_with_path(params):
@@ -167,11 +175,13 @@ def test_initialisation_of_the_paper():
             assert (kernel == 0).all()
             continue
         height, width, channels, _ = kernel.shape
-        inputs = channels if "up" in name else height * width * channels  # a stride of two: one tap of four each
-        # The deviation of n draws is known to 1 / sqrt(2 n); five of these.
+        inputs = (
+            channels if "up" in name else height * width * channels
+        )  # with a stride of two each output uses one tap of four
+        # The standard deviation of n draws has a relative error of 1 / sqrt(2 n); five of these.
         assert kernel.std() * np.sqrt(inputs / 2) == pytest.approx(1, abs=5 / np.sqrt(2 * kernel.size)), name
         if kernel.size > 10_000:
-            assert np.abs(kernel).max() > 2.2 * kernel.std()  # not cut off at two deviations
+            assert np.abs(kernel).max() > 2.2 * kernel.std()  # not truncated at two standard deviations
 
 
 @pytest.mark.parametrize(
@@ -179,6 +189,6 @@ def test_initialisation_of_the_paper():
     [("padding", "vaild"), ("upsample", "deconv"), ("norm", "layer"), ("dtype", "float16"), ("features", (8,))]
     + [("features", (8, 0)), ("features", (8, "a")), ("dropout", 1.0), ("kernel_init", "papr")],
 )
-def test_settings_without_meaning_are_named(config, field, value):
+def test_an_invalid_setting_is_an_error_that_names_it(config, field, value):
     with pytest.raises(UserError, match=f"config.model.{field}"):
-        unet.create(2, **(config.model.to_dict() | {field: value}))
+        models.create(num_outputs=2, **(config.model.to_dict() | {field: value}))

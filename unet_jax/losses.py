@@ -1,8 +1,8 @@
 """Loss terms as sums and weights per example, so that a mean over a batch or a whole split divides once, exactly.
 
-To add a term: a function like those below, its line in `TERMS`, and its weight (with its parameters, if any) in
-`config.loss`. The weight of the term `focal` is `config.loss.focal`, its parameter `gamma` is `config.loss.focal_gamma`.
-Pixels outside the mask count nowhere.
+To add a term: a function like those below, its line in `TERMS`, and its weight and parameters in `config.loss`. The
+weight of the term `focal` is `config.loss.focal`, its parameter `gamma` is `config.loss.focal_gamma`. Pixels outside
+the mask count nowhere.
 """
 
 import dataclasses
@@ -15,26 +15,18 @@ import optax
 
 from unet_jax.errors import UserError
 
-# One term of a batch: the weighted sum and the weight of each example, float32 [B]; its mean is sum(sums) / sum(weights).
+# One term of a batch: the weighted sum and the weight of each example, float32 [B]. Its mean: sum(sums) / sum(weights).
 Sums = tuple[jax.Array, jax.Array]
 
 
 class Pixels(NamedTuple):
-    """What a term is computed from; D = `[B, H, W]` for a softmax, `[B, H, W, K]` for K sigmoids.
+    """What a term is computed from; D = `[B, H, W]` for a softmax, `[B, H, W, K]` for K sigmoids."""
 
-    Attributes:
-      logits: float32 `[B, H, W, K]`; K = 1 for a binary task.
-      label: int32 of shape D; a legal class where masked.
-      mask: bool of shape D: which elements count.
-      weight: float32 of shape D: mask times class and pixel weights.
-      softmax: whether the classes exclude each other (`multiclass`).
-    """
-
-    logits: jax.Array
-    label: jax.Array
-    mask: jax.Array
-    weight: jax.Array
-    softmax: bool
+    logits: jax.Array  # float32 `[B, H, W, K]`; K = 1 for a binary task
+    label: jax.Array  # int32 of shape D; a legal class where masked
+    mask: jax.Array  # bool of shape D: which elements count
+    weight: jax.Array  # float32 of shape D: mask times class and pixel weights
+    softmax: bool  # whether the classes exclude each other (`multiclass`)
 
 
 def cross_entropy(pixels: Pixels) -> Sums:
@@ -78,15 +70,10 @@ def dice(pixels: Pixels, smooth: float = 1.0) -> Sums:
 
 
 class Term(NamedTuple):
-    """A line of `TERMS`.
+    """A line of `TERMS`. The weights that its function returns must not depend on the logits."""
 
-    Attributes:
-      function: of `Pixels` and the parameters. The weights that it returns must not depend on the logits.
-      parameters: name -> (lowest, highest) value of `config.loss.<term>_<name>`.
-    """
-
-    function: Callable[..., Sums]
-    parameters: Mapping[str, tuple[float, float]] = {}
+    function: Callable[..., Sums]  # of `Pixels` and the parameters
+    parameters: Mapping[str, tuple[float, float]] = {}  # name -> (lowest, highest) value of `config.loss.<term>_<name>`
 
 
 TERMS = {"cross_entropy": Term(cross_entropy), "dice": Term(dice)}
@@ -94,19 +81,12 @@ TERMS = {"cross_entropy": Term(cross_entropy), "dice": Term(dice)}
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A weighted sum of terms, see `make`.
+    """A weighted sum of terms, see `make`."""
 
-    Attributes:
-      task: `multiclass`, `binary` or `multilabel`.
-      weights: of the terms, those above 0.
-      parameters: of each of these terms.
-      class_weights: one per class, or none.
-    """
-
-    task: str
-    weights: Mapping[str, float]
-    parameters: Mapping[str, Mapping[str, float]]
-    class_weights: tuple[float, ...] = ()
+    task: str  # `multiclass`, `binary` or `multilabel`
+    weights: Mapping[str, float]  # of the terms, those above 0
+    parameters: Mapping[str, Mapping[str, float]]  # of each of these terms
+    class_weights: tuple[float, ...] = ()  # one per class, or none
 
     def terms(
         self, logits: jax.Array, label: jax.Array, mask: jax.Array, pixel_weights: jax.Array | None = None
@@ -172,7 +152,7 @@ def make(settings: Mapping, task: str, num_classes: int) -> Loss:
     valid = all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in class_weights)
     if class_weights and not (valid and len(class_weights) == num_classes and any(class_weights)):
         raise UserError(
-            f"config.loss.class_weights = {class_weights} must be empty or hold {num_classes} weights >= 0, one per class"
+            f"config.loss.class_weights = {class_weights} must be empty or hold {num_classes} weights >= 0, one a class"
         )
     used = {name: weight for name, weight in weights.items() if weight}
     return Loss(task, used, {name: parameters[name] for name in used}, class_weights)

@@ -4,18 +4,12 @@
   python scripts/benchmark --suite step --work carla-8 --repeats 20
   python scripts/benchmark --suite step predict --work paper --dtype bfloat16 --output runs/benchmark
 
-step     a training step: forward, softmax cross-entropy, backward, Adam; beside PyTorch eager and torch.compile
-predict  class probabilities of a batch, likewise
-input    our image pipeline alone, from the cache and from files, and how long a training waits for it
-startup  python -m unet_jax.main until its first finished training step, with cold caches and warm ones; --help
-scaling  how the cost of our step grows with pixels, batch, width and virtual CPU devices
-
-Prints tables, and writes benchmark.json (every single time) and benchmark.png into --output. PyTorch is optional.
-scripts/README.md explains the columns.
+Prints tables, whose columns scripts/README.md explains, and writes benchmark.json (every single time) and benchmark.png
+into --output. PyTorch is optional.
 """
 
 import argparse
-import contextlib
+import ast
 import datetime
 import importlib.metadata
 import importlib.util
@@ -24,10 +18,12 @@ import math
 import os
 import pathlib
 import platform
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,13 +37,19 @@ from unet_jax.errors import UserError, check_choice  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
 ON_CPU = ("carla-8", "carla-32")  # works small enough for a CPU
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch")
-TITLES = {
-    "step": "Training step: forward, softmax cross-entropy, backward, Adam",
-    "predict": "Prediction: class probabilities",
-    "input": "Images: our pipeline alone, and how long a training waits for it",
-    "startup": "python -m unet_jax.main, seconds",
-    "scaling": "Cost of our training step, beside that of the base (x 1)",
+_STEP = "work dtype contender ms quartiles images/s speed memory compilation GFLOP GFLOP/s peak"
+SUITES = {  # what is measured, and the columns of the table
+    "step": ("a training step: forward, softmax cross-entropy, backward, Adam; beside PyTorch", _STEP),
+    "predict": ("class probabilities of a batch, beside PyTorch", _STEP),
+    "input": (
+        "our image pipeline alone, and how long a training waits for it",
+        "work dtype contender ms quartiles images/s need waiting",
+    ),
+    "startup": ("python -m unet_jax.main to its first finished step, and --help", "case ms quartiles"),
+    "scaling": (
+        "the cost of our step by pixels, batch, width and virtual CPU devices",
+        "direction factor image batch ms quartiles images/s cost operations memory",
+    ),
 }
 NEEDS = {  # beyond what the network and its step need
     "input": ("ml_collections", "tensorflow", "tqdm"),
@@ -60,7 +62,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the processes end, too
     try:
         _run(_parse())
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("Stopped; benchmark.json holds what was measured before.", file=sys.stderr)
@@ -73,11 +75,10 @@ def _parse() -> argparse.Namespace:
     groups = sorted({name.partition("-")[0] for name in WORKS})
     works = f"""{", ".join(groups)} (all sizes), or one of {", ".join(WORKS)}: batch of carla at 96x128 and of paper at
         572x572, side of unet, in batches of 4. Default: {", ".join(ON_CPU)} on a CPU, elsewhere all"""
-    dtypes = "float32, bfloat16; default: float32 on a CPU, elsewhere both"
     for name, choices, default, text in (
-        ("--suite", TITLES, list(TITLES), "default: all"),
+        ("--suite", SUITES, list(SUITES), ". ".join(f"{name}: {text}" for name, (text, _) in SUITES.items())),
         ("--work", (*groups, *WORKS), None, works),
-        ("--dtype", DTYPES, None, dtypes),
+        ("--dtype", DTYPES, None, f"{', '.join(DTYPES)}; default: float32 on a CPU, elsewhere both"),
     ):
         check = lambda value, name=name, choices=choices: check_choice(name, value, choices)
         parser.add_argument(name, nargs="+", type=check, default=default, metavar="NAME", help=text)
@@ -89,10 +90,7 @@ def _parse() -> argparse.Namespace:
         raise UserError(f"--repeats={flags.repeats} and --seconds={flags.seconds} must be positive")
     if (file := flags.output / "benchmark.json").exists():
         raise UserError(f"{file} exists and is not overwritten: choose another --output, or remove it")
-    try:
-        flags.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={flags.output}: {error}") from error
+    flags.output.mkdir(parents=True, exist_ok=True)
     return flags
 
 
@@ -100,71 +98,123 @@ def _run(flags: argparse.Namespace) -> None:
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # as unet_jax.main runs; for all contenders
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
-        device = _describe_device()
+        device, file = _describe_device(), flags.output / "benchmark.json"
         on_cpu = device["platform"] == "cpu"
         settings = Settings(flags.repeats, flags.seconds, device["platform"], device["cores"], pathlib.Path(folder))
         names = set(flags.work or (ON_CPU if on_cpu else WORKS))
         works = [work for name, work in WORKS.items() if {name, name.partition("-")[0]} & names]
         dtypes = flags.dtype or (DTYPES[:1] if on_cpu else DTYPES)
-        installed = [name for name in PACKAGES if importlib.util.find_spec(name)]
+        installed = [name for name in ("jax", "jaxlib", "flax", "optax", "torch") if importlib.util.find_spec(name)]
         result = {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "settings": {"repeats": flags.repeats, "seconds": flags.seconds, "dtypes": list(dtypes)},
             "device": device,
-            "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in installed},
+            "versions": {name: importlib.metadata.version(name) for name in installed},
             "skipped": {},
             "rows": [],
         }
         print(format_head(result), flush=True)
-        for suite in (name for name in TITLES if name in flags.suite):
-            if missing := [name for name in NEEDS.get(suite, ()) if not importlib.util.find_spec(name)]:
+        for suite in (name for name in SUITES if name in flags.suite):
+            if missing := [name for name in NEEDS.get(suite, ()) if importlib.util.find_spec(name) is None]:
                 result["skipped"][suite] = f"not installed: {', '.join(missing)}"
                 print(f"{suite} is skipped, {result['skipped'][suite]}", flush=True)
                 continue
-            for rows in measure.measure(suite, works, dtypes, settings):
+            for rows in _measure(suite, works, dtypes, settings):
                 result["rows"] += rows
-                _write(flags.output / "benchmark.json", result)  # a later error or stop loses nothing
+                file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")  # a later stop loses nothing
             print(format_suite(result, suite), flush=True)
-        _write(flags.output / "benchmark.json", result)
-    print(f"Wrote {flags.output / 'benchmark.json'}{draw(result, flags.output / 'benchmark.png')}")
-
-
-def _write(file: pathlib.Path, result: Mapping[str, Any]) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    partial.replace(file)
+        file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print(f"Wrote {file}{draw(result, flags.output / 'benchmark.png')}")
 
 
 def _describe_device() -> dict[str, Any]:
-    """What the benchmark runs on, asked of JAX in a process of its own: this one must not hold the device.
+    """What is measured on, asked of JAX in another process, for this one must not hold the device.
 
     Raises:
       UserError: JAX does not start.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # of the last minute
-    code = "import jax, json; d = jax.devices(); print(json.dumps([d[0].platform, d[0].device_kind, len(d)]))"
+    code = "import jax; d = jax.devices(); print([d[0].platform, d[0].device_kind, len(d)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"JAX does not start: {done.stderr.strip()[-300:]}")
-    device = dict(zip(("platform", "device_kind", "device_count"), json.loads(done.stdout.splitlines()[-1]), strict=True))
-    cpu = platform.processor() or "unknown"
-    with contextlib.suppress(OSError):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    system = f"{platform.system()} {platform.machine()}"
-    return {**device, "cpu": cpu, "cores": cores, "system": system, "load_before": load}
+    kind, cpuinfo = ast.literal_eval(done.stdout.splitlines()[-1]), pathlib.Path("/proc/cpuinfo")
+    cpus = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return {
+        **dict(zip(("platform", "device_kind", "device_count"), kind, strict=True)),
+        "cpu": cpus[0] if cpus else platform.processor() or "unknown",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "load_before": load,
+    }
+
+
+def _measure(suite: str, works: Sequence[Work], dtypes: Sequence[str], settings: Settings) -> Iterator[list[Row]]:
+    """Yields the rows of a suite, some at a time."""
+    if suite == "startup":
+        yield measure_startup(settings.folder)
+    elif suite == "scaling":
+        yield from measure.measure_scaling(works[0], dtypes[0], settings)
+    elif suite == "input":
+        yield from (measure.measure_input(work, dtype, settings) for dtype in dtypes for work in works)
+    else:
+        for dtype in dtypes:
+            n = 3072 if settings.platform == "cpu" else 8192
+            matmul = Work(f"matmul-{n}", {}, 0, 0, (n, n), 1)
+            yield measure.compare("matmul", matmul, dtype, settings, (OURS, TORCH[0]))
+            yield from (measure.compare(suite, work, dtype, settings) for work in works)
+
+
+def measure_startup(folder: pathlib.Path) -> list[Row]:
+    """Seconds of the command until its first finished step, with nothing cached and again, and of --help."""
+    train = [f"--config={ROOT / 'configs' / 'shapes.py'}", "--config.train.log_every_steps=1"]
+    rows = []
+    for case, repeats in ("--help", 5), ("cold", 1), ("warm", 3):
+        measure.log(f"startup {case}")
+        rows.append({"suite": "startup", "case": case})
+        arguments = ("", ["--help"], folder) if case == "--help" else ("step 1/", train, folder)
+        try:
+            times = [seconds_until(*arguments) for _ in range(repeats)]
+            rows[-1] |= {"times_s": times, **measure.spread(times, "median_s", "quartiles_s")}
+        except ChildProcessError as failure:
+            rows[-1]["error"] = str(failure)
+    return rows
+
+
+def seconds_until(line: str, flags: Sequence[str], folder: pathlib.Path) -> float:
+    """Seconds that `python -m unet_jax.main` takes to print a line that starts with `line`; if that is empty, to end.
+
+    Raises:
+      ChildProcessError: it ended without that line.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory(dir=folder) as workdir:
+        command = [sys.executable, "-m", "unet_jax.main", *flags, *([f"--workdir={workdir}/run"] if line else [])]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started, output = time.perf_counter(), [""]
+        with subprocess.Popen(command, env=environment, cwd=workdir, **pipes) as process:
+            for text in process.stdout:
+                output.append(text)
+                if line and text.startswith(line):
+                    break
+            seconds = time.perf_counter() - started
+            process.kill()
+    if not output[-1].startswith(line):
+        raise ChildProcessError(f"it ended before its first step: {''.join(output[-5:]).strip()[-300:]}")
+    return seconds
 
 
 def format_head(result: Mapping[str, Any]) -> str:
     """What was measured on, and how."""
     device, settings = result["device"], result["settings"]
-    on_cpu = device["platform"] == "cpu"
+    precision = "in full" if device["platform"] == "cpu" else "JAX's default, TensorFloat-32 if there is one, in both"
     lines = [
-        f"device   {device['device_count']} x {device['device_kind']}, one used; {device['cores']} cores of {device['cpu']}",
+        f"device   {device['device_count']} x {device['device_kind']}, one used",
+        f"cpu      {device['cores']} cores of {device['cpu']}",
         f"versions {', '.join(f'{name} {version}' for name, version in result['versions'].items())}",
-        f"rounds   {settings['repeats']} of about {settings['seconds']:g} s for each row, in turn, a process for each row",
-        f"float32  {'in full' if on_cpu else 'as JAX has it by default, TensorFloat-32 where there is one, in both'}",
+        f"rounds   {settings['repeats']} of about {settings['seconds']:g} s, in turn, a process for each row",
+        f"float32  {precision}",
     ]
     if device["load_before"] > 0.2 * device["cores"]:
         load = f"{device['load_before']:.1f} of {device['cores']} before the start"
@@ -178,83 +228,85 @@ def _number(value: float) -> str:
     return f"{value:,.{min(max(digits, 0), 3)}f}"
 
 
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-_WORDS = {"work": "work", "dtype": "dtype", "contender": "contender", "command": "case", "change": "change"}  # to the left
-_NUMBERS = {  # header of a column -> key of a row, and how it is shown
+_COLUMNS = {  # name -> key of a row, and how to show it; other columns are words, by the same name
+    "factor": ("factor", "x {:g}".format),
     "image": ("size", lambda size: "x".join(map(str, size))),
     "batch": ("batch", str),
-    "seconds": ("median_s", _number),
-    "from - to": ("quartiles_s", lambda seconds: " - ".join(map(_number, seconds))),
     "ms": ("median_s", lambda seconds: _number(1e3 * seconds)),
-    "quartiles": ("quartiles_s", lambda seconds: "-".join(_number(1e3 * s) for s in seconds)),
+    "quartiles": ("quartiles_s", lambda quartiles: "-".join(_number(1e3 * seconds) for seconds in quartiles)),
     "images/s": ("images_per_s", _number),
     "speed": ("ratio", "{:.2f}x".format),
-    "of need": ("of_need", lambda value: f"{_number(value)}x"),
+    "need": ("of_need", lambda value: f"{_number(value)}x"),
     "waiting": ("waited", "{:.1%}".format),
     "cost": ("cost", "{:.2f}x".format),
     "operations": ("work_of_base", "{:.2f}x".format),
-    "memory": ("memory_bytes", _size),
-    "compiled in": ("compile_s", "{:.1f} s".format),
+    "memory": ("memory_bytes", lambda count: f"{_number(count / 2**30)} GiB"),
+    "compilation": ("compile_s", "{:.1f} s".format),
     "GFLOP": ("gflop", "{:,.1f}".format),
-    "of peak": ("of_peak", "{:.0%}".format),
-}
-_STEP = ("work", "dtype", "contender", "ms", "quartiles", "images/s", "speed", "memory", "compiled in", "GFLOP", "of peak")
-COLUMNS = {
-    "step": _STEP,
-    "predict": _STEP,
-    "input": ("work", "dtype", "contender", "ms", "quartiles", "images/s", "of need", "waiting"),
-    "startup": ("command", "seconds", "from - to"),
-    "scaling": ("change", "image", "batch", "ms", "quartiles", "images/s", "cost", "operations", "memory"),
+    "GFLOP/s": ("gflop_per_s", "{:,.0f}".format),
+    "peak": ("of_peak", "{:.0%}".format),
 }
 
 
 def format_suite(result: Mapping[str, Any], suite: str) -> str:
     """The table of a suite; an error takes the rest of its line."""
-    columns = COLUMNS[suite]
-    table = [({name: name for name in columns}, "")]
+    title, columns = SUITES[suite][0], SUITES[suite][1].split()
+    peaks = {}  # GFLOP/s of the fastest round of a large matrix product, by either framework
+    for row in result["rows"]:
+        if row["suite"] == "matmul" and "error" not in row:
+            peaks[row["dtype"]] = max(peaks.get(row["dtype"], 0.0), row["gflop"] / min(row["times_s"]))
+    table = [dict(zip(columns, columns, strict=True))]
     for row in (row for row in result["rows"] if row["suite"] == suite):
-        cells = {name: row[_WORDS[name]] for name in columns if name in _WORDS}
-        for name in () if "error" in row else (name for name in columns if name in _NUMBERS):
-            key, form = _NUMBERS[name]
-            cells[name] = "-" if row.get(key) is None else form(row[key])
-        table.append((cells, row.get("error", "")))
-    widths = {name: max(len(cells.get(name, "")) for cells, _ in table) for name in columns}
-    lines = ["", TITLES[suite]]
-    for cells, error in table:
-        shown = [text.ljust(widths[n]) if n in _WORDS else text.rjust(widths[n]) for n, text in cells.items()]
-        lines.append("  ".join([*shown, error]).rstrip()[:120])
-    peaks = {row["dtype"]: row["peak"] for row in result["rows"] if suite in ("step", "predict") and "peak" in row}
-    return "\n".join([*lines, *(f"peak of {dtype}: {peak:,.0f} GFLOP/s" for dtype, peak in peaks.items())])
-
-
-_COLORS = {"unet_jax": "#1f6f8b", "PyTorch eager": "#e3a27c", "PyTorch compiled": "#c8642b"}
+        of_peak = row.get("gflop_per_s", 0.0) / peaks.get(row.get("dtype"), math.inf) or None
+        cells = {name: row[name] for name in columns if name not in _COLUMNS}
+        for name in columns if "error" not in row else ():
+            if name in _COLUMNS:
+                value = {**row, "of_peak": of_peak}.get(_COLUMNS[name][0])
+                cells[name] = "-" if value is None else _COLUMNS[name][1](value)
+        table.append({**cells, "error": row.get("error", "")})
+    lines = ["", f"{suite}: {title}"]
+    widths = {name: max(len(cells.get(name, "")) for cells in table) for name in columns}
+    for cells in table:
+        shown = [cells[n].rjust(w) if n in _COLUMNS else cells[n].ljust(w) for n, w in widths.items() if n in cells]
+        lines.append("  ".join([*shown, cells.get("error", "")]).rstrip()[:120])
+    if suite in ("step", "predict"):
+        lines += [f"peak of {dtype}: {peak:,.0f} GFLOP/s" for dtype, peak in peaks.items()]
+    return "\n".join(lines)
 
 
 def draw(result: Mapping[str, Any], file: pathlib.Path) -> str:
-    """Draws speed beside PyTorch and cost beside the base, a bar for each row; returns what to print about it."""
-    value = lambda row: row.get("cost" if row["suite"] == "scaling" else "ratio")
-    drawn = {suite: [r for r in result["rows"] if r["suite"] == suite and value(r)] for suite in TITLES}
-    drawn = {suite: rows for suite, rows in drawn.items() if rows}
-    if not drawn:
+    """Draws speed beside PyTorch and cost beside the base, a bar for each row; returns what to print of it."""
+    rows = [r for r in result["rows"] if r["suite"] in ("step", "predict", "scaling") and "error" not in r]
+    if not rows:
         return ""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return "; no picture, matplotlib is not installed"
-    heights = [0.8 + 0.28 * len(rows) for rows in drawn.values()]
-    figure = Figure((9, sum(heights) + 0.6), layout="constrained")
+    suites = {suite: [row for row in rows if row["suite"] == suite] for suite in SUITES}
+    suites = {suite: rows for suite, rows in suites.items() if rows}
+    figure = Figure((9, 1 + 1.1 * len(suites) + 0.25 * len(rows)), layout="constrained")
     device = result["device"]
-    name = device["cpu"] if device["platform"] == "cpu" else device["device_kind"]
-    figure.suptitle(f"unet_jax beside PyTorch, {name}, {device['cores']} cores")
-    axes = figure.subplots(len(drawn), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for ax, (suite, rows) in zip(axes, drawn.items(), strict=True):
-        values, labels = [value(row) for row in rows], []
-        spread = [row["cost_quartiles" if suite == "scaling" else "ratio_quartiles"] for row in rows]
-        for row in rows:
-            what = f"{row['change']}" if suite == "scaling" else f"{row['work']} {row['dtype']}"
-            labels.append(f"{what}  {row['contender']}")
-        whiskers = [[v - low for v, (low, _) in zip(values, spread)], [high - v for v, (_, high) in zip(values, spread)]]
-        ...
+    figure.suptitle(f"unet_jax beside PyTorch, {device['device_kind']}, {device['cores']} cores of {device['cpu']}")
+    axes = figure.subplots(len(suites), height_ratios=[2 + len(rows) for rows in suites.values()], squeeze=False)[:, 0]
+    for ax, (suite, rows) in zip(axes, suites.items(), strict=True):
+        key, names = (
+            ("cost", ("direction", "factor")) if suite == "scaling" else ("ratio", ("work", "dtype", "contender"))
+        )
+        for y, row in enumerate(rows):
+            value, (low, high) = row.get(key, 1.0), row.get(f"{key}_quartiles", (1.0, 1.0))
+            color = "#1f6f8b" if row["contender"] == OURS else "#e3a27c"
+            ax.barh(y, value, xerr=[[value - low], [high - value]], capsize=2, color=color)
+            ax.text(high, y, f"  {value:.2f}x  {_number(row['images_per_s'])} images/s", va="center", fontsize=8)
+        ax.set_yticks(range(len(rows)), ["  ".join(str(row[name]) for name in names) for row in rows], fontsize=8)
+        ax.invert_yaxis()
+        ax.margins(x=0.3)
+        ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        ax.set_title(f"{suite}: {SUITES[suite][0]}", loc="left", fontsize=10)
+        ax.set_xlabel("cost, x 1 is 1" if suite == "scaling" else "speed, the faster of PyTorch is 1", fontsize=9)
+    figure.savefig(file, dpi=110)
+    return f" and {file}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The works and suites of the benchmark, and the processes that run them: one for each contender.
+"""The works of the benchmark, the processes that do them, one for each contender, and the suites that compare them.
 
 A process prepares its task once and then answers "take n steps" with the seconds it took. `interleave` has them take
 rounds in turn, in changing order, so that whatever else the machine does slows all of them alike.
@@ -6,6 +6,7 @@ rounds in turn, in changing order, so that whatever else the machine does slows 
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import math
 import multiprocessing
@@ -14,20 +15,18 @@ import pathlib
 import random
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 OURS, TORCH = "unet_jax", ("PyTorch eager", "PyTorch compiled")
 PREPARE_TIMEOUT, ROUND_TIMEOUT = 1800, 900  # seconds; torch.compile of a large network takes minutes
 MAX_STEPS = 4096  # in a round
 QUEUE = 3  # batches that the image pipeline may have ready before they are asked for
 
 Row = dict[str, Any]
+log = functools.partial(print, file=sys.stderr, flush=True)  # progress, apart from the results
 
 
 class Work(NamedTuple):
@@ -42,10 +41,10 @@ class Work(NamedTuple):
     margin: int = 0  # pixels that an unpadded network sees beyond each side of an image, mirrored
 
 
-_UNET = {"features": (64, 128, 256, 512, 1024)}
-_PAPER = {**_UNET, "padding": "valid", "dropout": 0.5}
 _CARLA = {"features": (32, 64, 128, 256, 512), "upsample": "transposed_3x3", "extra_conv": True}
 _CARLA |= {"dropout": 0.3, "dropout_on_skip": True}
+_UNET = {"features": (64, 128, 256, 512, 1024)}
+_PAPER = {**_UNET, "padding": "valid", "dropout": 0.5}
 WORKS = {
     work.name: work
     for work in (
@@ -77,15 +76,6 @@ class Task(NamedTuple):
     devices: int = 1  # on a CPU, virtual ones
 
 
-class Failed(Exception):
-    """A process did not do what it was asked for; the message says why."""
-
-
-def log(text: str) -> None:
-    """Prints progress, apart from the results."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def draw_batch(work: Work) -> dict:
     """Noise, the same for all contenders: `image` uint8 `[B, H, W, C]` and `label` uint8 `[B, H, W]`."""
     import numpy as np
@@ -107,20 +97,25 @@ class Worker:
         other_end.close()  # so that an ended process is noticed
 
     def answer(self, timeout: float) -> dict[str, Any]:
-        """Waits for what it knows of its task, the first answer.
+        """Waits for an answer; the first one is what it knows of its task.
 
         Raises:
-          Failed: no answer came in time, the process ended, or it reports an error.
+          ChildProcessError: none came in time, the process ended, or it reports an error.
         """
+        answer = {"error": f"no answer in {timeout:.0f} s"}
         try:
-            if not self._connection.poll(timeout):
-                raise Failed(f"no answer in {timeout:.0f} s")
-            answer = self._connection.recv()
+            if self._connection.poll(timeout):
+                answer = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(10)
-            raise Failed(self._describe_end()) from None
+            code, reason = self._process.exitcode or 0, f"exit code {self._process.exitcode}"
+            if code < 0:
+                reason = signal.Signals(-code).name + (", out of memory?" if code == -signal.SIGKILL else "")
+            output = self._output.read_text(errors="replace").split("\n") if self._output.exists() else []
+            last = next((f": {line.strip()[:160]}" for line in reversed(output) if line.strip()), "")
+            answer = {"error": f"the process ended ({reason}){last}"}
         if "error" in answer:
-            raise Failed(answer["error"])
+            raise ChildProcessError(answer["error"])
         return answer
 
     def take(self, steps: int, timeout: float) -> dict[str, Any]:
@@ -128,13 +123,6 @@ class Worker:
         with contextlib.suppress(OSError):  # it has ended, as `answer` will find
             self._connection.send(steps)
         return self.answer(timeout)
-
-    def _describe_end(self) -> str:
-        code = self._process.exitcode or 0
-        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        reason += ", out of memory?" if code == -signal.SIGKILL else ""
-        output = self._output.read_text(errors="replace").strip() if self._output.exists() else ""
-        return f"the process ended ({reason})" + (f": {output.splitlines()[-1][:160]}" if output else "")
 
     def close(self) -> None:
         """Ends it, whatever it does."""
@@ -155,7 +143,7 @@ def interleave(tasks: Mapping[Any, Task], settings: Settings) -> dict[Any, dict[
     def attempt(name, function, *args):
         try:
             return function(*args)
-        except Failed as failure:
+        except ChildProcessError as failure:
             log(f"  {name}: {failure}")
             results[name] = {"error": str(failure)}
             workers.pop(name).close()
@@ -183,14 +171,12 @@ def interleave(tasks: Mapping[Any, Task], settings: Settings) -> dict[Any, dict[
 
 def _prepare(worker: Worker, seconds: float) -> dict[str, Any]:
     """Warms up, and finds how many steps fill `seconds`."""
-    facts = worker.answer(PREPARE_TIMEOUT)
+    facts, steps = worker.answer(PREPARE_TIMEOUT), 1
     for _ in range(2):  # threads and caches are slow at first
         worker.take(1, PREPARE_TIMEOUT)
-    steps = 1
     while (taken := worker.take(steps, ROUND_TIMEOUT)["seconds"]) < seconds / 2 and steps < MAX_STEPS:
         steps *= 2
-    steps = min(max(1, round(steps * seconds / max(taken, 1e-9))), MAX_STEPS)
-    return {**facts, "steps": steps, "times_s": []}
+    return {**facts, "steps": min(max(1, round(steps * seconds / max(taken, 1e-9))), MAX_STEPS), "times_s": []}
 
 
 def serve(connection, task: Task, output: str) -> None:
@@ -216,11 +202,12 @@ def serve(connection, task: Task, output: str) -> None:
             if not math.isfinite(values.pop("loss", 0)):
                 raise FloatingPointError("the loss is not finite")
             connection.send({"seconds": seconds, **values})
-            if first:
-                _forget_compilation()
+            if first:  # from here on, count no memory that compilers took and freed, where the system allows it
+                with contextlib.suppress(OSError, AttributeError):
+                    ctypes.CDLL(None).malloc_trim(0)
+                    pathlib.Path("/proc/self/clear_refs").write_text("5")
             first = False
-        memory = side.device_memory() or _resident_bytes("VmHWM:") - before
-        connection.send({"memory_bytes": memory})
+        connection.send({"memory_bytes": side.device_memory() or max(_resident_bytes("VmHWM:") - before, 0)})
     except ImportError as error:
         connection.send({"error": f"not installed: {error.name or error}"})
     except Exception as error:
@@ -235,37 +222,15 @@ def _resident_bytes(field: str) -> int:
     return 0
 
 
-def _forget_compilation() -> None:
-    """Returns memory that compilers freed, and restarts the peak of resident memory, where the system allows it."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-
-
-def measure(suite: str, works: Sequence[Work], dtypes: Sequence[str], settings: Settings) -> Iterator[list[Row]]:
-    """Yields the rows of a suite, some at a time."""
-    if suite == "startup":
-        yield measure_startup(settings)
-    elif suite == "scaling":
-        yield from measure_scaling(works[0], dtypes[0], settings)
-    for dtype in dtypes if suite == "input" else ():
-        yield from (measure_input(work, dtype, settings) for work in works)
-    for dtype in dtypes if suite in ("step", "predict") else ():
-        n = 3072 if settings.platform == "cpu" else 8192
-        yield (products := compare("matmul", Work(f"matmul-{n}", {}, 0, 0, (n, n), 1), dtype, settings, (OURS, TORCH[0])))
-        peak = max((row["gflop"] / min(row["times_s"]) for row in products if "error" not in row), default=None)
-        yield from (compare(suite, work, dtype, settings, peak=peak) for work in works)
-
-
 def compare(
-    suite: str, work: Work, dtype: str, settings: Settings, contenders: Sequence[str] = (OURS, *TORCH), peak=None
+    suite: str, work: Work, dtype: str, settings: Settings, contenders: Sequence[str] = (OURS, *TORCH)
 ) -> list[Row]:
-    """A row for each contender, see `summarise` and `add_ratios`; `peak` is GFLOP/s."""
+    """A row for each contender, see `summarise` and `add_ratios`."""
     log(f"{suite} {work.name} {dtype}")
     results = interleave({name: Task(suite, work, dtype, name, settings) for name in contenders}, settings)
     counts = {name: result["parameters"] for name, result in results.items() if "parameters" in result}
     assert len(set(counts.values())) < 2, f"the networks differ: {counts}"
-    gflop = {"gflop": results[OURS].get("gflop"), "peak_gflop_per_s": peak}
+    gflop = {"gflop": results[OURS].get("gflop")}
     return add_ratios([summarise(suite, work, dtype, name, gflop | result) for name, result in results.items()])
 
 
@@ -275,8 +240,7 @@ def summarise(suite: str, work: Work, dtype: str, name: str, result: Mapping[str
     if "error" not in row:
         row |= spread(row["times_s"], "median_s", "quartiles_s")
         row["images_per_s"] = work.batch / row["median_s"]
-        if row.get("gflop"):
-            row["gflop_per_s"] = row["gflop"] / row["median_s"]
+        row |= {"gflop_per_s": row["gflop"] / row["median_s"]} if row.get("gflop") else {}
     return row
 
 
@@ -313,7 +277,7 @@ def measure_input(work: Work, dtype: str, settings: Settings) -> list[Row]:
 
 
 def measure_scaling(base: Work, dtype: str, settings: Settings) -> Iterator[list[Row]]:
-    """Yields the rows of our step at a few points along each of four directions; `cost` is its time in times of base."""
+    """Yields the rows of our step along each of four directions; `cost` is the time of a step, the base's is 1."""
     scale = lambda values, factor: tuple(max(1, int(n * factor)) for n in values)
     widths = base.model["features"]
     directions = {
@@ -327,55 +291,13 @@ def measure_scaling(base: Work, dtype: str, settings: Settings) -> Iterator[list
         log(f"scaling {base.name} {dtype}: {'virtual CPU devices' if virtual else direction}")
         where = settings._replace(platform="cpu") if virtual else settings
         tasks = {f: Task("step", work, dtype, OURS, where, f if virtual else 1) for f, work in points.items()}
-        rows = []
-        for factor, result in interleave(tasks, settings).items():
-            work = points[factor]
+        results, rows = interleave(tasks, settings), []
+        for factor, work in points.items():
             point = {"direction": direction, "factor": factor, "size": work.size, "batch": work.batch}
-            rows.append(summarise("scaling", work, dtype, OURS, result | point))
+            rows.append(summarise("scaling", work, dtype, OURS, results[factor] | point))
         one = next(row for row in rows if row["factor"] == 1)
         for row in rows:
             if "error" not in one and "error" not in row:
                 costs = [own / base for own, base in zip(row["times_s"], one["times_s"], strict=False)]
                 row |= {**spread(costs, "cost", "cost_quartiles"), "work_of_base": row["gflop"] / one["gflop"]}
         yield rows
-
-
-def measure_startup(settings: Settings) -> list[Row]:
-    """Seconds of the command until its first finished step, with nothing cached and again, and of --help."""
-    train = [f"--config={ROOT / 'configs' / 'shapes.py'}", "--config.train.log_every_steps=1"]
-    rows = []
-    for case, flags, line, times in (
-        ("--help", ["--help"], "", 5), ("cold", train, "step 1/", 1), ("warm", train, "step 1/", 3)
-    ):
-        log(f"startup {case}")
-        try:
-            seconds = [seconds_until(line, flags, settings.folder) for _ in range(times)]
-            result = {"times_s": seconds, **spread(seconds, "median_s", "quartiles_s")}
-        except Failed as failure:
-            result = {"error": str(failure)}
-        rows.append({"suite": "startup", "case": case, **result})
-    return rows
-
-
-def seconds_until(line: str, flags: Sequence[str], folder: pathlib.Path) -> float:
-    """Seconds that `python -m unet_jax.main` takes to print a line that starts with `line`; if that is empty, to end.
-
-    Raises:
-      Failed: it ended without that line.
-    """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tempfile.TemporaryDirectory(dir=folder) as workdir:
-        command = [sys.executable, "-m", "unet_jax.main", *flags, *([f"--workdir={workdir}/run"] if line else [])]
-        started, output = time.perf_counter(), [""]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen(command, env=environment, cwd=workdir, **pipes) as process:
-            for text in process.stdout:
-                output.append(text)
-                if line and text.startswith(line):
-                    break
-            seconds = time.perf_counter() - started
-            process.kill()
-    if not output[-1].startswith(line):
-        raise Failed(f"it ended before its first step: {''.join(output[-5:]).strip()[-300:]}")
-    return seconds

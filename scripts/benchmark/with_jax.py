@@ -12,22 +12,24 @@ import numpy as np
 import optax
 from measure import Task, Work, draw_batch
 
-from unet_jax import losses
+from unet_jax import data, losses
 from unet_jax.inference import forward
 from unet_jax.models import unet
 from unet_jax.parallel import sharding
-from unet_jax.training import program, state, step
+from unet_jax.training import augment, program, state, step
 
+NO_AUGMENTATION = {**dict.fromkeys((*augment.LIMITS, "elastic", "flip_horizontal", "flip_vertical"), 0), "crop": ()}
 Run = Callable[[int], dict[str, float] | None]  # takes n steps and waits for their end
 
 
 def make_networks(work: Work, dtype: str, mesh: jax.sharding.Mesh) -> list[forward.Network]:
     """The network of a work as it runs on a mesh, and in the plain form, by which operations are counted."""
+    classes = data.Classes("multiclass", *[(str(i),) * work.classes for i in "ab"], channels=work.channels)
     networks = []
     for conv_impl in ("cpu" if sharding.is_one_cpu(mesh) else "plain", "plain"):
         model = unet.UNet(work.classes, conv_impl=conv_impl, dtype=dtype, **work.model)
         assert np.all(np.array(model.margins(work.size)) == work.margin), model.margins(work.size)
-        networks.append(forward.Network(model, "multiclass", mesh))
+        networks.append(forward.Network(model, classes, mesh))
     return networks
 
 
@@ -36,21 +38,16 @@ def make_train_steps(
 ) -> tuple[Run, dict[str, Any]]:
     """A function that takes n steps of softmax cross-entropy and Adam without augmentation, and what is known of them.
 
-    As in a training, the metrics of a step are fetched while the next one runs. The function goes on where it stopped
-    and returns the last `loss` and `waited_s`, the seconds that it waited for images.
-
-    Args:
-      work: a batch of it is taken again and again unless there are `batches`.
-      dtype: of the computation.
-      mesh: the devices.
-      batches: as the image pipeline yields them.
+    As in a training, the metrics of a step are fetched while the next one runs. The function continues where it
+    stopped, and returns the last `loss` and the seconds `waited_s` for images. Without `batches` (as the image pipeline
+    yields them), it repeats the batch of the work.
     """
     networks = make_networks(work, dtype, mesh)
     optimizer = optax.adam(optax.constant_schedule(1e-3))
-    loss = losses.make({"cross_entropy": 1.0}, "multiclass", work.classes)
+    loss = losses.Loss("multiclass", weights={"cross_entropy": 1.0}, parameters={"cross_entropy": {}})
     shape = (1, *networks[0].model.smallest_input, work.channels)
     current = state.create(0, networks[0].model, shape, optimizer, False, mesh)
-    others = {"augmentation": {}, "ignore_label": 255, "seed": 0, "shardings": state.shardings(current, mesh, False)}
+    others = {"augmentation": NO_AUGMENTATION, "seed": 0, "shardings": state.shardings(current, mesh, False)}
     steps = (step.make_train_step(network, optimizer, loss, **others) for network in networks)
     batch = sharding.put_batch(mesh, {**draw_batch(work), "mask": np.ones(work.batch, bool)})
     batches, signals = batches or itertools.repeat(batch), sharding.per_device(mesh, 0)
@@ -127,9 +124,8 @@ def _predict(task: Task, mesh: jax.sharding.Mesh) -> tuple[Run, dict[str, Any]]:
 
 def _input(task: Task, mesh: jax.sharding.Mesh) -> tuple[Run, dict[str, Any]]:
     """Noisy images by the pipeline, alone or for training steps, from the cache or decoded from PNG files each time."""
-    from configs import folder  # needs libraries that the other suites do without
-
-    from unet_jax import data
+    # These need libraries that the other suites do without.
+    from configs import folder
     from unet_jax.data import pipeline
 
     (part, place), work = task.contender.split(" from "), task.work

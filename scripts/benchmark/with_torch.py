@@ -96,7 +96,9 @@ def make_run(suite: str, model: UNet, work: Work, dtype: str, compiled: bool = F
             loss = loss_fn(image, label)
             loss.backward()
             optimizer.step()
-        return {"loss": loss.item()}  # waits for the last step but its update
+        if image.is_cuda:
+            torch.cuda.synchronize()
+        return {"loss": loss.item()}
 
     return run
 
@@ -122,7 +124,7 @@ def build(task: Task) -> tuple[Run, dict[str, Any]]:
         torch.set_num_threads(task.settings.cores)
     elif not torch.cuda.is_available():
         raise RuntimeError("this PyTorch finds no GPU")
-    else:  # JAX's default for float32, where there is TensorFloat-32; the fastest convolutions, which XLA looks for, too
+    else:  # as in JAX: TensorFloat-32 if there is one, and a search for the fastest convolutions
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     if task.suite == "matmul":

@@ -27,20 +27,15 @@ class Example(NamedTuple):
 
     Attributes:
       split, index: where it is.
-      name: of the split and the example.
-      fault: what is wrong with it; empty if nothing is.
-      size: height and width of the image.
-      pixels: of each class, and ignored ones, int64 `[K + 1]`.
-      digest: of the image.
     """
 
     split: str
     index: int
-    name: str
-    fault: str = ""
-    size: tuple[int, int] = (0, 0)
-    pixels: np.ndarray = np.zeros(0)
-    digest: bytes = b""
+    name: str  # of the split and the example
+    fault: str = ""  # what is wrong with it; empty if nothing is
+    size: tuple[int, int] = (0, 0)  # height and width of the image
+    pixels: np.ndarray = np.zeros(0)  # of each class, and ignored ones, int64 `[K + 1]`
+    digest: bytes = b""  # of the image
 
 
 def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:

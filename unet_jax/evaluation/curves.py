@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from unet_jax import metrics
-from unet_jax.workdir import files, metrics_log
+from unet_jax.metrics import Record
 
 LOSSES = {"train/loss": "training loss", "val/loss": "validation loss"}  # keys of `metrics.jsonl` and their titles
 # Text, lines and curves on a light and on a dark background.
@@ -29,17 +28,15 @@ class Chart(NamedTuple):
     """Curves that share their axes.
 
     Attributes:
-      title: of the chart.
-      curves: at least one.
       limits: of the values; None fits them, on a logarithmic scale if they span more than a factor of ten.
     """
 
-    title: str
-    curves: list[Curve]
+    title: str  # of the chart
+    curves: list[Curve]  # at least one
     limits: tuple[float, float] | None = None
 
 
-def charts(rows: Sequence[dict[str, Any]], records: Sequence[metrics.Record]) -> list[Chart]:
+def charts(rows: Sequence[dict[str, Any]], records: Sequence[Record]) -> list[Chart]:
     """The charts of a training: losses, scores within 0..1, and other scores, which would flatten those.
 
     Args:
@@ -58,11 +55,10 @@ def charts(rows: Sequence[dict[str, Any]], records: Sequence[metrics.Record]) ->
     return [chart for chart in found if chart.curves]
 
 
-def draw_history(path: epath.Path) -> None:
-    """Draws all charts of a work directory side by side in its `history.png`, unless nothing was logged yet."""
-    records = metrics.describe(files.read_classes(path)["names"], True)  # all there are: only those logged are drawn
-    if found := charts(metrics_log.read(path), records):
-        (path / "history.png").write_bytes(_draw(found, "light", titles=True, format="png", dpi=150, facecolor="white"))
+def draw_history(rows: Sequence[dict[str, Any]], records: Sequence[Record], path: epath.Path) -> None:
+    """Draws all charts side by side as a PNG at `path`, unless there is nothing to draw; see `charts`."""
+    if found := charts(rows, records):
+        path.write_bytes(_draw(found, "light", titles=True, format="png", dpi=150, facecolor="white"))
 
 
 def draw_svg(chart: Chart, theme: str) -> bytes:

@@ -1,7 +1,7 @@
 """Evaluation: a whole split, every pixel once, whatever the batch size and the number of devices."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,21 +15,17 @@ from unet_jax.metrics import confusion
 from unet_jax.parallel import processes, sharding
 from unet_jax.workdir import files
 
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
 
 class Evaluation(NamedTuple):
-    """The scores of a split.
+    """The scores of a split."""
 
-    Attributes:
-      loss: of the whole split.
-      records: see `metrics.records`.
-      confusion: counts of each image, int64 `[N, K, K]`, or `[N, K, 2, 2]` of overlapping masks, in order.
-      names: of the classes.
-    """
-
-    loss: float
-    records: list[metrics.Record]
-    confusion: np.ndarray
-    names: Sequence[str]
+    loss: float  # of the whole split
+    records: list[metrics.Record]  # see `metrics.records`
+    confusion: np.ndarray  # counts of each image, int64 `[N, K, K]`, or `[N, K, 2, 2]` of overlapping masks, in order
+    names: Sequence[str]  # of the classes
 
 
 def check(settings: Mapping, classes: data.Classes) -> None:
@@ -98,6 +94,14 @@ def evaluate(
     return Evaluation(float(loss.combine(terms)), found, counts, names)
 
 
+def open_images(source: data.Source, config: "ConfigDict", classes: data.Classes) -> pipeline.Pipeline:
+    """The images of a source as `config` describes them, with the pixel weights of its loss."""
+    settings, pixel_weight_fn = config.data, border.pixel_weight_fn(config.loss, classes)
+    return pipeline.Pipeline(
+        source, settings.size, settings.resize, settings.cache_gib, pixel_weight_fn, processes.print_on_main
+    )
+
+
 class Split(NamedTuple):
     """One split of the images of a work directory, and how its scores are computed."""
 
@@ -106,20 +110,20 @@ class Split(NamedTuple):
     batch_size: int
 
 
-def open_split(network: trained.Trained, path: epath.PathLike, split: str) -> Split:
-    """Opens a split of `config.data`, as the training did.
+def open_split(
+    network: trained.Trained, path: epath.PathLike, split: str, images: pipeline.Pipeline | None = None
+) -> Split:
+    """Opens a split of `config.data`, as the training did; `images` are those of the split, if they are open already.
 
     Raises:
       UserError: no such split, no images, or images of another task than the network's.
     """
     config, classes = network.config, network.classes
-    with processes.main_first("data"):
-        source = data.load(config.data, split)
-    trained.check_source(path, classes, source)
-    pixel_weight_fn = border.pixel_weight_fn(config.loss, classes)
-    images = pipeline.Pipeline(
-        source, config.data.size, config.data.resize, config.data.cache_gib, pixel_weight_fn, processes.print_on_main
-    )
+    if images is None:
+        with processes.main_first("data"):
+            source = data.load(config.data, split)
+        trained.check_source(path, classes, source)
+        images = open_images(source, config, classes)
     ways = network.mesh.shape["data"]
     batch_size = -(-config.train.batch_size // ways) * ways  # the scores do not depend on it
     return Split(images, losses.make(config.loss, classes.task, len(classes.names)), batch_size)

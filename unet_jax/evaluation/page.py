@@ -1,4 +1,4 @@
-"""The values of a report, and the page made of them by the template `report.html.jinja`, which holds all markup."""
+"""The page of a report: here its values are prepared, `report.html.jinja` holds the markup, `report.css` the style."""
 
 import base64
 import io
@@ -21,39 +21,23 @@ SMALL = 240  # pixels; images narrower than this are stored losslessly and enlar
 
 
 class Picture(NamedTuple):
-    """A validation image to show.
+    """A validation image to show."""
 
-    Attributes:
-      id: of the example.
-      records: the metrics of this image alone.
-      image: uint8 `[H, W, C]`.
-      label: uint8 `[H, W]`, or `[H, W, K]` for a multilabel task.
-      prediction: as `label`.
-    """
-
-    id: str
-    records: list[Record]
-    image: np.ndarray
-    label: np.ndarray
-    prediction: np.ndarray
+    id: str  # of the example
+    records: list[Record]  # the metrics of this image alone
+    image: np.ndarray  # uint8 `[H, W, C]`
+    label: np.ndarray  # uint8 `[H, W]`, or `[H, W, K]` for a multilabel task
+    prediction: np.ndarray  # as `label`
 
 
 class Results(NamedTuple):
-    """What is known about the validation split.
+    """What is known about the validation split."""
 
-    Attributes:
-      origin: where the scores come from; empty if there are none.
-      loss: of the split; None if unknown.
-      records: its metrics; values are None where unknown.
-      counts: confusion counts `[K, K]`, or `[K, 2, 2]` for a multilabel task; None if unknown.
-      shown: the images to show, by rank.
-    """
-
-    origin: str
-    loss: float | None
-    records: list[Record]
-    counts: np.ndarray | None = None
-    shown: Mapping[str, Sequence[Picture]] = {}
+    origin: str  # where the scores come from; empty if there are none
+    loss: float | None  # of the split; None if unknown
+    records: list[Record]  # its metrics; values are None where unknown
+    counts: np.ndarray | None = None  # confusion counts `[K, K]`, or `[K, 2, 2]` for a multilabel task; None if unknown
+    shown: Mapping[str, Sequence[Picture]] = {}  # the images to show, by rank
 
 
 def render(
@@ -79,10 +63,11 @@ def render(
       missing: why the images could not be read; None if they could.
     """
     shown = {rank: found for rank, found in results.shown.items() if found}
-    ordered = sorted(results.records, key=lambda record: record.key != config.eval.best_metric)  # that one first
-    scores = {record.title: record.value for record in ordered if not record.per_class}
-    scores["validation loss"] = results.loss
-    columns = [
+    # The metric that picks the best checkpoint comes first.
+    ordered = sorted(results.records, key=lambda record: record.key != config.eval.best_metric)
+    scores = [(record.title, record.value) for record in ordered if not record.per_class]
+    scores.append(("validation loss", results.loss))
+    columns = [  # and whether all values are shares, to be drawn as bars
         (record, all(0 <= value <= 1 for value in _known(record).values()))
         for record in results.records
         if record.per_class and _known(record)
@@ -106,7 +91,7 @@ def render(
         last_step=max((row["step"] for row in rows), default=step),
         origin=results.origin,
         missing=missing,
-        scores={title: value for title, value in scores.items() if value is not None},
+        scores=[(title, value) for title, value in scores if value is not None],
         charts=charts,
         columns=columns,
         pixel_shares=None if results.counts is None else _shares(confusion.pixel_counts(results.counts)),

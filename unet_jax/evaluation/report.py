@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from unet_jax import metrics
+from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 from unet_jax.evaluation import evaluate, page
 from unet_jax.inference import trained
@@ -24,7 +25,7 @@ def write(
     path: epath.PathLike,
     step: int | None = None,
     data_dir: str | None = None,
-    split: evaluate.Split | None = None,
+    images: pipeline.Pipeline | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> epath.Path:
     """Writes the report of a work directory.
@@ -35,7 +36,7 @@ def write(
       path: the work directory.
       step: which checkpoint; None is the best.
       data_dir: where the images are, if not in `config.data.root`.
-      split: the validation split, if it is open already.
+      images: the validation split, if it is open already.
       mesh: see `trained.load`.
 
     Returns:
@@ -50,7 +51,7 @@ def write(
         network.config.data.root = data_dir
     missing = None
     try:
-        results = _measure(network, evaluate.open_split(network, path, "validation") if split is None else split)
+        results = _measure(network, evaluate.open_split(network, path, "validation", images))
     except UserError as error:
         missing = str(error)
         processes.print_on_main(f"The report shows no images, because they cannot be read: {missing}")

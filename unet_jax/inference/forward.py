@@ -58,19 +58,12 @@ def to_unit(image: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network and all that a prediction needs beside its weights; the methods can be jitted.
+    """A network and all that a prediction needs beside its weights; the methods can be jitted."""
 
-    Attributes:
-      model: see `unet_jax.models`.
-      classes: what it predicts.
-      mesh: the devices, which share the batch and, along `space`, the height of images.
-      normalization: of its images.
-    """
-
-    model: nn.Module
-    classes: Classes
-    mesh: jax.sharding.Mesh
-    normalization: Normalization = Normalization()
+    model: nn.Module  # see `unet_jax.models`
+    classes: Classes  # what it predicts
+    mesh: jax.sharding.Mesh  # the devices, which share the batch and, along `space`, the height of images
+    normalization: Normalization = Normalization()  # of its images
 
     @property
     def task(self) -> str:

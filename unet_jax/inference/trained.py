@@ -19,19 +19,14 @@ class Trained:
     """A trained network, made by `load`.
 
     Attributes:
-      config: the configuration that it was trained with.
-      classes: task, class names, palette, and channels of the images.
-      network: the network on its mesh, with its normalization.
-      variables: its weights, the EMA weights if enabled; whole on every device.
-      step: of the checkpoint.
       source_size: (height, width) of the first training image before it was resized; None if it was not recorded.
     """
 
-    config: Any
-    classes: data.Classes
-    network: forward.Network
-    variables: dict[str, Any]
-    step: int
+    config: Any  # the configuration that it was trained with
+    classes: data.Classes  # task, class names, palette, and channels of the images
+    network: forward.Network  # the network on its mesh, with its normalization
+    variables: dict[str, Any]  # its weights, the EMA weights if enabled; whole on every device
+    step: int  # of the checkpoint
     source_size: tuple[int, int] | None = None
 
     def __post_init__(self):

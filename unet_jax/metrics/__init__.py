@@ -19,17 +19,14 @@ class Counts(NamedTuple):
     """What metrics are computed from.
 
     Attributes:
-      confusion: int64 `[K, K]`, or `[K, 2, 2]` for overlapping masks; rows are the ground truth.
-      names: of the K classes.
       cells: for the scores of ISBI 2012, (probability of cells `[H, W]`, label `[H, W]`) of each slice; None if they
         are off.
-      ignore_label: of the labels in `cells`.
     """
 
-    confusion: np.ndarray
-    names: Sequence[str]
+    confusion: np.ndarray  # int64 `[K, K]`, or `[K, 2, 2]` for overlapping masks; rows are the ground truth
+    names: Sequence[str]  # of the K classes
     cells: Sequence[tuple[np.ndarray, np.ndarray]] | None = None
-    ignore_label: int = 255
+    ignore_label: int = 255  # of the labels in `cells`
 
 
 def _pixel_scores(counts: Counts) -> list[Record]:

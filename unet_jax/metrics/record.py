@@ -10,19 +10,15 @@ class Record:
     """One score, with all that a log, a table or a page has to know of it.
 
     Attributes:
-      key: in `metrics.jsonl`, behind `val/`, and in `eval.json`.
-      title: for people.
       value: a number, or one per class by its name; None where there is nothing to measure.
-      higher_is_better: or else lower is.
-      note: printed below the table, if any.
       details: what belongs to it in `eval.json`, as `<key>_<name>`.
     """
 
-    key: str
-    title: str
+    key: str  # in `metrics.jsonl`, behind `val/`, and in `eval.json`
+    title: str  # for people
     value: float | None | dict[str, float | None]
-    higher_is_better: bool = True
-    note: str = ""
+    higher_is_better: bool = True  # or else lower is
+    note: str = ""  # printed below the table, if any
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -31,7 +31,7 @@ def create(name: str, num_outputs: int, *, conv_impl: str = "plain", **settings)
     Args:
       name: one of `NAMES`.
       num_outputs: channels of the logits.
-      conv_impl: `plain`, or `cpu` for a single CPU device, where convolutions take another form; the result is the same.
+      conv_impl: `plain`, or `cpu` for a single CPU device: another form of the convolution, with the same result.
       **settings: the other fields of `config.model`.
 
     Raises:

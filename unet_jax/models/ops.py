@@ -17,8 +17,8 @@ def conv_3x3_on_cpu(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
     """3x3 convolution of stride 1 in the form that is fast on one CPU; the same sums as the plain form, reordered.
 
     Wide layers take Winograd's minimal filtering F(2x2, 3x3) with 16 products for 36 (Lavin and Gray 2016,
-    arXiv:1509.09308, section 4.1), also in the gradient of the image. The gradient of the kernel pads the image first where the
-    batch is small: XLA's own is up to five times slower there.
+    arXiv:1509.09308, section 4.1), also in the gradient of the image. The gradient of the kernel pads the image first
+    if the batch is small: XLA's own is up to five times slower then.
 
     Args:
       x: `[B, H, W, C]`.

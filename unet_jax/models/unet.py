@@ -29,35 +29,28 @@ class UNet(nn.Module):
     """Maps images to logits; meets the protocol of `unet_jax.models`.
 
     Attributes:
-      num_outputs: channels of the logits: the number of classes, or 1 for a binary task.
       features: width of each level, top to bottom; one level fewer is pooled and up-sampled again.
-      padding: of the 3x3 convolutions, `same` or `valid`; `valid` crops the skips and shrinks the output.
       upsample: `transposed_2x2` or `transposed_3x3` (a transposed convolution without activation); `nearest` or
         `bilinear` (a resize, then a 3x3 convolution with activation).
-      dropout: rate at the end of the two lowest encoder blocks; 0 is none.
-      dropout_on_skip: whether the lowest skip is taken after its dropout (CARLA) or before (Keras ISBI).
-      norm: `none`, `batch` or `group`, before each activation.
-      extra_conv: whether one more 3x3 convolution stands before the head.
       kernel_init: `he` (truncated He-normal; Glorot-uniform where no ReLU follows) or `paper` (N(0, sqrt(2/N))
         everywhere).
       remat: levels, 0 is the top, whose blocks are rematerialised: they keep no activations and recompute them in the
         backward pass (Chen et al. 2016, arXiv:1604.06174); the result is the same.
       conv_impl: `plain`, or `cpu` on a single CPU device (see `ops.conv_3x3_on_cpu`); the result is the same.
-      dtype: of the computation; parameters, normalisation statistics and logits stay float32.
     """
 
-    num_outputs: int
+    num_outputs: int  # channels of the logits: the number of classes, or 1 for a binary task
     features: Sequence[int] = (64, 128, 256, 512, 1024)
-    padding: str = "same"
+    padding: str = "same"  # of the 3x3 convolutions, `same` or `valid`; `valid` crops the skips and shrinks the output
     upsample: str = "transposed_2x2"
-    dropout: float = 0.0
-    dropout_on_skip: bool = False
-    norm: str = "none"
-    extra_conv: bool = False
+    dropout: float = 0.0  # rate at the end of the two lowest encoder blocks; 0 is none
+    dropout_on_skip: bool = False  # whether the lowest skip is taken after its dropout (CARLA) or before (Keras ISBI)
+    norm: str = "none"  # `none`, `batch` or `group`, before each activation
+    extra_conv: bool = False  # whether one more 3x3 convolution stands before the head
     kernel_init: str = "he"
     remat: Sequence[int] = ()
     conv_impl: str = "plain"
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the computation; parameters, normalisation statistics and logits stay float32
 
     def setup(self):
         conv_init, up_init, head_init = INIT[self.kernel_init]

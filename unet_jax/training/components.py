@@ -20,18 +20,12 @@ if TYPE_CHECKING:
 
 
 class Steps(NamedTuple):
-    """The training in steps.
+    """The training in steps."""
 
-    Attributes:
-      per_epoch: may be fractional.
-      total: of the training.
-      eval_every, save_every: between two evaluations, and between two checkpoints.
-    """
-
-    per_epoch: float
+    per_epoch: float  # may be fractional
     total: int
-    eval_every: int
-    save_every: int
+    eval_every: int  # steps between two evaluations
+    save_every: int  # steps between two checkpoints
 
     def evaluates(self, step: int) -> bool:
         """Whether the state after `step` steps is evaluated."""
@@ -43,25 +37,15 @@ class Steps(NamedTuple):
 
 
 class Components(NamedTuple):
-    """What a configuration describes, beside images and state; sizes are (height, width).
+    """What a configuration describes, beside images and state; sizes are (height, width)."""
 
-    Attributes:
-      network: on its mesh.
-      loss: of the training and the evaluation.
-      schedule: step -> learning rate.
-      optimizer: with the schedule.
-      crop: what a training step predicts.
-      input_size: what the network is given for it.
-      eval_input_size: what the network is given for a whole image.
-    """
-
-    network: forward.Network
-    loss: losses.Loss
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
-    crop: tuple[int, int]
-    input_size: tuple[int, int]
-    eval_input_size: tuple[int, int]
+    network: forward.Network  # on its mesh
+    loss: losses.Loss  # of the training and the evaluation
+    schedule: optax.Schedule  # step -> learning rate
+    optimizer: optax.GradientTransformation  # with the schedule
+    crop: tuple[int, int]  # what a training step predicts
+    input_size: tuple[int, int]  # what the network is given for it
+    eval_input_size: tuple[int, int]  # what the network is given for a whole image
 
 
 def build(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, steps: Steps) -> Components:

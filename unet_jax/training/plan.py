@@ -23,19 +23,12 @@ MAX_COMPILATIONS = 12
 
 
 class Plan(NamedTuple):
-    """A compiled training step.
+    """A compiled training step."""
 
-    Attributes:
-      components: see `components.Components`.
-      compiled: the step.
-      arguments: of the step, as shapes with shardings: state, batch, signals.
-      peak: bytes on each device; None if the compiler does not report it.
-    """
-
-    components: components.Components
-    compiled: jax.stages.Compiled
-    arguments: tuple
-    peak: int | None
+    components: components.Components  # network, loss, optimizer, sizes
+    compiled: jax.stages.Compiled  # the step
+    arguments: tuple  # of the step, as shapes with shardings: state, batch, signals
+    peak: int | None  # bytes on each device; None if the compiler does not report it
 
 
 def plan(config: "ConfigDict", memory_gib: float | None) -> None:

@@ -19,14 +19,12 @@ class Pretrained(NamedTuple):
 
     Attributes:
       params, batch_stats: without the head if it predicts another number of classes.
-      normalization: that these weights were trained with.
-      summary: what was loaded, for people.
     """
 
     params: dict[str, Any]
     batch_stats: dict[str, Any]
-    normalization: forward.Normalization
-    summary: str
+    normalization: forward.Normalization  # that these weights were trained with
+    summary: str  # what was loaded, for people
 
 
 def load_pretrained(path: epath.PathLike, network: forward.Network) -> Pretrained:

@@ -81,19 +81,15 @@ class Collective(NamedTuple):
     """One operation by which devices send each other data.
 
     Attributes:
-      kind: as XLA names it: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`.
       size: bytes of the whole buffer: what is reduced, gathered or exchanged in one group; of a permutation, what a
         device sends.
-      participants: devices in a group; of a permutation, those that send.
-      executions: how often it runs, where a loop repeats it.
-      name: of the operation in the source, as far as the compiler knows it.
     """
 
-    kind: str
+    kind: str  # as XLA names it: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`
     size: int
-    participants: int
-    executions: int
-    name: str
+    participants: int  # devices in a group; of a permutation, those that send
+    executions: int  # how often it runs, where a loop repeats it
+    name: str  # of the operation in the source, as far as the compiler knows it
 
     @property
     def factor(self) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from unet_jax import data, metrics
-from unet_jax.data import border, pipeline
+from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 from unet_jax.evaluation import curves, evaluate, pictures, report
 from unet_jax.inference import forward
@@ -27,39 +27,22 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An open run.
+    """An open run."""
 
-    Attributes:
-      path: the work directory.
-      config: with the settings that were inferred from the files.
-      components: see `components.Components`.
-      steps: see `components.Steps`.
-      images: the splits `train` and `validation`.
-      rows: of each global batch, those that this process feeds.
-      example_digests: of the ids of each split; a checkpoint holds them.
-      first_step: steps taken before this run.
-      evaluated: whether the evaluation due after `first_step`, if any, was completed.
-      state: after `first_step`; the first step donates it.
-      batches: from `first_step` on, as the devices hold them.
-      train_step, eval_step, label_step: compiled, or compiled lazily.
-      writer: of checkpoints.
-      log, panels: of this run.
-    """
-
-    path: epath.Path
-    config: "ConfigDict"
-    components: components.Components
-    steps: components.Steps
-    images: Mapping[str, pipeline.Pipeline]
-    rows: np.ndarray
-    example_digests: Mapping[str, str]
-    first_step: int
-    evaluated: bool
-    state: train_state.TrainState
-    batches: Iterator[pipeline.Batch]
-    train_step: Callable
-    eval_step: Callable
-    label_step: Callable
+    path: epath.Path  # the work directory
+    config: "ConfigDict"  # with the settings that were inferred from the files
+    components: components.Components  # network, loss, optimizer, sizes
+    steps: components.Steps  # when to evaluate, to save and to end
+    images: Mapping[str, pipeline.Pipeline]  # the splits `train` and `validation`
+    rows: np.ndarray  # of each global batch, those that this process feeds
+    example_digests: Mapping[str, str]  # of the ids of each split; a checkpoint holds them
+    first_step: int  # steps taken before this run
+    evaluated: bool  # whether the evaluation due after `first_step`, if any, was completed
+    state: train_state.TrainState  # after `first_step`; the first step donates it
+    batches: Iterator[pipeline.Batch]  # from `first_step` on, as the devices hold them
+    train_step: Callable  # (state, batch, signals) -> (state, metrics)
+    eval_step: Callable  # see `evaluate.make_eval_step`
+    label_step: Callable  # (variables, images) -> predicted labels, for the panels
     writer: checkpoints.CheckpointWriter
     log: log.TrainingLog
     panels: pictures.Panels

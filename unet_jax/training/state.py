@@ -16,21 +16,13 @@ PyTree = Any
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step changes.
+    """Everything that a step changes."""
 
-    Attributes:
-      step: int32 scalar, the number of steps taken.
-      params: float32.
-      batch_stats: running averages of batch normalisation; empty without.
-      opt_state: of the optimizer.
-      ema: exponential moving average of `params`; None if disabled.
-    """
-
-    step: jax.Array
-    params: PyTree
-    batch_stats: PyTree
-    opt_state: PyTree
-    ema: PyTree
+    step: jax.Array  # int32 scalar, the number of steps taken
+    params: PyTree  # float32
+    batch_stats: PyTree  # running averages of batch normalisation; empty without
+    opt_state: PyTree  # of the optimizer
+    ema: PyTree  # exponential moving average of `params`; None if disabled
 
     @property
     def eval_variables(self) -> dict[str, PyTree]:
