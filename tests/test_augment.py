@@ -42,7 +42,7 @@ def _augment(**settings):
     return (*_apply(KEYS, image, label, settings), image, label)
 
 
-def test_off_is_the_identity():
+def test_without_augmentation_nothing_changes():
     image, label, image_before, label_before = _augment()
     assert (image == image_before).all() and (label == label_before).all()
 
@@ -75,22 +75,22 @@ def test_warps_move_image_and_label_together(settings):
     image, label, image_before, _ = _augment(**settings)
     inside = np.asarray(label != 255)
     agree = np.asarray((image[..., 0] > 0.5) == (label == 1))[inside]
-    assert agree.mean() > 0.99  # they differ only where bilinear and nearest round a border differently
+    assert agree.mean() > 0.99  # bilinear and nearest may round a border differently
     assert (image != image_before).any((1, 2, 3)).all()
     assert set(np.unique(label)) <= {0, 1, 255}  # labels never blend
     assert 0 < (~inside).mean() < 0.8  # new border pixels are ignored
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "cubic"])
-def test_zero_displacement_is_the_identity(monkeypatch, interpolation):
+def test_a_warp_by_nothing_changes_nothing(monkeypatch, interpolation):
     monkeypatch.setattr(augment.resample, "elastic", lambda key, size, sigma, grid: jnp.zeros((2, *size)))
     image, label, image_before, label_before = _augment(elastic=1.0, interpolation=interpolation)
     assert (label == label_before).all() and (image == image_before).all()
 
 
-def test_weights_go_where_their_labels_go():
+def test_weights_move_with_their_labels():
     image, label = _blobs()
-    weight = label.astype(jnp.float32) + jnp.arange(64 * 64.0).reshape(64, 64) / 64**2 / 2  # tells every pixel apart
+    weight = label.astype(jnp.float32) + jnp.arange(64 * 64.0).reshape(64, 64) / 64**2 / 2  # unique to each pixel
     for settings in (dict(rotate=90.0, elastic=3.0), dict(flip_horizontal=True, crop=(32, 40))):
         _, moved, moved_weight = _apply(KEYS, image, label, settings, weight=weight)
         inside = moved != 255
@@ -100,19 +100,19 @@ def test_weights_go_where_their_labels_go():
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(rotate=1e-6)], ids=["cut", "warped"])
-def test_a_window_has_its_surroundings_around_it_mirrored_at_the_border(settings):
+def test_a_window_has_margins_from_the_image_mirrored_at_its_border(settings):
     image, label = _blobs()
     margins = ((40, 44), (8, 8))
     window, target = _apply(KEYS, image, label, dict(crop=(32, 48)) | settings, margins)
     assert window.shape == (16, 32 + 84, 48 + 16, 1) and target.shape == (16, 32, 48)
-    assert (target == label[:, :32, :48]).mean() < 0.99  # windows lie anywhere
+    assert (target == label[:, :32, :48]).mean() < 0.99  # windows are placed at random
     np.testing.assert_allclose(window[:, 40:72, 8:56, 0], target, atol=1e-3)
     whole, _ = _apply(KEYS, image, label, settings, margins)
     mirrored = np.pad(image, ((0, 0), *margins, (0, 0)), mode="reflect")
     np.testing.assert_allclose(whole, mirrored, atol=1e-3)
 
 
-def test_multilabel_masks_are_warped_as_one():
+def test_multilabel_masks_are_warped_together():
     image, label = _blobs()
     masks = jnp.stack([label, 1 - label], -1)
     _, warped = _apply(KEYS, image, masks, dict(rotate=30.0, shift=0.2))
@@ -122,7 +122,7 @@ def test_multilabel_masks_are_warped_as_one():
 
 
 @pytest.mark.parametrize("settings", [dict(brightness=0.3), dict(contrast=0.5), dict(gamma=0.5)], ids=str)
-def test_color_leaves_labels_alone_and_stays_in_range(settings):
+def test_color_changes_no_label_and_stays_in_range(settings):
     image = jnp.broadcast_to(jnp.linspace(0, 1, 64)[None, None, :, None], (16, 64, 64, 1))
     label = _blobs()[1]
     changed, same = _apply(KEYS, image, label, settings)
@@ -136,11 +136,11 @@ def test_an_example_does_not_depend_on_its_batch():
     image, label = _blobs()
     whole = _apply(KEYS, image, label, settings)
     part = _apply(KEYS[5:7], image[5:7], label[5:7], settings)
-    np.testing.assert_allclose(whole[0][5:7], part[0], atol=1e-6)  # a compiler may fuse differently
+    np.testing.assert_allclose(whole[0][5:7], part[0], atol=1e-6)  # the compiler may fuse differently
     assert (whole[1][5:7] == part[1]).all()
 
 
-def test_ranges_without_meaning_are_named():
+def test_a_setting_out_of_range_is_an_error_that_names_it():
     with pytest.raises(UserError, match=r"config\.augment\.scale = 1\.5"):
         augment.check(OFF | dict(scale=1.5), (64, 64))
     with pytest.raises(UserError, match=r"config\.augment\.crop"):
@@ -150,3 +150,60 @@ def test_ranges_without_meaning_are_named():
     with pytest.raises(UserError, match=r"interpolation = 'cubik'.*Did you mean 'cubic'"):
         augment.check(OFF | dict(interpolation="cubik"), (64, 64))
     assert augment.check(OFF | dict(crop=(32, 48)), (64, 64)) == (32, 48)
+
+
+def test_numbered_keys_draw_what_earlier_versions_drew():
+    """Version 0.1.0 split the key of an example in five, so results trained by it can be reproduced."""
+    assert (augment.FLIP, augment.AFFINE, augment.CROP, augment.COLOR, augment.ELASTIC) == (0, 1, 2, 3, 4)
+    for number, key in enumerate(jax.random.split(KEYS[0], 5)):
+        assert jax.random.key_data(jax.random.fold_in(KEYS[0], number)).tolist() == jax.random.key_data(key).tolist()
+
+
+# A new augmentation: one function with a number of its own, its limit, and its field in `config.augment`.
+
+NOISE = 5
+
+
+def noise(key, image, settings):
+    """Adds Gaussian noise; `settings["noise"]` is its standard deviation."""
+    return jnp.clip(image + settings["noise"] * jax.random.normal(key, image.shape), 0, 1)
+
+
+@pytest.fixture
+def with_noise(monkeypatch):
+    monkeypatch.setitem(augment.LIMITS, "noise", 0.5)
+    monkeypatch.setattr(augment, "INTENSITY", (*augment.INTENSITY, (NOISE, noise)))
+
+
+EVERYTHING = dict(
+    flip_horizontal=True,
+    flip_vertical=True,
+    rotate=30.0,
+    scale=0.2,
+    shift=0.1,
+    elastic=2.0,
+    interpolation="cubic",
+    crop=(40, 48),
+    brightness=0.2,
+    contrast=0.2,
+    gamma=0.2,
+)
+
+
+def test_a_new_augmentation_changes_no_draw_of_the_others(request):
+    image, label = _blobs()
+    weight = jnp.broadcast_to(jnp.linspace(0, 1, 64), label.shape)
+    before = _apply(KEYS, image, label, EVERYTHING, ((4, 4), (2, 2)), weight=weight)
+    request.getfixturevalue("with_noise")
+    after = _apply(KEYS, image, label, EVERYTHING | dict(noise=0.1), ((4, 4), (2, 2)), weight=weight)
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, NOISE))(KEYS)
+    expected = jax.vmap(lambda key, image: noise(key, image, dict(noise=0.1)))(keys, before[0])
+    assert (after[0] == expected).all() and (after[0] != before[0]).any((1, 2, 3)).all()
+    assert (after[1] == before[1]).all() and (after[2] == before[2]).all()
+
+
+@pytest.mark.usefixtures("with_noise")
+def test_the_limit_of_a_new_augmentation_is_checked():
+    augment.check(OFF | dict(noise=0.5), (64, 64))
+    with pytest.raises(UserError, match=r"config\.augment\.noise = 0\.6 is not in 0\.\.0\.5"):
+        augment.check(OFF | dict(noise=0.6), (64, 64))

@@ -1,8 +1,9 @@
-"""Beginning with the weights of another training, and keeping some of them."""
+"""Starting from the weights of another training, and freezing some of them."""
 
 import dataclasses
 import shutil
 
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -11,29 +12,28 @@ import unet_jax
 from unet_jax import data
 from unet_jax.errors import UserError
 from unet_jax.training import loop
-from unet_jax.workdir import files
 
 
 def _params(path, step=None):
     return jax.tree.map(np.asarray, unet_jax.load(path, step).variables["params"])
 
 
-def test_the_first_step_begins_with_the_other_weights(trained, config, tmp_path, capsys):
+def test_the_first_step_starts_from_the_other_weights(trained, config, tmp_path, capsys):
     config.init_from = str(trained)
     config.optimizer.learning_rate, config.optimizer.ema = 1e-30, 0.0
     config.train.epochs = 0.4  # one step
     loop.train(config, tmp_path / "run")
-    assert f"Begins with the weights of {trained}, step" in capsys.readouterr().out
+    assert f"Starting from the weights of {trained}, step" in capsys.readouterr().out
     for old, new in zip(jax.tree.leaves(_params(trained)), jax.tree.leaves(_params(tmp_path / "run")), strict=True):
         np.testing.assert_allclose(old, new, atol=1e-20)
 
 
-def test_another_number_of_classes_draws_the_head_anew(trained, config, tmp_path, capsys):
+def test_another_number_of_classes_replaces_the_head(trained, config, tmp_path, capsys):
     config.init_from = str(trained)
     config.data.variant = "multilabel"
     config.optimizer.learning_rate, config.train.epochs = 1e-30, 0.4
     loop.train(config, tmp_path / "run")
-    assert "its head has 7 outputs and is drawn anew with 6" in capsys.readouterr().out
+    assert "its head has 7 outputs and is replaced by a new one with 6" in capsys.readouterr().out
     old, new = _params(trained), _params(tmp_path / "run")
     assert new["head"]["kernel"].shape[-1] == 6 and new["head"]["kernel"].std() > 0.01
     np.testing.assert_allclose(old["down_0"]["Conv_0"]["kernel"], new["down_0"]["Conv_0"]["kernel"], atol=1e-20)
@@ -47,10 +47,10 @@ def test_frozen_weights_stay_bit_for_bit_and_survive_a_restart(trained, config, 
     config.train.epochs = 4.0
     loop.train(config, tmp_path / "whole")
     flat = lambda tree: {"/".join(k.key for k in p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
-    begun, ended = flat(_params(trained)), flat(_params(tmp_path / "whole", 10))
-    for name, value in ended.items():
-        assert np.array_equal(value, begun[name]) == name.startswith(("down", "up_0/bias")), name
-    # Going on from the step before needs neither the other work directory nor changes the outcome.
+    first, last = flat(_params(trained)), flat(_params(tmp_path / "whole", 10))
+    for name, value in last.items():
+        assert np.array_equal(value, first[name]) == name.startswith(("down", "up_0/bias")), name
+    # Resuming from the step before neither needs the other work directory nor changes the result.
     shutil.rmtree(tmp_path / "whole/checkpoints/10")
     moved = trained.rename(tmp_path / "moved")
     try:
@@ -58,10 +58,10 @@ def test_frozen_weights_stay_bit_for_bit_and_survive_a_restart(trained, config, 
     finally:
         moved.rename(trained)
     for name, value in flat(_params(tmp_path / "whole", 10)).items():
-        np.testing.assert_array_equal(value, ended[name])
+        np.testing.assert_array_equal(value, last[name])
 
 
-def test_what_does_not_fit_is_named(trained, config, tmp_path):
+def test_weights_and_prefixes_that_do_not_fit_are_named(trained, config, tmp_path):
     config.init_from = str(trained)
     config.model.features = (4, 8, 16)
     with pytest.raises(UserError, match=r"batch_stats/down_2/BatchNorm_0/mean is \(8,\) there, but \(16,\)"):
@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_named(trained, config, tmp_path):
     config.init_from = ""
     for frozen, message in (
         (("dwn_0",), "Did you mean 'down_0'"),
-        (("",), "no weight begins with"),
+        (("",), "is a prefix of no weight"),
         (("d", "u", "m", "h"), "nothing to train"),
     ):
         config.optimizer.frozen = frozen
@@ -84,9 +84,8 @@ def test_what_does_not_fit_is_named(trained, config, tmp_path):
 
 def test_files_that_do_not_belong_together_are_named(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    values = files.read_classes(tmp_path / "run")
-    classes = data.Classes.from_json(values)
-    fewer = dataclasses.replace(classes, names=classes.names[:5], palette=classes.palette[:5])
-    files.write_json(tmp_path / "run/classes.json", fewer.to_json())
+    with helpers.edited_json(tmp_path / "run/classes.json") as values:
+        classes = data.Classes.from_json(values)
+        values |= dataclasses.replace(classes, names=classes.names[:5], palette=classes.palette[:5]).to_json()
     with pytest.raises(UserError, match=r"params/head/bias is \(7,\), but the network .* 5 classes .* needs \(5,\)"):
         unet_jax.load(tmp_path / "run")

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from unet_jax import data
+from unet_jax import data, metrics
 from unet_jax.errors import UserError
 from unet_jax.evaluation import evaluate, pictures
 from unet_jax.training import loop
@@ -199,22 +199,22 @@ def test_the_whole_recipe_on_small_images(config, tmp_path, variant, padding, ca
     path = tmp_path / "run"
     loop.train(config, path)
     out = capsys.readouterr().out
-    assert "training predicts 26x30 from" in out and "v_rand" in out
-    rows = [row for row in metrics_log.read(path) if "val/v_rand" in row]
-    assert rows and all(0 <= row["val/v_rand"] <= 1 and 0 <= row["val/pixel_error"] <= 1 for row in rows)
+    assert "training predicts 26x30 from" in out and "V_rand" in out
+    evaluated = [line for line in metrics_log.read(path) if "val/v_rand" in line]
+    assert evaluated and all(0 <= line[key] <= 1 for line in evaluated for key in ("val/v_rand", "val/pixel_error"))
     with Image.open(next((path / "panels").rglob("*.png"))) as picture:
-        # Image, truth, prediction, error and weight, each enlarged seven times.
+        # Image, ground truth, prediction, error and loss weights, each enlarged seven times.
         assert picture.size[0] == pictures.MARGIN + 5 * (7 * 56 + pictures.MARGIN)
 
     plain = evaluate.evaluate_workdir(path, None, None, "validation", "none")
     assert plain.confusion.sum() == 2 * 40 * 56  # every pixel, though the network has no padding
     step = json.loads((path / "eval.json").read_text())["step"]
-    (row,) = [row for row in rows if row["step"] == step]
-    assert plain.em["v_rand"] == pytest.approx(row["val/v_rand"], abs=1e-6)
+    (line,) = [line for line in evaluated if line["step"] == step]
+    assert metrics.flatten(plain.records)["v_rand"] == pytest.approx(line["val/v_rand"], abs=1e-6)
     rotated = evaluate.evaluate_workdir(path, None, None, "validation", None)
     written = json.loads((path / "eval.json").read_text())
     assert written["tta"] == "rotations" and len(written["v_rand_sweep"]) == 11
-    assert written["v_rand"] == rotated.em["v_rand"] and rotated.loss != plain.loss
+    assert written["v_rand"] == metrics.flatten(rotated.records)["v_rand"] and rotated.loss != plain.loss
     with pytest.raises(UserError, match="--tta = 'rotation'.*Did you mean 'rotations'"):
         evaluate.evaluate_workdir(path, None, None, "validation", "rotation")
 

@@ -25,7 +25,7 @@ def _random_segmentation(rng, size, count, lines):
 
 
 def _brute_force_v_rand(segmentation, truth):
-    """Counts ordered pairs of foreground pixels, each with itself too; a line pixel is in a segment with itself alone."""
+    """Counts ordered pairs of foreground pixels, also of each with itself; a line pixel is a segment of its own."""
     pixels = [(s, t) for s, t in zip(segmentation.ravel(), truth.ravel(), strict=True) if t > 0]
     same_s = same_t = same_both = 0
     for (i, (s, t)), (j, (u, v)) in itertools.product(enumerate(pixels), repeat=2):

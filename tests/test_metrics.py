@@ -101,14 +101,14 @@ def test_records_have_these_keys_titles_and_directions():
 
 
 def missed(counts):
-    """The share of the pixels that are not predicted as what they are; and of each class."""
+    """The share of pixels whose class is missed, in all and per class; and of those predicted as class 0."""
     total, pixels = counts.confusion, counts.confusion.sum(1)
-    share = lambda wrong, all_of_it: float(wrong / all_of_it) if all_of_it else None
+    share = lambda part, whole: float(part / whole) if whole else None
     per_class = [share(n - hit, n) for n, hit in zip(pixels, total.diagonal(), strict=True)]
     return [
         Record("missed", "missed", share(pixels.sum() - total.trace(), pixels.sum()), higher_is_better=False),
         Record("miss", "Missed", dict(zip(counts.names, per_class, strict=True)), higher_is_better=False),
-        Record("silence", "background", share(total[:, 0].sum(), pixels.sum())),
+        Record("background_share", "background share", share(total[:, 0].sum(), pixels.sum())),
     ]
 
 
@@ -141,7 +141,7 @@ def test_a_new_metric_is_in_table_json_and_log(tmp_path):
 @pytest.mark.usefixtures("with_missed")
 def test_a_new_metric_can_be_the_best_metric_by_its_key(config):
     classes = data.classes(config.data)
-    for key in ("missed", "miss/ring", "silence"):
+    for key in ("missed", "miss/ring", "background_share"):
         evaluate.check(config.eval.to_dict() | {"best_metric": key}, classes)
     with pytest.raises(UserError, match="Did you mean 'missed'"):
         evaluate.check(config.eval.to_dict() | {"best_metric": "mised"}, classes)
@@ -149,7 +149,7 @@ def test_a_new_metric_can_be_the_best_metric_by_its_key(config):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("with_missed")
-@pytest.mark.parametrize("best_metric, best", [("missed", 2), ("miss/circle", 1), ("silence", 2)])
+@pytest.mark.parametrize("best_metric, best", [("miss/circle", 1), ("background_share", 2)])
 def test_a_new_metric_picks_the_best_checkpoint_whichever_direction_is_better(config, tmp_path, best_metric, best):
     config.eval.best_metric, config.train.eval_every_epochs = best_metric, 0.4  # every step
     run = setup.open_run(config, tmp_path)

@@ -119,18 +119,7 @@ def open_run(config: "ConfigDict", path: epath.Path) -> Run | None:
         files.record_environment(path, first_step, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
 
     # Batches and compiled steps.
-    pixel_weight_fn = border.pixel_weight_fn(config.loss, classes)
-    images = {
-        name: pipeline.Pipeline(
-            source,
-            config.data.size,
-            config.data.resize,
-            config.data.cache_gib,
-            pixel_weight_fn,
-            processes.print_on_main,
-        )
-        for name, source in sources.items()
-    }
+    images = {name: evaluate.open_images(source, config, classes) for name, source in sources.items()}
     rows = sharding.process_rows(mesh, batch_size)
     batches = images["train"].train_batches(batch_size, config.seed, first_step, rows)
     _print_summary(config, built, steps, images, state)
