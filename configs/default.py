@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.data.size = (96, 96)  # height, width of what the network sees; the labels are scored at this size
     config.data.resize = "bilinear"  # of images: bilinear (antialiased) | nearest; labels are always nearest
     config.data.validation = 0.2  # share of the images held out, if the data set has no split of its own
-    config.data.cache_gib = 16.0  # disk that the resized images of all data sets may fill; 0: no cache, see unet_jax/data/README.md
+    config.data.cache_gib = 16.0  # of disk for the resized images of all data sets; 0 is no cache
     config.data.shapes_seed = 0  # shapes only: of the images
     config.data.shapes_train = 800  # shapes only: number of training images
     config.data.shapes_validation = 100  # shapes only: number of validation images, and of test images
@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.data.images = ("images",)  # folders below root
     config.data.masks = ("masks",)  # as many, in the same order
     config.data.mask_suffix = "_mask"  # that the name of a mask may have after that of its image
-    config.data.labels = ()  # what the values in the masks mean, as ("0 background", "255 -> 1 cell") or ("128 0 64 -> 2 car",)
+    config.data.labels = ()  # of mask values, as ("0 background", "255 -> 1 cell") or ("128 0 64 -> 2 car",)
     config.data.channels = 0  # of the images: 1 grey, 3 colours
     config.data.value_range = ()  # (low, high) of 16-bit images, which become 0 and 255
     config.data.lists = ()  # files below root that name the images for training, validation and maybe test
@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     config.model.norm = "batch"  # none | batch | group
     config.model.extra_conv = False  # one more 3x3 convolution before the head
     config.model.kernel_init = "he"  # he | paper: of the weights
-    config.model.remat = ()  # levels, top is 0, whose activations are rematerialised in the backward pass, to save memory
+    config.model.remat = ()  # levels, 0 is the top, whose activations are rematerialised to save memory
     config.model.dtype = "float32"  # of the computation: float32 | bfloat16 (GPU, TPU); weights stay float32
 
     config.augment = ConfigDict()  # all off: 0, False, ()
@@ -78,12 +78,12 @@ def get_config() -> ConfigDict:
     config.optimizer.momentum = 0.9  # sgd
     config.optimizer.weight_decay = 0.0  # adamw
     config.optimizer.clip_norm = 0.0  # of the whole gradient; 0 is off
-    config.optimizer.frozen = ()  # prefixes of names of weights that stay fixed, as ("down_0",); batch norm averages still move
+    config.optimizer.frozen = ()  # prefixes of weights that stay fixed, as ("down_0",); batch norm averages still move
     config.optimizer.ema = 0.0  # decay of the EMA weights, which are then the ones evaluated; 0 is off
 
     config.train = ConfigDict()
     config.train.batch_size = 16  # over all devices
-    config.train.accumulate = 1  # microbatches: parts of a batch that go through the network one after another, to save memory
+    config.train.accumulate = 1  # microbatches in which a batch goes through the network, to save memory
     config.train.nonfinite = "stop"  # a loss, gradient or weight that is not finite: stop | skip (10 in a row at most)
     config.train.epochs = 10.0
     config.train.eval_every_epochs = 1.0  # evaluates, draws panels and saves; once more at the end
@@ -92,13 +92,13 @@ def get_config() -> ConfigDict:
     config.train.panels = 4  # validation images drawn at each evaluation
 
     config.eval = ConfigDict()
-    config.eval.best_metric = "miou"  # picks the best checkpoint: a key of metrics.jsonl without val/, as mdice, iou/road
+    config.eval.best_metric = "miou"  # picks the best checkpoint: a key of metrics.jsonl without val/, as iou/road
     config.eval.em_scores = False  # two classes: V_rand, V_info and pixel error of the ISBI 2012 challenge as well
     config.eval.tta = "none"  # none | flips | dihedral | rotations: averaged by --mode=eval, never while it trains
 
     config.mesh = ConfigDict()
     config.mesh.data = 0  # devices that share the batch; 0: all devices divided by space
     config.mesh.space = 1  # devices that share the height of each image; 0: all devices divided by data
-    config.mesh.shard_optimizer = False  # whether optimizer state and EMA weights are sharded over the devices along data
+    config.mesh.shard_optimizer = False  # whether data devices share optimizer state and EMA weights
 
     return config.lock()

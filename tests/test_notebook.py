@@ -1,7 +1,7 @@
 """The notebook, run from top to bottom on a tiny training."""
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 nbclient = pytest.importorskip("nbclient", reason="the notebook needs the extra 'notebook'")
 nbformat = pytest.importorskip("nbformat")

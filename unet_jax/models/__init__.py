@@ -32,7 +32,7 @@ def create(name: str, num_outputs: int, *, conv_impl: str = "plain", **settings)
       name: one of `NAMES`.
       num_outputs: channels of the logits.
       conv_impl: `plain`, or `cpu` for a single CPU device: another form of the convolution, with the same result.
-      **settings: the other fields of `config.model`.
+      **settings: the other fields of `config.model`; a network ignores those of other networks.
 
     Raises:
       UserError: an unknown name, or an invalid setting.

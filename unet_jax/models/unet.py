@@ -247,7 +247,7 @@ def create(num_outputs: int, **settings) -> UNet:
         raise UserError(f"config.model.features = {settings['features']} needs 2 to 10 positive widths, top to bottom")
     if not 0 <= settings["dropout"] < 1:
         raise UserError(f"config.model.dropout = {settings['dropout']} is not in [0, 1)")
-    model = UNet(num_outputs, **settings)
+    model = UNet(num_outputs, **{name: settings[name] for name in settings if name in UNet.__dataclass_fields__})
     lowest = len(model.features) - 1
     if not set(model.remat) <= set(range(lowest + 1)):
         raise UserError(f"config.model.remat = {model.remat} must be levels of the network, 0 to {lowest}")
