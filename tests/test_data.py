@@ -1,15 +1,18 @@
 """The data sets: generated shapes, files in the published layouts, and samples of the real images."""
 
 import pathlib
+import sys
 import tarfile
+import types
 import zipfile
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from unet_jax import data
-from unet_jax.data import carla, images, shapes
+from unet_jax.data import carla, images, pipeline, shapes
 from unet_jax.data.source import Classes, check_label
 from unet_jax.errors import UserError
 
@@ -212,6 +215,26 @@ def test_the_error_for_missing_and_empty_folders_says_what_to_put_there(config, 
     (tmp_path / "file.zip").write_text("not a zip")
     with pytest.raises(UserError, match="neither a folder nor a zip"):
         data.load(_config(config, tmp_path / "file.zip"), "train")
+
+
+def test_the_data_set_in_the_readme_works(config, tmp_path, monkeypatch):
+    code = (ROOT / "unet_jax/data/README.md").read_text().split("```python")[1].split("```")[0]
+    module = types.ModuleType("unet_jax.data.cells")
+    exec(code, module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(data, "NAMES", (*data.NAMES, "cells"))
+    for k in range(10):
+        np.savez(tmp_path / f"{k}.npz", image=np.full((9, 7, 1), k, np.uint8), label=np.full((9, 7), k % 2, np.uint8))
+    settings = _config(config, tmp_path, name="cells")
+    sources = {split: data.load(settings, split) for split in ("train", "validation", "all")}
+    assert {split: len(source) for split, source in sources.items()} == {"train": 8, "validation": 2, "all": 10}
+    images = pipeline.Pipeline(sources["validation"], (6, 8), "nearest", 1.0)
+    (batch,) = images.eval_batches(2, np.arange(2))
+    assert images.cached and batch["image"].shape == (2, 6, 8, 1)
+    assert (batch["image"][:, 0, 0, 0] == [8, 9]).all() and (batch["label"][:, 0, 0] == [0, 1]).all()
+    assert data.classes(settings).names == ("background", "cell")
+    with pytest.raises(UserError, match="holds 0 .npz files, too few to split"):
+        data.load(_config(config, tmp_path / "nowhere", name="cells"), "train")
 
 
 def test_unknown_names_and_splits_are_refused(config):

@@ -83,7 +83,7 @@ def test_errors_name_what_is_missing(trained, tmp_path):
     with pytest.raises(UserError, match="classes.json cannot be read"):
         evaluate.evaluate_workdir(tmp_path, None, None, "validation", None)
     (tmp_path / "classes.json").write_text((trained / "classes.json").read_text())
-    with pytest.raises(UserError, match="stopped before the first"):
+    with pytest.raises(UserError, match="was stopped before its first one"):
         evaluate.evaluate_workdir(tmp_path, None, None, "validation", None)
 
 

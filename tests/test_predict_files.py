@@ -1,17 +1,19 @@
 """`--mode=predict`: files in, files out."""
 
 import json
-import subprocess
-import sys
+import shutil
 
+import helpers
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tifffile
 import tiny
-from conftest import ROOT
+from helpers import read_image, save_image
 from PIL import Image
 
 import unet_jax
+from configs import folder
 from unet_jax.errors import UserError
 from unet_jax.evaluation import evaluate
 from unet_jax.inference import predict, tiles
@@ -29,23 +31,12 @@ def _train(path, variant, size=(48, 48)):
     return path
 
 
-def _load(path):
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
-def _save(array, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-    return array
-
-
 def test_a_folder_of_many_sizes(trained, tmp_path):
     sizes = {"a.png": (48, 48), "sub/b.png": (100, 70), "c.png": (20, 31)}
     pictures = {
-        name: _save(RNG.integers(0, 256, size, np.uint8), tmp_path / "in" / name) for name, size in sizes.items()
+        name: save_image(RNG.integers(0, 256, size, np.uint8), tmp_path / "in" / name) for name, size in sizes.items()
     }
-    output = tmp_path / "in/out"  # below the inputs, but beside them
+    output = tmp_path / "in/out"  # below the inputs, but in a folder of its own
     predict.predict_files(trained, str(tmp_path / "in"), output, scale="fit", probabilities="npy")
     network = unet_jax.load(trained)
     made = json.loads((output / "predictions.json").read_text())
@@ -62,28 +53,27 @@ def test_a_folder_of_many_sizes(trained, tmp_path):
         np.testing.assert_array_equal(label, probability.argmax(-1))
         shares = made["shares"][str(tmp_path / "in" / name)]
         assert shares["background"] == pytest.approx((label == 0).mean())
-        assert _load(f"{stem}_overlay.jpg").shape == (*picture.shape, 3)
+        assert read_image(f"{stem}_overlay.jpg").shape == (*picture.shape, 3)
     whole = np.asarray(network.predict(pictures["a.png"][None, ..., None])[0])
-    np.testing.assert_allclose(np.load(output / "a_probability.npy"), whole, atol=1e-6)  # as evaluation sees it
+    np.testing.assert_allclose(np.load(output / "a_probability.npy"), whole, atol=1e-6)  # as in evaluation
 
 
 def test_images_at_the_scale_of_the_training_are_tiled(trained, tmp_path, capsys):
-    """The generated shapes are not resized, so that a larger image is one of more pixels, not of larger things."""
-    picture = _save(RNG.integers(0, 256, (100, 130), np.uint8), tmp_path / "a.png")
+    """The generated shapes were not resized, so a larger image has more pixels of the same scale."""
+    picture = save_image(RNG.integers(0, 256, (100, 130), np.uint8), tmp_path / "a.png")
     predict.predict_files(trained, str(tmp_path / "a.png"), tmp_path / "out", probabilities="png")
     assert "at their own size, in tiles of 48x48" in capsys.readouterr().out
 
     network = unet_jax.load(trained)
-    tiles = tiles.Predictor(network.model, network.variables, network.classes, (48, 48))
-    expected = tiles.probability(picture[..., None])
-    np.testing.assert_array_equal(_load(tmp_path / "out/a.png"), expected.argmax(-1))
+    expected = tiles.Predictor(network.network, network.variables, (48, 48)).probability(picture[..., None])
+    np.testing.assert_array_equal(read_image(tmp_path / "out/a.png"), expected.argmax(-1))
     with Image.open(tmp_path / "out/a_probability_circle.png") as written:
         np.testing.assert_allclose(np.asarray(written) / 65535, expected[..., 2], atol=1e-5)
 
 
-def test_overlapping_masks_are_files_of_their_own(tmp_path):
+def test_overlapping_masks_are_written_one_file_each(tmp_path):
     path = _train(tmp_path / "run", "multilabel")
-    picture = _save(RNG.integers(0, 256, (48, 48), np.uint8), tmp_path / "a.png")
+    picture = save_image(RNG.integers(0, 256, (48, 48), np.uint8), tmp_path / "a.png")
     probability = np.asarray(unet_jax.load(path).predict(picture[None, ..., None])[0])
     threshold = float(np.median(probability[..., 1]))
     predict.predict_files(path, str(tmp_path / "a.png"), tmp_path / "out", scale="fit", threshold=threshold)
@@ -92,9 +82,7 @@ def test_overlapping_masks_are_files_of_their_own(tmp_path):
     assert json.loads((tmp_path / "out/predictions.json").read_text())["threshold"] == threshold
 
 
-def test_a_binary_network_of_own_16_bit_images(tmp_path, capsys):
-    from configs import folder
-
+def test_a_binary_network_on_a_folder_of_16_bit_images(tmp_path, capsys):
     config = folder.get_config()
     config.data.root, config.data.size, config.data.variant = str(tmp_path / "data"), (32, 32), "binary"
     config.model.features, config.train.batch_size, config.train.epochs = (4, 8), 8, 2.0
@@ -104,11 +92,9 @@ def test_a_binary_network_of_own_16_bit_images(tmp_path, capsys):
         mask[10:20, 5 + k : 25] = 255
         image = RNG.normal(300, 20, (40, 40)) + 500 * (mask > 0)
         tifffile.imwrite(tmp_path / f"data/images/{k}.tif", image.astype(np.uint16), photometric="minisblack")
-        _save(mask, tmp_path / f"data/masks/{k}.png")
+        save_image(mask, tmp_path / f"data/masks/{k}.png")
     loop.train(config, tmp_path / "run")
-    predict.predict_files(
-        tmp_path / "run", str(tmp_path / "data/images/*.tif"), tmp_path / "out", probabilities="png"
-    )
+    predict.predict_files(tmp_path / "run", str(tmp_path / "data/images/*.tif"), tmp_path / "out", probabilities="png")
     out = capsys.readouterr().out
     assert "resized to 32x32 and back (bilinear)" in out and "threshold 0.5" in out
     with (
@@ -127,7 +113,7 @@ def test_a_binary_network_of_own_16_bit_images(tmp_path, capsys):
         (dict(inputs="nothing*"), "names no image"),
         (dict(threshold=0.3), "this network has a softmax"),
         (dict(threshold=2.0), "must be between 0 and 1"),
-        (dict(output="."), "is where the inputs are"),
+        (dict(output="."), "holds the inputs, and would overwrite them"),
         (dict(output="full"), "is not empty, it holds note.txt"),
         (dict(output="full/note.txt"), "cannot be written"),
         (dict(inputs="clash"), "two outputs would be called x_probability_circle.png"),
@@ -138,11 +124,11 @@ def test_a_binary_network_of_own_16_bit_images(tmp_path, capsys):
 )
 def test_bad_input_is_refused_before_any_work(trained, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
-    _save(np.zeros((48, 48), np.uint8), tmp_path / "a.png")
+    save_image(np.zeros((48, 48), np.uint8), tmp_path / "a.png")
     for name in ("x.png", "x.jpg"):
-        _save(np.zeros((48, 48), np.uint8), tmp_path / "twins" / name)
+        save_image(np.zeros((48, 48), np.uint8), tmp_path / "twins" / name)
     for name in ("x.png", "x_probability_circle.png"):
-        _save(np.zeros((48, 48), np.uint8), tmp_path / "clash" / name)
+        save_image(np.zeros((48, 48), np.uint8), tmp_path / "clash" / name)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/note.txt").write_text("")
     before = sorted(tmp_path.rglob("*"))
@@ -151,39 +137,31 @@ def test_bad_input_is_refused_before_any_work(trained, tmp_path, monkeypatch, ch
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_classes_whose_names_clean_up_alike_keep_files_of_their_own():
-    assert predict._suffixes(("a b", "a_b", "c/d")) == ["_0_a_b", "_1_a_b", "_c_d"]
+def test_classes_whose_names_are_alike_as_file_names_are_numbered(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    with helpers.edited_json(tmp_path / "run/classes.json") as classes:
+        classes["names"] = ["a b", "a_b", "c/d", "e.f", "g-h", "é", "i"]
+    save_image(np.zeros((48, 48), np.uint8), tmp_path / "x.png")
+    predict.predict_files(tmp_path / "run", str(tmp_path / "x.png"), tmp_path / "out", probabilities="png")
+    written = {file.stem.removeprefix("x_probability_") for file in (tmp_path / "out").glob("x_probability_*.png")}
+    assert written == {"0_a_b", "1_a_b", "c_d", "e.f", "g-h", "é", "i"}
 
 
 def test_unreadable_files_are_listed_and_the_others_predicted(trained, tmp_path):
-    _save(np.full((48, 48), 255, np.uint8), tmp_path / "in/good.png")
+    save_image(np.full((48, 48), 255, np.uint8), tmp_path / "in/good.png")
     (tmp_path / "in/bad.png").write_text("no image")
-    flags = ["--mode=predict", f"--workdir={trained}", f"--input={tmp_path}/in", f"--output={tmp_path}/out"]
-    result = subprocess.run(
-        [sys.executable, "-m", "unet_jax.main", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    flags = [f"--workdir={trained}", f"--input={tmp_path}/in", f"--output={tmp_path}/out"]
+    result = helpers.run_main("--mode=predict", *flags)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "1 of 2 files could not be read" in result.stderr and "bad.png: not a readable image" in result.stderr
-    assert "1 of 2 images are predicted" in result.stdout
+    assert "1 of 2 images predicted" in result.stdout
     assert (tmp_path / "out/good.png").exists() and not (tmp_path / "out/bad.png").exists()
 
 
-def test_constant_predictions_are_noticed(trained, tmp_path, capsys):
-    path = trained
-    _save(np.zeros((48, 48), np.uint8), tmp_path / "a.png")
-
-    def predict(bias):
-        network = unet_jax.load(path)
-        network.variables["params"]["head"]["kernel"] = 0 * network.variables["params"]["head"]["kernel"]
-        network.variables["params"]["head"]["bias"] = bias
-        return network
-
-    import jax.numpy as jnp
-
-    fixed = predict(jnp.eye(7)[3])
-    original, predict.trained.load = predict.trained.load, lambda *_: fixed
-    try:
-        predict.predict_files(path, str(tmp_path / "a.png"), tmp_path / "out")
-    finally:
-        predict.trained.load = original
+def test_constant_predictions_are_warned_of(trained, tmp_path, capsys, monkeypatch):
+    save_image(np.zeros((48, 48), np.uint8), tmp_path / "a.png")
+    network = unet_jax.load(trained)
+    network.variables["params"]["head"] = {"kernel": jnp.zeros((1, 1, 4, 7)), "bias": jnp.eye(7)[3]}
+    monkeypatch.setattr(predict.trained, "load", lambda *_: network)
+    predict.predict_files(trained, str(tmp_path / "a.png"), tmp_path / "out")
     assert "warning: every pixel of every image is triangle" in capsys.readouterr().out

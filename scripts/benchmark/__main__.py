@@ -1,7 +1,6 @@
 """Measures unet_jax beside the same networks in PyTorch, on the same work, in rounds taken in turn.
 
   python scripts/benchmark                                   # all suites on this device: takes minutes
-  python scripts/benchmark --suite step --work carla-8 --repeats 20
   python scripts/benchmark --suite step predict --work paper --dtype bfloat16 --output runs/benchmark
 
 Prints tables, whose columns scripts/README.md explains, and writes benchmark.json (every single time) and benchmark.png
@@ -9,7 +8,6 @@ into --output. PyTorch is optional.
 """
 
 import argparse
-import ast
 import datetime
 import importlib.metadata
 import importlib.util
@@ -31,25 +29,21 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # for configs/, and where unet_jax is not installed
 
 import measure  # noqa: E402
-from measure import OURS, TORCH, WORKS, Row, Settings, Work  # noqa: E402
+from measure import WORKS, Row, Settings, Work  # noqa: E402
 
 from unet_jax.errors import UserError, check_choice  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
 ON_CPU = ("carla-8", "carla-32")  # works small enough for a CPU
-_STEP = "work dtype contender ms quartiles images/s speed memory compilation GFLOP GFLOP/s peak"
+_TIMES = "work, dtype, contender, ms, quartiles, images/s"
+_STEP = f"{_TIMES}, speed, memory, compiled in, GFLOP, of peak"
+_SCALING = "direction, factor, image, batch, ms, quartiles, images/s, cost, operations, memory"
 SUITES = {  # what is measured, and the columns of the table
     "step": ("a training step: forward, softmax cross-entropy, backward, Adam; beside PyTorch", _STEP),
     "predict": ("class probabilities of a batch, beside PyTorch", _STEP),
-    "input": (
-        "our image pipeline alone, and how long a training waits for it",
-        "work dtype contender ms quartiles images/s need waiting",
-    ),
-    "startup": ("python -m unet_jax.main to its first finished step, and --help", "case ms quartiles"),
-    "scaling": (
-        "the cost of our step by pixels, batch, width and virtual CPU devices",
-        "direction factor image batch ms quartiles images/s cost operations memory",
-    ),
+    "input": ("our image pipeline alone, and how long a training waits for it", f"{_TIMES}, of need, waiting"),
+    "startup": ("python -m unet_jax.main to its first finished step, and --help", "case, ms, quartiles"),
+    "scaling": ("the cost of our step by pixels, batch, width and virtual CPU devices", _SCALING),
 }
 NEEDS = {  # beyond what the network and its step need
     "input": ("ml_collections", "tensorflow", "tqdm"),
@@ -72,12 +66,10 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}")
-    groups = sorted({name.partition("-")[0] for name in WORKS})
-    works = f"""{", ".join(groups)} (all sizes), or one of {", ".join(WORKS)}: batch of carla at 96x128 and of paper at
-        572x572, side of unet, in batches of 4. Default: {", ".join(ON_CPU)} on a CPU, elsewhere all"""
+    works = [*sorted({name.partition("-")[0] for name in WORKS}), *WORKS]
     for name, choices, default, text in (
         ("--suite", SUITES, list(SUITES), ". ".join(f"{name}: {text}" for name, (text, _) in SUITES.items())),
-        ("--work", (*groups, *WORKS), None, works),
+        ("--work", works, None, f"{', '.join(works)}; default: {', '.join(ON_CPU)} on a CPU, elsewhere all"),
         ("--dtype", DTYPES, None, f"{', '.join(DTYPES)}; default: float32 on a CPU, elsewhere both"),
     ):
         check = lambda value, name=name, choices=choices: check_choice(name, value, choices)
@@ -109,7 +101,7 @@ def _run(flags: argparse.Namespace) -> None:
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "settings": {"repeats": flags.repeats, "seconds": flags.seconds, "dtypes": list(dtypes)},
             "device": device,
-            "versions": {name: importlib.metadata.version(name) for name in installed},
+            "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in installed},
             "skipped": {},
             "rows": [],
         }
@@ -133,19 +125,18 @@ def _describe_device() -> dict[str, Any]:
     Raises:
       UserError: JAX does not start.
     """
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # of the last minute
-    code = "import jax; d = jax.devices(); print([d[0].platform, d[0].device_kind, len(d)])"
+    code = "import jax, json; d = jax.devices(); print(json.dumps([d[0].platform, d[0].device_kind, len(d)]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"JAX does not start: {done.stderr.strip()[-300:]}")
-    kind, cpuinfo = ast.literal_eval(done.stdout.splitlines()[-1]), pathlib.Path("/proc/cpuinfo")
+    kind, cpuinfo = json.loads(done.stdout.splitlines()[-1]), pathlib.Path("/proc/cpuinfo")
     cpus = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return {
         **dict(zip(("platform", "device_kind", "device_count"), kind, strict=True)),
         "cpu": cpus[0] if cpus else platform.processor() or "unknown",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "load_before": load,
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,  # of the last minute
     }
 
 
@@ -157,12 +148,11 @@ def _measure(suite: str, works: Sequence[Work], dtypes: Sequence[str], settings:
         yield from measure.measure_scaling(works[0], dtypes[0], settings)
     elif suite == "input":
         yield from (measure.measure_input(work, dtype, settings) for dtype in dtypes for work in works)
-    else:
-        for dtype in dtypes:
-            n = 3072 if settings.platform == "cpu" else 8192
-            matmul = Work(f"matmul-{n}", {}, 0, 0, (n, n), 1)
-            yield measure.compare("matmul", matmul, dtype, settings, (OURS, TORCH[0]))
-            yield from (measure.compare(suite, work, dtype, settings) for work in works)
+    for dtype in dtypes if suite in ("step", "predict") else ():
+        n = 3072 if settings.platform == "cpu" else 8192
+        matmul = Work(f"matmul-{n}", {}, 0, 0, (n, n), 1)
+        yield measure.compare("matmul", matmul, dtype, settings, (measure.OURS, measure.TORCH[0]))
+        yield from (measure.compare(suite, work, dtype, settings) for work in works)
 
 
 def measure_startup(folder: pathlib.Path) -> list[Row]:
@@ -236,21 +226,20 @@ _COLUMNS = {  # name -> key of a row, and how to show it; other columns are word
     "quartiles": ("quartiles_s", lambda quartiles: "-".join(_number(1e3 * seconds) for seconds in quartiles)),
     "images/s": ("images_per_s", _number),
     "speed": ("ratio", "{:.2f}x".format),
-    "need": ("of_need", lambda value: f"{_number(value)}x"),
+    "of need": ("of_need", lambda value: f"{_number(value)}x"),
     "waiting": ("waited", "{:.1%}".format),
     "cost": ("cost", "{:.2f}x".format),
     "operations": ("work_of_base", "{:.2f}x".format),
     "memory": ("memory_bytes", lambda count: f"{_number(count / 2**30)} GiB"),
-    "compilation": ("compile_s", "{:.1f} s".format),
+    "compiled in": ("compile_s", "{:.1f} s".format),
     "GFLOP": ("gflop", "{:,.1f}".format),
-    "GFLOP/s": ("gflop_per_s", "{:,.0f}".format),
-    "peak": ("of_peak", "{:.0%}".format),
+    "of peak": ("of_peak", "{:.0%}".format),
 }
 
 
 def format_suite(result: Mapping[str, Any], suite: str) -> str:
     """The table of a suite; an error takes the rest of its line."""
-    title, columns = SUITES[suite][0], SUITES[suite][1].split()
+    title, columns = SUITES[suite][0], SUITES[suite][1].split(", ")
     peaks = {}  # GFLOP/s of the fastest round of a large matrix product, by either framework
     for row in result["rows"]:
         if row["suite"] == "matmul" and "error" not in row:
@@ -283,19 +272,16 @@ def draw(result: Mapping[str, Any], file: pathlib.Path) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         return "; no picture, matplotlib is not installed"
-    suites = {suite: [row for row in rows if row["suite"] == suite] for suite in SUITES}
-    suites = {suite: rows for suite, rows in suites.items() if rows}
+    suites = {suite: drawn for suite in SUITES if (drawn := [row for row in rows if row["suite"] == suite])}
     figure = Figure((9, 1 + 1.1 * len(suites) + 0.25 * len(rows)), layout="constrained")
-    device = result["device"]
-    figure.suptitle(f"unet_jax beside PyTorch, {device['device_kind']}, {device['cores']} cores of {device['cpu']}")
+    figure.suptitle("unet_jax beside PyTorch, {device_kind}, {cores} cores of {cpu}".format(**result["device"]))
     axes = figure.subplots(len(suites), height_ratios=[2 + len(rows) for rows in suites.values()], squeeze=False)[:, 0]
     for ax, (suite, rows) in zip(axes, suites.items(), strict=True):
-        key, names = (
-            ("cost", ("direction", "factor")) if suite == "scaling" else ("ratio", ("work", "dtype", "contender"))
-        )
+        key = "cost" if suite == "scaling" else "ratio"
+        names = ("direction", "factor") if suite == "scaling" else ("work", "dtype", "contender")
         for y, row in enumerate(rows):
             value, (low, high) = row.get(key, 1.0), row.get(f"{key}_quartiles", (1.0, 1.0))
-            color = "#1f6f8b" if row["contender"] == OURS else "#e3a27c"
+            color = "#1f6f8b" if row["contender"] == measure.OURS else "#e3a27c"
             ax.barh(y, value, xerr=[[value - low], [high - value]], capsize=2, color=color)
             ax.text(high, y, f"  {value:.2f}x  {_number(row['images_per_s'])} images/s", va="center", fontsize=8)
         ax.set_yticks(range(len(rows)), ["  ".join(str(row[name]) for name in names) for row in rows], fontsize=8)

@@ -17,7 +17,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 OURS, TORCH = "unet_jax", ("PyTorch eager", "PyTorch compiled")
@@ -192,8 +192,7 @@ def serve(connection, task: Task, output: str) -> None:
         before = _resident_bytes("VmRSS:")
         run, facts = side.build(task)
         connection.send(facts)
-        first = True
-        while steps := connection.recv():
+        for round_number, steps in enumerate(iter(connection.recv, 0)):
             # A training never idles. What has idled has lost caches, perhaps memory, and has a full queue of images.
             run(QUEUE if task.suite == "input" else 1)
             started = time.perf_counter()
@@ -202,11 +201,10 @@ def serve(connection, task: Task, output: str) -> None:
             if not math.isfinite(values.pop("loss", 0)):
                 raise FloatingPointError("the loss is not finite")
             connection.send({"seconds": seconds, **values})
-            if first:  # from here on, count no memory that compilers took and freed, where the system allows it
+            if round_number == 0:  # from here on, count no memory that compilers took, where the system allows it
                 with contextlib.suppress(OSError, AttributeError):
                     ctypes.CDLL(None).malloc_trim(0)
                     pathlib.Path("/proc/self/clear_refs").write_text("5")
-            first = False
         connection.send({"memory_bytes": side.device_memory() or max(_resident_bytes("VmHWM:") - before, 0)})
     except ImportError as error:
         connection.send({"error": f"not installed: {error.name or error}"})
@@ -222,9 +220,7 @@ def _resident_bytes(field: str) -> int:
     return 0
 
 
-def compare(
-    suite: str, work: Work, dtype: str, settings: Settings, contenders: Sequence[str] = (OURS, *TORCH)
-) -> list[Row]:
+def compare(suite: str, work: Work, dtype: str, settings: Settings, contenders=(OURS, *TORCH)) -> list[Row]:
     """A row for each contender, see `summarise` and `add_ratios`."""
     log(f"{suite} {work.name} {dtype}")
     results = interleave({name: Task(suite, work, dtype, name, settings) for name in contenders}, settings)
@@ -244,9 +240,8 @@ def summarise(suite: str, work: Work, dtype: str, name: str, result: Mapping[str
     return row
 
 
-def spread(values: Iterable[float], median: str, quartiles: str) -> dict[str, Any]:
+def spread(values: list[float], median: str, quartiles: str) -> dict[str, Any]:
     """The median, and the first and third quartile, by these names."""
-    values = list(values)
     low, middle, high = statistics.quantiles(values * (2 if len(values) == 1 else 1), n=4, method="inclusive")
     return {median: middle, quartiles: [low, high]}
 
@@ -264,9 +259,9 @@ def add_ratios(rows: list[Row]) -> list[Row]:
 def measure_input(work: Work, dtype: str, settings: Settings) -> list[Row]:
     """Our image pipeline alone and in a training, from the cache and from files, beside a step that waits for none."""
     log(f"input {work.name} {dtype}")
-    parts = [f"{part} from {place}" for place in ("cache", "files") for part in ("pipeline", "training")]
-    tasks = {"step alone": Task("step", work, dtype, OURS, settings)}
-    tasks |= {part: Task("input", work, dtype, part, settings) for part in parts}
+    parts = ["pipeline from cache", "training from cache", "pipeline from files", "training from files"]
+    tasks = {part: Task("input", work, dtype, part, settings) for part in parts}
+    tasks = {"step alone": Task("step", work, dtype, OURS, settings), **tasks}
     rows = [summarise("input", work, dtype, name, result) for name, result in interleave(tasks, settings).items()]
     for row in rows:
         if "images_per_s" in row and "images_per_s" in rows[0]:
@@ -278,8 +273,7 @@ def measure_input(work: Work, dtype: str, settings: Settings) -> list[Row]:
 
 def measure_scaling(base: Work, dtype: str, settings: Settings) -> Iterator[list[Row]]:
     """Yields the rows of our step along each of four directions; `cost` is the time of a step, the base's is 1."""
-    scale = lambda values, factor: tuple(max(1, int(n * factor)) for n in values)
-    widths = base.model["features"]
+    widths, scale = base.model["features"], lambda values, factor: tuple(max(1, int(n * factor)) for n in values)
     directions = {
         "pixels": {f: base._replace(size=scale(base.size, f**0.5)) for f in (0.25, 1, 4)},
         "batch": {f: base._replace(batch=int(base.batch * f)) for f in (0.25, 1, 4) if base.batch * f >= 1},

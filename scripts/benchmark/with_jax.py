@@ -20,6 +20,7 @@ from unet_jax.training import augment, program, state, step
 
 NO_AUGMENTATION = {**dict.fromkeys((*augment.LIMITS, "elastic", "flip_horizontal", "flip_vertical"), 0), "crop": ()}
 Run = Callable[[int], dict[str, float] | None]  # takes n steps and waits for their end
+Prepared = tuple[Run, dict[str, Any]]  # with what is known of it besides times
 
 
 def make_networks(work: Work, dtype: str, mesh: jax.sharding.Mesh) -> list[forward.Network]:
@@ -33,10 +34,8 @@ def make_networks(work: Work, dtype: str, mesh: jax.sharding.Mesh) -> list[forwa
     return networks
 
 
-def make_train_steps(
-    work: Work, dtype: str, mesh: jax.sharding.Mesh, batches: Iterator | None = None
-) -> tuple[Run, dict[str, Any]]:
-    """A function that takes n steps of softmax cross-entropy and Adam without augmentation, and what is known of them.
+def make_train_steps(work: Work, dtype: str, mesh: jax.sharding.Mesh, batches: Iterator | None = None) -> Prepared:
+    """A function that takes n steps of softmax cross-entropy and Adam without augmentation.
 
     As in a training, the metrics of a step are fetched while the next one runs. The function continues where it
     stopped, and returns the last `loss` and the seconds `waited_s` for images. Without `batches` (as the image pipeline
@@ -51,7 +50,7 @@ def make_train_steps(
     steps = (step.make_train_step(network, optimizer, loss, **others) for network in networks)
     batch = sharding.put_batch(mesh, {**draw_batch(work), "mask": np.ones(work.batch, bool)})
     batches, signals = batches or itertools.repeat(batch), sharding.per_device(mesh, 0)
-    compiled, facts = _compile(*steps, current, batch, signals)
+    compiled, facts = _compile(current.params, *steps, current, batch, signals)
 
     def run(count):
         nonlocal current, batch
@@ -67,11 +66,11 @@ def make_train_steps(
         jax.block_until_ready(current)
         return {"loss": float(metrics["loss"]), "waited_s": waited}
 
-    return run, facts | _count(current.params)
+    return run, facts
 
 
-def build(task: Task) -> tuple[Run, dict[str, Any]]:
-    """A function that takes n steps of a task, and what is known of it besides times."""
+def build(task: Task) -> Prepared:
+    """A function that takes n steps of a task."""
     mesh = sharding.create_mesh(0, 1, jax.devices()[: task.devices])
     if task.suite == "step":
         return make_train_steps(task.work, task.dtype, mesh)
@@ -86,15 +85,12 @@ def device_memory() -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _compile(function: Callable, plain: Callable, *args) -> tuple[Callable, dict[str, Any]]:
-    """The compiled function, how long that took, and how much it computes."""
+def _compile(params, function: Callable, plain: Callable, *args) -> tuple[Callable, dict[str, Any]]:
+    """The compiled function; how long that took, how much it computes, and the number of parameters."""
     started = time.perf_counter()
     compiled = function.lower(*args).compile()
-    return compiled, {"compile_s": time.perf_counter() - started, "gflop": program.flops(plain, *args) / 1e9}
-
-
-def _count(params) -> dict[str, int]:
-    return {"parameters": sum(array.size for array in jax.tree.leaves(params))}
+    facts = {"compile_s": time.perf_counter() - started, "gflop": program.flops(plain, *args) / 1e9}
+    return compiled, facts | {"parameters": sum(array.size for array in jax.tree.leaves(params))}
 
 
 def _repeat(function: Callable, *args) -> Run:
@@ -111,18 +107,18 @@ def _repeat(function: Callable, *args) -> Run:
     return run
 
 
-def _predict(task: Task, mesh: jax.sharding.Mesh) -> tuple[Run, dict[str, Any]]:
+def _predict(task: Task, mesh: jax.sharding.Mesh) -> Prepared:
     networks = make_networks(task.work, task.dtype, mesh)
-    options = {"out_shardings": sharding.by_example(mesh), "compiler_options": sharding.compiler_options(mesh)}
-    model = networks[0].model
-    image = jnp.zeros((1, *model.smallest_input, task.work.channels))
-    variables = sharding.jit_replicated(mesh, model.init)(jax.random.key(0), image)
     image = sharding.put_batch(mesh, draw_batch(task.work))["image"]
-    compiled, facts = _compile(*(jax.jit(one.probability, **options) for one in networks), variables, image)
-    return _repeat(compiled, variables, image), facts | _count(variables)
+    shape = (1, *networks[0].model.smallest_input, task.work.channels)
+    variables = sharding.jit_replicated(mesh, networks[0].model.init)(jax.random.key(0), jnp.zeros(shape))
+    options = {"out_shardings": sharding.by_example(mesh), "compiler_options": sharding.compiler_options(mesh)}
+    functions = (jax.jit(network.probability, **options) for network in networks)
+    compiled, facts = _compile(variables, *functions, variables, image)
+    return _repeat(compiled, variables, image), facts
 
 
-def _input(task: Task, mesh: jax.sharding.Mesh) -> tuple[Run, dict[str, Any]]:
+def _input(task: Task, mesh: jax.sharding.Mesh) -> Prepared:
     """Noisy images by the pipeline, alone or for training steps, from the cache or decoded from PNG files each time."""
     # These need libraries that the other suites do without.
     from configs import folder
@@ -160,8 +156,8 @@ def _write_images(task: Task) -> pathlib.Path:
         (folder / kind).mkdir(parents=True)
     for i in range(max(64, 2 * work.batch)):
         coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize(size[::-1], Image.Resampling.BICUBIC)
-        noisy = np.asarray(coarse, np.int16) + rng.integers(-4, 5, (*size, 3))
-        image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        noisy = (np.asarray(coarse, np.int16) + rng.integers(-4, 5, (*size, 3))).clip(0, 255)
+        image = Image.fromarray(noisy.astype(np.uint8))
         image.convert("RGB" if work.channels == 3 else "L").save(folder / "images" / f"{i}.png")
         regions = rng.integers(0, work.classes, (6, 8), np.uint8)
         Image.fromarray(regions).resize(size[::-1], Image.Resampling.NEAREST).save(folder / "masks" / f"{i}.png")

@@ -65,14 +65,10 @@ def _block(inputs: int, outputs: int, border: int, depth: int = 2) -> nn.Sequent
 
 
 def make_run(suite: str, model: UNet, work: Work, dtype: str, compiled: bool = False) -> Run:
-    """A function that takes n steps: of softmax cross-entropy and Adam, returns the last `loss`; or predictions.
+    """A function that takes n steps of softmax cross-entropy and Adam and returns the last `loss`, or that predicts.
 
-    Args:
-      suite: `step` or `predict` (class probabilities float32).
-      model: in training mode, channels-last, on the device to use.
-      work: whose batch is taken again and again.
-      dtype: bfloat16 is `torch.autocast`; weights, loss and Adam stay float32.
-      compiled: by torch.compile, forward and backward; Adam is one fused kernel in either case.
+    The `model` is in training mode, channels-last, on the device to use. bfloat16 is `torch.autocast`: weights, loss,
+    Adam and probabilities stay float32. What is compiled are forward and backward; Adam is one fused kernel anyway.
     """
     batch, device = draw_batch(work), model.head.weight.device
     image, label = (torch.from_numpy(batch[name]).to(device) for name in ("image", "label"))

@@ -1,6 +1,7 @@
 """What a work directory holds, for evaluation, prediction, export and notebooks alike."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,22 +17,19 @@ from unet_jax.workdir import checkpoints, files
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained network, made by `load`.
-
-    Attributes:
-      source_size: (height, width) of the first training image before it was resized; None if it was not recorded.
-    """
+    """A trained network, made by `load`."""
 
     config: Any  # the configuration that it was trained with
     classes: data.Classes  # task, class names, palette, and channels of the images
     network: forward.Network  # the network on its mesh, with its normalization
     variables: dict[str, Any]  # its weights, the EMA weights if enabled; whole on every device
     step: int  # of the checkpoint
+    # Height and width of the first training image before it was resized; None if they were not recorded.
     source_size: tuple[int, int] | None = None
 
-    def __post_init__(self):
-        jitted = sharding.jit_replicated(self.mesh, self.network.probability, static_argnames="tta")
-        object.__setattr__(self, "_probability", jitted)
+    @functools.cached_property
+    def _probability(self):
+        return sharding.jit_replicated(self.mesh, self.network.probability, static_argnames="tta")
 
     @property
     def model(self) -> nn.Module:
@@ -71,8 +69,7 @@ def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh 
     Args:
       path: the work directory.
       step: which checkpoint; None is the best.
-      mesh: the devices to put the weights on; None is all devices, with images split over as many of them as in
-        training, as far as these devices allow it.
+      mesh: the devices to put the weights on; None is all devices, see `sharding.create_eval_mesh`.
 
     Raises:
       UserError: no work directory, or no such checkpoint; or one of another network than `config.json` describes.
@@ -88,7 +85,14 @@ def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh 
     network = forward.create_network(config.model, classes, mesh, normalization)
     step, saved = checkpoints.read_variables(path, step, sharding.replicated(mesh))
     variables = evaluated_variables(saved)
-    _check_variables(network.model, classes, variables, f"{path}, step {step}")
+    differing = models.differing_shapes(network.model, classes.channels, variables)
+    if differing:
+        weight, (found, needed) = next(iter(differing.items()))
+        raise UserError(
+            f"{path}, step {step}: {weight} is {found or 'absent'}, but the network of config.json with "
+            f"{len(classes.names)} classes and {classes.channels} channel(s) needs {needed or 'none'}: the files of "
+            "this work directory do not belong together"
+        )
     source_size = tuple(values["image_size"]) if "image_size" in values else None
     return Trained(config, classes, network, variables, step, source_size)
 
@@ -108,16 +112,3 @@ def check_source(path: epath.PathLike, classes: data.Classes, source: data.Sourc
     if kinds[0] != kinds[1]:
         given, held = (f"{task} task of {count} classes, {channels} channel(s)" for task, count, channels in kinds)
         raise UserError(f"{path} is a network for a {given}; the images in config.data.root are for a {held}")
-
-
-def _check_variables(model: nn.Module, classes: data.Classes, variables: dict[str, Any], name: str) -> None:
-    """Checks that these weights are those of the network; names the first that differs."""
-    needed = models.shapes(models.abstract_variables(model, classes.channels))
-    found = models.shapes(variables)
-    for weight in sorted(needed.keys() | found.keys()):
-        if needed.get(weight) != found.get(weight):
-            raise UserError(
-                f"{name}: {weight} is {found.get(weight, 'absent')}, but the network of config.json with "
-                f"{len(classes.names)} classes and {classes.channels} channel(s) needs {needed.get(weight, 'none')}: "
-                "the files of this work directory do not belong together"
-            )

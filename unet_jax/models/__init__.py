@@ -47,6 +47,13 @@ def abstract_variables(model: nn.Module, channels: int) -> dict[str, Any]:
     return {"batch_stats": {}, **jax.eval_shape(model.init, jax.random.key(0), image)}
 
 
+def differing_shapes(model: nn.Module, channels: int, variables) -> dict[str, tuple]:
+    """Path -> (shape in `variables`, shape that `model` needs) of each array that differs, in order; None if absent."""
+    found, needed = shapes(variables), shapes(abstract_variables(model, channels))
+    pairs = {path: (found.get(path), needed.get(path)) for path in sorted(found.keys() | needed.keys())}
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def shapes(tree) -> dict[str, tuple[int, ...]]:
     """The shape of every array, by its path, as in `params/head/kernel`."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]

@@ -17,8 +17,6 @@ import jax.numpy as jnp
 from unet_jax.errors import UserError, check_choice
 from unet_jax.inference import resample
 
-Margins = Sequence[tuple[int, int]]
-
 # The key of an augmentation is fold_in(key of the example, its number). No number is used twice, so that a new
 # augmentation changes no draw of the others.
 FLIP, AFFINE, CROP, COLOR, ELASTIC = range(5)
@@ -48,18 +46,16 @@ def augment(
     keys: jax.Array,
     batch: Mapping[str, jax.Array],
     settings: Mapping,
-    margins: Margins,
+    margins: Sequence[tuple[int, int]],
     ignore_label: int,
 ) -> dict[str, jax.Array]:
-    """Transforms a batch.
+    """Transforms a batch by the `settings` of `config.augment`; pixels from outside the image get the `ignore_label`.
 
     Args:
       keys: `[B]` random keys.
       batch: `image` float `[B, H, W, C]` in 0..1; `label` integer `[B, H, W]` or `[B, H, W, K]`; maybe `weight` float
         `[B, H, W]`.
-      settings: `config.augment`.
       margins: how many pixels the image extends beyond the window: (above, below), (left, right).
-      ignore_label: the label of pixels from outside the image.
 
     Returns:
       the same fields and types; labels and weights `[B, h, w, ...]` of the window, images with the margins around it.
@@ -88,9 +84,8 @@ def _window(key, example, settings, margins, ignore_label):
     warps = any(settings[name] for name in ("rotate", "scale", "shift", "elastic"))
     if not warps and crop == size and not any(map(sum, margins)):
         return example
-    start = jax.random.randint(
-        jax.random.fold_in(key, CROP), (2,), 0, jnp.array([s - c + 1 for s, c in zip(size, crop, strict=True)])
-    )
+    count = jnp.array([s - c + 1 for s, c in zip(size, crop, strict=True)])
+    start = jax.random.randint(jax.random.fold_in(key, CROP), (2,), 0, count)
     rows, columns = (
         first - before + jnp.arange(before + length + after)
         for first, length, (before, after) in zip(start, crop, margins, strict=True)
@@ -102,9 +97,8 @@ def _window(key, example, settings, margins, ignore_label):
 
     rows, columns = affine_coordinates(jax.random.fold_in(key, AFFINE), rows, columns, size, settings)
     if settings["elastic"]:
-        down, right = resample.elastic(
-            jax.random.fold_in(key, ELASTIC), rows.shape, settings["elastic"], settings["elastic_grid"]
-        )
+        elastic_key = jax.random.fold_in(key, ELASTIC)
+        down, right = resample.elastic(elastic_key, rows.shape, settings["elastic"], settings["elastic_grid"])
         rows, columns = rows + down, columns + right
     inner = tuple(slice(before, before + length) for length, (before, _) in zip(crop, margins, strict=True))
     outside = {"label": ignore_label, "weight": 0}
@@ -119,7 +113,6 @@ def affine_coordinates(
     """Where output pixels come from, under a random affine map about the centre of the image.
 
     Args:
-      key: random key.
       rows, columns: of the output pixels, `[h]` and `[w]`.
       size: height and width of the image.
       settings: `rotate`, the angle is uniform in ± that many degrees; `scale`, the zoom is uniform in 1 ± scale;
@@ -141,12 +134,9 @@ def affine_coordinates(
 
 
 def color(key: jax.Array, image: jax.Array, settings: Mapping) -> jax.Array:
-    """image ** g * c about the mean + b, clipped to 0..1; each factor is uniform in its range.
+    """image ** g * c about the mean + b, clipped to 0..1; `image` is float `[h, w, C]` in 0..1.
 
-    Args:
-      key: random key.
-      image: float `[h, w, C]` in 0..1.
-      settings: `brightness`, `contrast`, `gamma`.
+    b, c and g are uniform in ± `brightness`, 1 ± `contrast` and 1 ± `gamma` of the settings.
     """
     brightness, contrast, gamma = (settings[name] for name in ("brightness", "contrast", "gamma"))
     b, c, g = jax.random.uniform(key, (3,), minval=-1, maxval=1)

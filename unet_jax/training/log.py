@@ -14,50 +14,31 @@ from unet_jax.workdir import metrics_log
 
 MAX_SKIPPED = 10  # steps in a row that config.train.nonfinite = "skip" forgives
 
+# What a checkpoint holds so that the lines stay exact: the losses since the last line, the number of steps whose update
+# was skipped, and how many of the latest steps in a row were.
 _INITIAL = {"window": [], "skipped": 0, "in_a_row": 0}
 
 
 class TrainingLog:
-    """Collects the metrics of steps; prints them, and writes them to `metrics.jsonl` and TensorBoard.
-
-    Attributes:
-      resume_state: what a checkpoint has to hold so that the lines stay exact: `window`, losses since the last line;
-        `skipped`, the steps whose update was skipped, and `in_a_row`, how many of the latest steps were.
-      nonfinite_error: what was not finite, once that cannot be forgiven; empty as long as all is well.
-      last_evaluation: the one added last.
-      waited: seconds spent waiting for data since the clock was started.
-    """
+    """Collects the metrics of steps; prints them, and writes them to `metrics.jsonl` and TensorBoard."""
 
     def __init__(
         self,
-        path: epath.Path,
+        path: epath.Path,  # the work directory
         *,
-        schedule: Callable[[int], float],
-        steps_per_epoch: float,
+        schedule: Callable[[int], float],  # step -> learning rate
+        steps_per_epoch: float,  # may be fractional
         total_steps: int,
-        batch_size: int,
-        every: int,
-        skips_nonfinite: bool,
-        first_step: int = 0,
-        resume_state: Mapping | None = None,
+        batch_size: int,  # over all devices
+        every: int,  # steps between two lines
+        skips_nonfinite: bool,  # whether the step skips updates that are not finite
+        first_step: int = 0,  # steps taken before
+        resume_state: Mapping | None = None,  # from the checkpoint of `first_step`
     ):
-        """Starts at `first_step`.
-
-        Args:
-          path: the work directory.
-          schedule: step -> learning rate.
-          steps_per_epoch: may be fractional.
-          total_steps: of the training.
-          batch_size: over all devices.
-          every: steps between two lines.
-          skips_nonfinite: whether the step skips updates that are not finite.
-          first_step: steps taken before.
-          resume_state: of the run before; None at the start.
-        """
+        """Starts at `first_step`."""
         self.resume_state = {name: (resume_state or {}).get(name, value) for name, value in _INITIAL.items()}
-        self.nonfinite_error = ""
+        self.nonfinite_error = ""  # what was not finite, once that cannot be forgiven
         self.last_evaluation: Evaluation | None = None
-        self.waited = 0.0
         self._path, self._schedule = path, schedule
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         self._batch_size, self._every, self._skips = batch_size, every, skips_nonfinite
@@ -71,7 +52,8 @@ class TrainingLog:
 
     def restart_clock(self) -> None:
         """Leaves out of images/s what is not training."""
-        self.waited, self._clock, self._timed_steps = 0.0, time.monotonic(), 0
+        self.waited = 0.0  # seconds spent waiting for data since now
+        self._clock, self._timed_steps = time.monotonic(), 0
 
     def add(self, step: int, step_metrics: Mapping[str, jax.Array]) -> int:
         """Adds the metrics of one step, on the host or still on the device; returns their signal, or 0."""
@@ -146,6 +128,12 @@ def tile_summary(use: str, size: Sequence[int], input_size: Sequence[int]) -> st
     shown = f"{use} predicts {size[0]}x{size[1]}"
     same = tuple(size) == tuple(input_size)
     return shown if same else f"{shown} from {input_size[0]}x{input_size[1]}, mirrored where needed"
+
+
+def mesh_summary(mesh: jax.sharding.Mesh) -> str:
+    """Number and kind of the devices, and the shape of the mesh."""
+    shape = mesh.shape
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh data={shape['data']} space={shape['space']}"
 
 
 def memory_summary(compiled: jax.stages.Compiled) -> str:

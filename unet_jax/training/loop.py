@@ -47,9 +47,9 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
             pending = step, step_metrics
             if step < run.steps.total:
                 waiting = time.monotonic()
-                rows = next(run.batches)
+                host_batch = next(run.batches)
                 run.log.waited += time.monotonic() - waiting
-                batch = sharding.put_batch(mesh, rows)
+                batch = sharding.put_batch(mesh, host_batch)
             if stop_signal or run.steps.saves(step):
                 stop_signal = max(stop_signal, log_step(run, *pending))
                 pending = None
@@ -74,9 +74,7 @@ def log_step(run: setup.Run, step: int, step_metrics: dict) -> int:
     if run.log.nonfinite_error:
         run.writer.close()
         good = integrity.steps(run.path)
-        kept = (
-            f"The last good checkpoint is {run.path / 'checkpoints' / str(good[-1])}" if good else "None is saved yet"
-        )
+        kept = f"The last good checkpoint is {run.path}/checkpoints/{good[-1]}" if good else "None is saved yet"
         raise UserError(
             f"{run.log.nonfinite_error}. {kept}. Try a lower config.optimizer.learning_rate, "
             "config.optimizer.clip_norm=1.0 or config.optimizer.warmup_epochs=1; config.train.nonfinite=skip forgives "
@@ -93,18 +91,9 @@ def evaluate_and_save(
     deferred: signals.Deferred,
     replace: bool = False,
 ) -> int:
-    """Evaluates the state after `step` steps if that is due, unless told to stop, and saves it.
+    """Evaluates the state after `step` steps if that is due and nothing stops the training, and saves it.
 
-    Args:
-      run: see `setup.Run`.
-      train_state: after `step` steps.
-      step: the number of steps taken.
-      stop_signal: the signal that stops the training, or 0.
-      deferred: the signals of this process.
-      replace: whether the step was saved before, without its scores.
-
-    Returns:
-      the signal that stops the training, or 0.
+    `replace` is for a step that was saved before, without its scores. Returns the signal that stops the training, or 0.
     """
     variables, result = train_state.eval_variables, None
     due = run.steps.evaluates(step)

@@ -56,14 +56,13 @@ def make_optimizer(settings: Mapping, schedule: optax.Schedule) -> optax.Gradien
             raise UserError(f"config.optimizer.{field} = {settings[field]} is not in [0, {limit})")
     if settings["weight_decay"] and name != "adamw":
         raise UserError(f"config.optimizer.weight_decay is for 'adamw', not for {name!r}: set it to 0")
-    if name == "adam":
-        rule = optax.adam(schedule)
-    elif name == "adamw":
-        rule = optax.adamw(schedule, weight_decay=settings["weight_decay"])
-    else:
-        rule = optax.sgd(schedule, momentum=settings["momentum"])
-    clip = settings["clip_norm"]
-    rule = optax.chain(optax.clip_by_global_norm(clip), rule) if clip else rule
+    rule = {
+        "adam": optax.adam(schedule),
+        "adamw": optax.adamw(schedule, weight_decay=settings["weight_decay"]),
+        "sgd": optax.sgd(schedule, momentum=settings["momentum"]),
+    }[name]
+    if settings["clip_norm"]:
+        rule = optax.chain(optax.clip_by_global_norm(settings["clip_norm"]), rule)
     frozen = tuple(settings["frozen"])
     if not frozen:
         return rule
@@ -76,11 +75,7 @@ def make_optimizer(settings: Mapping, schedule: optax.Schedule) -> optax.Gradien
 
 
 def check_frozen(frozen: Sequence[str], names: Collection[str]) -> None:
-    """Checks `config.optimizer.frozen`.
-
-    Args:
-      frozen: prefixes of names.
-      names: of all weights, as `down_0/Conv_0/kernel`.
+    """Checks `config.optimizer.frozen`, against the `names` of all weights, such as `down_0/Conv_0/kernel`.
 
     Raises:
       UserError: one is a prefix of no name, or nothing is left to train.

@@ -32,11 +32,11 @@ class Plan(NamedTuple):
 
 
 def plan(config: "ConfigDict", memory_gib: float | None) -> None:
-    """Compiles the training step for the devices at hand, and prints what it needs.
+    """Compiles the training step for the devices at hand, and prints what it needs and the largest batch that fits.
 
     Args:
       config: as in `configs/default.py`.
-      memory_gib: GiB of a device, to find the largest batch that fits; None: as the device reports.
+      memory_gib: of each device; None: as the device reports.
 
     Raises:
       UserError: an invalid setting, or no files to infer the classes from.
@@ -46,29 +46,29 @@ def plan(config: "ConfigDict", memory_gib: float | None) -> None:
     config = config.copy_and_resolve_references()
     classes = find_classes(config.data)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
-    processes.print_on_main(f"Compiling the training step for {_describe_mesh(mesh)}.")
-    made = {config.train.batch_size: compile_step(config, classes, mesh)}
-    processes.print_on_main("\n".join(_describe(config, classes, mesh, made[config.train.batch_size])))
+    processes.print_on_main(f"Compiling the training step for {log.mesh_summary(mesh)}.")
+    planned, batch_size = compile_step(config, classes, mesh), config.train.batch_size
+    processes.print_on_main("\n".join(_describe(config, planned)))
 
     limit = memory_gib * 2**30 if memory_gib else sharding.memory_limit(mesh)
-    if limit is None or made[config.train.batch_size].peak is None:
+    if limit is None or planned.peak is None:
         why = "no --memory_gib was given" if limit is None else "the compiler does not report memory"
         processes.print_on_main(f"largest batch          not searched for: {why}")
         return
 
-    def peak(batch_size):
-        if batch_size not in made:
-            config.train.batch_size = batch_size
-            made[batch_size] = compile_step(config, classes, mesh)
-        return made[batch_size].peak
+    def peak(other):
+        if other == batch_size:
+            return planned.peak
+        config.train.batch_size = other
+        return compile_step(config, classes, mesh).peak
 
     processes.print_on_main(f"\nLooking for the largest batch that fits in {size(limit)} on each device")
     unit = mesh.shape["data"] * config.train.accumulate
-    processes.print_on_main(_describe_largest(*largest_batch(peak, config.train.batch_size, unit, limit), unit))
+    processes.print_on_main(_describe_largest(*largest_batch(peak, batch_size, unit, limit), unit))
 
 
 def find_classes(settings: "ConfigDict") -> data.Classes:
-    """What the labels mean, from `config.data` alone, unless it is a folder whose labels or channels are not set.
+    """What the labels mean: from `config.data` alone, or from the files of a folder if labels or channels are not set.
 
     Raises:
       UserError: an invalid setting, or no files to infer the classes from.
@@ -103,25 +103,21 @@ def compile_step(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding
     return Plan(built, compiled, arguments, peak)
 
 
-def flops(config: "ConfigDict", made: Plan) -> int:
-    """Of the training step on all devices together, see `program.flops`."""
-    network = made.components.network
-    # In the plain form: the one for a single CPU multiplies more numbers to the same end.
+def flops(config: "ConfigDict", planned: Plan) -> int:
+    """FLOPs of the training step on all devices together, see `program.flops`."""
+    network = planned.components.network
+    # In the plain form: the one for a single CPU multiplies more numbers for the same result.
     plain = dataclasses.replace(network, model=network.model.clone(conv_impl="plain"))
-    shardings = jax.tree.map(lambda x: x.sharding, made.arguments[0])
-    step = components.make_train_step(config, made.components._replace(network=plain), shardings)
-    return program.flops(step, *made.arguments)
+    shardings = jax.tree.map(lambda x: x.sharding, planned.arguments[0])
+    step = components.make_train_step(config, planned.components._replace(network=plain), shardings)
+    return program.flops(step, *planned.arguments)
 
 
 def abstract_batch(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh) -> dict:
     """A batch as `Pipeline.train_batches` yields it and `sharding.put_batch` shards it, without its values."""
     count, size = config.train.batch_size, tuple(config.data.size)
     masks = (len(classes.names),) if classes.task == "multilabel" else ()
-    fields = {
-        "image": (size + (classes.channels,), np.uint8),
-        "label": (size + masks, np.uint8),
-        "mask": ((), bool),
-    }
+    fields = {"image": ((*size, classes.channels), np.uint8), "label": (size + masks, np.uint8), "mask": ((), bool)}
     if config.loss.border_weight:
         fields["weight"] = (size, np.float32)
     where = sharding.by_example(mesh)
@@ -143,11 +139,12 @@ def largest_batch(
       the batch size, or 0 if none fits; the peaks measured; whether the next batch is known not to fit.
     """
     peaks = {first: peak(first)}
-    while len(peaks) < MAX_COMPILATIONS:
+    while True:
         fits = max((n for n, needed in peaks.items() if needed <= limit), default=0)
         fails = min((n for n, needed in peaks.items() if needed > limit and n > fits), default=None)
-        if fails is not None and fails - fits <= unit:
-            return fits, peaks, True
+        certain = fails is not None and fails - fits <= unit
+        if certain or len(peaks) == MAX_COMPILATIONS:
+            return fits, peaks, certain
         (a, b) = sorted(peaks, key=lambda n: abs(peaks[n] - limit))[:2] if len(peaks) > 1 else (0, 0)
         slope = (peaks[a] - peaks[b]) / (a - b) if a != b else 0.0
         if slope > 0:
@@ -159,7 +156,6 @@ def largest_batch(
         highest = guess if fails is None else fails - unit
         guess = max(fits + unit, min(guess, highest))
         peaks[guess] = peak(guess)
-    return max((n for n, needed in peaks.items() if needed <= limit), default=0), peaks, False
 
 
 def _describe_largest(batch_size: int, peaks: Mapping[int, int], certain: bool, unit: int) -> str:
@@ -169,23 +165,16 @@ def _describe_largest(batch_size: int, peaks: Mapping[int, int], certain: bool, 
             f"largest batch          none: {above} needs {size(peaks[above])}. More devices along space, "
             "config.train.accumulate, config.model.remat or a smaller config.augment.crop save memory"
         )
-    beyond = (
-        f"; {above}, the next, needs {size(peaks[above])}" if certain else "; maybe more fit, the search was stopped"
-    )
+    beyond = f"{above}, the next, needs {size(peaks[above])}" if certain else "maybe more fit, the search was stopped"
     evenly = f", a multiple of {unit} (devices along data x accumulate)" if unit > 1 else ""
-    return f"largest batch          {batch_size}{evenly}\n  compiled, it needs {size(peaks[batch_size])}{beyond}"
+    return f"largest batch          {batch_size}{evenly}\n  compiled, it needs {size(peaks[batch_size])}; {beyond}"
 
 
-def _describe_mesh(mesh: jax.sharding.Mesh) -> str:
-    shape = mesh.shape
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh data={shape['data']} space={shape['space']}"
-
-
-def _describe(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, made: Plan) -> list[str]:
+def _describe(config: "ConfigDict", planned: Plan) -> list[str]:
     """The lines of the table."""
-    train_state, batch, _ = made.arguments
-    built, memory = made.components, made.compiled.memory_analysis()
-    count, work = config.train.batch_size, flops(config, made)
+    (train_state, batch, _), built = planned.arguments, planned.components
+    classes, mesh = built.network.classes, built.network.mesh
+    count, work = config.train.batch_size, flops(config, planned)
     held = {
         "parameters": train_state.params,
         "batch statistics": train_state.batch_stats,
@@ -198,7 +187,7 @@ def _describe(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Me
         "",
         f"network                {weights:,} weights, {config.model.dtype}, {len(classes.names)} classes "
         f"({classes.task}); {log.tile_summary('training', built.crop, built.input_size)}",
-        f"devices                {_describe_mesh(mesh)}",
+        f"devices                {log.mesh_summary(mesh)}",
         f"step                   {count} images of {config.data.size[0]}x{config.data.size[1]}x{classes.channels}, "
         f"accumulate={config.train.accumulate}, remat={tuple(config.model.remat)}, "
         f"shard_optimizer={config.mesh.shard_optimizer}",
@@ -206,10 +195,11 @@ def _describe(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Me
         "memory of each device",
         *(f"  {name:<20} {size(program.held_bytes(tree)):>12}" for name, tree in held.items()),
     ]
-    if memory is not None:
+    if planned.peak is not None:
+        temporary = planned.compiled.memory_analysis().temp_size_in_bytes
         lines += [
-            f"  activations          {size(memory.temp_size_in_bytes):>12}  all that is temporary, gradients too",
-            f"  peak                 {size(made.peak):>12}  arguments + temporary + results - results in place",
+            f"  activations          {size(temporary):>12}  all that is temporary, gradients too",
+            f"  peak                 {size(planned.peak):>12}  arguments + temporary + results - results in place",
         ]
     lines += [
         "",
@@ -217,9 +207,9 @@ def _describe(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Me
         f"  all devices          {_flop(work)}  {_flop(work / count).strip()} an image",
         f"  each device          {_flop(work / mesh.size)}",
     ]
-    if (counted := (made.compiled.cost_analysis() or {}).get("flops", 0)) > 0:
+    if (counted := (planned.compiled.cost_analysis() or {}).get("flops", 0)) > 0:
         lines.append(f"  by XLA's own count   {_flop(counted)}  of each device, all operations, loops once")
-    return lines + ["", *_describe_traffic(program.collectives(made.compiled))]
+    return lines + ["", *_describe_traffic(program.collectives(planned.compiled))]
 
 
 def _describe_traffic(found: list[program.Collective]) -> list[str]:

@@ -15,24 +15,16 @@ from unet_jax.workdir import checkpoints, files
 
 
 class Pretrained(NamedTuple):
-    """Weights to start from.
+    """Weights to start from."""
 
-    Attributes:
-      params, batch_stats: without the head if it predicts another number of classes.
-    """
-
-    params: dict[str, Any]
+    params: dict[str, Any]  # without the head if it predicts another number of classes
     batch_stats: dict[str, Any]
     normalization: forward.Normalization  # that these weights were trained with
     summary: str  # what was loaded, for people
 
 
 def load_pretrained(path: epath.PathLike, network: forward.Network) -> Pretrained:
-    """Loads the best checkpoint of another work directory.
-
-    Args:
-      path: the other work directory.
-      network: of the new training.
+    """Loads the best checkpoint of another work directory, to train `network`.
 
     Raises:
       UserError: no work directory; a network that differs elsewhere than in its head (names the first difference).
@@ -46,20 +38,18 @@ def load_pretrained(path: epath.PathLike, network: forward.Network) -> Pretraine
     except UserError as error:
         raise UserError(f"config.init_from = {str(path)!r}: {error}") from error
     variables = trained.evaluated_variables(saved)
-    found = models.shapes(variables)
-    needed = models.shapes(models.abstract_variables(network.model, classes.channels))
-    differing = sorted(name for name in found.keys() | needed.keys() if found.get(name) != needed.get(name))
-    for name in differing:
+    differing = models.differing_shapes(network.model, classes.channels, variables)
+    for name, (found, needed) in differing.items():
         if not name.startswith("params/head/"):
             raise UserError(
-                f"config.init_from = {str(path)!r}: {name} is {found.get(name, 'absent')} there, but "
-                f"{needed.get(name, 'absent')} in this network. Set config.model (and config.data.channels) as there"
+                f"config.init_from = {str(path)!r}: {name} is {found or 'absent'} there, but {needed or 'absent'} in "
+                "this network. Set config.model (and config.data.channels) as there"
             )
     summary = f"Starting from the weights of {path}, step {step}"
     if differing:
         del variables["params"]["head"]
-        outputs = [sizes["params/head/bias"][0] for sizes in (found, needed)]
-        summary += f"; its head has {outputs[0]} outputs and is replaced by a new one with {outputs[1]}"
+        (before,), (after,) = differing["params/head/bias"]
+        summary += f"; its head has {before} outputs and is replaced by a new one with {after}"
     elif names != classes.names:
         summary += f"; its head was trained for {', '.join(names)}, and is kept"
     normalization = forward.Normalization.from_json(values.get("normalization"))

@@ -3,7 +3,7 @@
 import collections
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ def flops(function: Callable, *args) -> int:
 
 
 def _jaxpr_flops(jaxpr) -> int:
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+    return sum(map(_equation_flops, jaxpr.eqns))
 
 
 def _equation_flops(equation) -> int:
@@ -46,7 +46,7 @@ def _convolution_flops(equation) -> int:
     """Each tap of the kernel meets each input pixel, and each output pixel each tap, once at most.
 
     So zeros that only dilate or surround the input are not counted: the gradient of an unpadded convolution costs what
-    the convolution does. Where a kernel reaches over the border of a padded image it is counted whole, as is usual.
+    the convolution does. Where a kernel extends beyond the border of a padded image it is counted whole, as is usual.
     """
     lhs, rhs = (v.aval.shape for v in equation.invars)
     out = equation.outvars[0].aval.shape
@@ -62,7 +62,7 @@ def _convolution_flops(equation) -> int:
 def peak_bytes(compiled: jax.stages.Compiled) -> int | None:
     """Bytes on each device: arguments, temporary arrays, and results that do not take the place of an argument.
 
-    None where the compiler does not tell. What libraries take for themselves while they run is not in it.
+    None where the compiler does not report it. What libraries allocate for themselves while they run is not counted.
     """
     memory = compiled.memory_analysis()
     if memory is None:
@@ -78,18 +78,13 @@ def held_bytes(tree) -> int:
 
 
 class Collective(NamedTuple):
-    """One operation by which devices send each other data.
+    """One operation by which devices send each other data."""
 
-    Attributes:
-      size: bytes of the whole buffer: what is reduced, gathered or exchanged in one group; of a permutation, what a
-        device sends.
-    """
-
-    kind: str  # as XLA names it: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`
-    size: int
+    kind: str  # as XLA names it, one of `KINDS`
+    size: int  # bytes reduced, gathered or exchanged in one group; of a permutation, those that a device sends
     participants: int  # devices in a group; of a permutation, those that send
     executions: int  # how often it runs, where a loop repeats it
-    name: str  # of the operation in the source, as far as the compiler knows it
+    name: str  # of the operation in the source, if the compiler knows it
 
     @property
     def factor(self) -> float:
@@ -112,23 +107,22 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-_BITS = re.compile(r"(\d+)")
 
 
 def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
     """What the devices of a compiled program send each other in one run; empty for one device.
 
-    Loops count as often as the compiler knows them to run, and once where it does not know.
+    A loop counts as often as the compiler knows it to run, or once.
     """
     return read_collectives(compiled.as_text())
 
 
 def read_collectives(text: str) -> list[Collective]:
-    """As `collectives`, of the text of an optimized HLO module."""
+    """The same as `collectives`, from the text of an optimized HLO module."""
     bodies, entry = _computations(text)
     runs = _executions(bodies, entry)
     partitions = re.search(r"num_partitions=(\d+)", text)
-    devices = int(partitions.group(1)) if partitions else 1
+    devices = int(partitions[1]) if partitions else 1
     return [
         _collective(line, found, runs[name], devices)
         for name, lines in bodies.items()
@@ -138,13 +132,13 @@ def read_collectives(text: str) -> list[Collective]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation of a module, and the name of the one where it begins."""
+    """The lines of each computation of a module, and the name of its entry computation."""
     bodies, entry, current = {}, "", None
     for line in text.splitlines():
         if begins := _COMPUTATION.match(line):
-            current = begins.group(2)
+            current = begins[2]
             bodies[current] = []
-            entry = current if begins.group(1) else entry
+            entry = current if begins[1] else entry
         elif current is not None:
             bodies[current].append(line)
     return bodies, entry
@@ -156,22 +150,17 @@ def _executions(bodies: dict[str, list[str]], entry: str) -> collections.Counter
     for name in reversed(bodies):
         for line in bodies[name]:
             trips = _TRIPS.search(line) if " while(" in line else None
-            for called in _called(line):
-                runs[called] += runs[name] * (int(trips.group(1)) if trips else 1)
+            branches = _BRANCHES.search(line)
+            for called in _CALLED.findall(line) + re.findall(r"[\w.\-]+", branches[1] if branches else ""):
+                runs[called] += runs[name] * (int(trips[1]) if trips else 1)
     return runs
-
-
-def _called(line: str) -> Iterable[str]:
-    yield from _CALLED.findall(line)
-    if branches := _BRANCHES.search(line):
-        yield from (name.strip().lstrip("%") for name in branches.group(1).split(","))
 
 
 def _collective(line: str, found: re.Match, executions: int, devices: int) -> Collective:
     shape, kind, starts = found.groups()
     sizes = [_bytes(*array) for array in _ARRAY.findall(shape)]
     if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{(.*?\})\}", line).group(1)
+        pairs = re.search(r"source_target_pairs=\{(.*?\})\}", line)[1]
         participants = len(set(re.findall(r"\{(\d+),", pairs)))
     else:
         participants = _participants(line, devices)
@@ -184,22 +173,22 @@ def _collective(line: str, found: re.Match, executions: int, devices: int) -> Co
     if kind == "reduce-scatter":
         size *= participants  # each keeps its part of the result
     name = re.search(r'op_name="([^"]*)"', line)
-    return Collective(kind, size, participants, executions, name.group(1) if name else "")
+    return Collective(kind, size, participants, executions, name[1] if name else "")
 
 
 def _participants(line: str, devices: int) -> int:
     """Devices in a group, from one of three notations: `{{0,1},{2,3}}`, `[2,4]<=[8]`, `mesh['a'=4,'b'=2] {'b'}`."""
     if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return len(groups.group(1).split(","))
+        return len(groups[1].split(","))
     if groups := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
-        return int(groups.group(1))
+        return int(groups[1])
     if groups := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line):
-        lengths = dict(re.findall(r"'(\w+)'=(\d+)", groups.group(1)))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups.group(2))  # maybe a part of an axis
+        lengths = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[2])  # maybe a part of an axis
         return math.prod(int(part or lengths[axis]) for axis, part in axes)
     return devices
 
 
 def _bytes(kind: str, shape: str) -> int:
-    bits = 8 if kind == "pred" else int(_BITS.search(kind).group(1))
+    bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])
     return -(-bits * math.prod(int(n) for n in shape.split(",") if n) // 8)

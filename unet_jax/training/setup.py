@@ -49,11 +49,7 @@ class Run:
 
 
 def open_run(config: "ConfigDict", path: epath.Path) -> Run | None:
-    """Opens a new run, or resumes the one in `path`; None if that is finished.
-
-    Args:
-      config: as in `configs/default.py`.
-      path: the work directory.
+    """Opens a new run, or resumes the one in the work directory `path`; None if that is finished.
 
     Raises:
       UserError: anything that the user can put right; nothing was written then.
@@ -156,11 +152,7 @@ def open_run(config: "ConfigDict", path: epath.Path) -> Run | None:
 
 
 def _read_meta(path: epath.Path, step: int, digests: Mapping[str, str], root: str) -> dict[str, Any]:
-    """What was saved beside the state after `step` steps.
-
-    Raises:
-      UserError: the work directory holds no training, or one on other examples.
-    """
+    """What was saved beside the state after `step` steps of a training on the same examples."""
     if step == 0:
         raise UserError(
             f"{path} holds imported weights. Start from them by --config.init_from={path}, in another --workdir"
@@ -175,10 +167,9 @@ def _read_meta(path: epath.Path, step: int, digests: Mapping[str, str], root: st
 
 
 def _check_no_checkpoint(path: epath.Path, save_every: int) -> None:
-    """Says that a work directory without a checkpoint starts from scratch.
+    """Checks that a work directory without a checkpoint never had one, and prints that it starts from scratch.
 
-    Raises:
-      UserError: it had one: a save starts when the one before has ended, so after two periods there was one.
+    A save starts when the one before has ended, so after two periods there was one.
     """
     reached = max((row["step"] for row in metrics_log.read(path)), default=0)
     if reached > 2 * save_every:
@@ -198,7 +189,7 @@ def draw_history(path: epath.Path, config: "ConfigDict", classes: data.Classes) 
 
 
 def _finish_again(path: epath.Path, config: "ConfigDict", classes: data.Classes, step: int) -> None:
-    """Draws what is missing (a crash may have come between saving and drawing), and says that the run is finished."""
+    """Draws what is missing (a crash may have come between saving and drawing); prints that the run is finished."""
     draw_history(path, config, classes)
     if not (path / "report.html").exists():
         report.write(path)
@@ -210,7 +201,7 @@ def _finish_again(path: epath.Path, config: "ConfigDict", classes: data.Classes,
 def _print_summary(config, built, steps, images, state) -> None:
     from clu import parameter_overview
 
-    classes, mesh, (height, width) = built.network.classes, built.network.mesh, config.data.size
+    classes, (height, width) = built.network.classes, config.data.size
     cached = "cached" if images["train"].cached else "read again each epoch"
     training = log.tile_summary("training", built.crop, built.input_size)
     validation = log.tile_summary("validation", config.data.size, built.eval_input_size)
@@ -219,19 +210,16 @@ def _print_summary(config, built, steps, images, state) -> None:
         f"data     {len(images['train'].source)} training and {len(images['validation'].source)} validation images of "
         f"{height}x{width}, {len(classes.names)} classes ({classes.task}), {cached}\n"
         f"tiles    {training}; {validation}\n"
-        f"devices  {jax.device_count()} x {jax.devices()[0].device_kind}, mesh data={mesh.shape['data']} "
-        f"space={mesh.shape['space']}; {jax.process_count()} process(es)\n"
+        f"devices  {log.mesh_summary(built.network.mesh)}; {jax.process_count()} process(es)\n"
         f"steps    {steps.total} of {config.train.batch_size} images, {steps.per_epoch:.1f} an epoch"
     )
 
 
 def _compile(config, built, state, batches):
     """The compiled training step, and the batches, of which it needed the first."""
-    mesh = built.network.mesh
-    first = next(batches)
-    shardings = jax.tree.map(lambda array: array.sharding, state)
+    mesh, first = built.network.mesh, next(batches)
+    step = components.make_train_step(config, built, jax.tree.map(lambda array: array.sharding, state))
     started = time.monotonic()
-    step = components.make_train_step(config, built, shardings)
     compiled = step.lower(state, sharding.put_batch(mesh, first), sharding.per_device(mesh, 0)).compile()
     seconds = time.monotonic() - started
     processes.print_on_main(f"memory   {log.memory_summary(compiled)}; compiled in {seconds:.1f} s")

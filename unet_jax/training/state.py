@@ -43,12 +43,9 @@ def create(
     """A new state, initialised on the devices that will hold it.
 
     Args:
-      seed: of the weights.
-      model: the network.
       image_shape: `[B, H, W, C]` of any image batch that the network takes.
-      optimizer: makes `opt_state`.
       ema: whether to keep EMA weights.
-      mesh: the devices; every array is whole on each of them.
+      mesh: every array is whole on each of its devices.
       shard_optimizer: whether `opt_state` and `ema` are sharded over the devices along `data` instead (as stage 1 of
         ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054).
     """

@@ -38,7 +38,7 @@ def make_train_step(
     largest is among the metrics of all processes, so that they act on it at the same step.
 
     Args:
-      network: see `forward.Network`.
+      network: in whose form the batch is given, normalised and sharded.
       optimizer: see `optimizer.make_optimizer`.
       loss: see `losses.make`.
       augmentation: `config.augment`, or any mapping with its fields.
