@@ -1,7 +1,7 @@
 """Every field there is, with its default; the other files change a few of them.
 
-A default is a promise: a work directory written before its field existed was trained with it. So it never changes; what
-should be different goes into the file of an experiment.
+Never change a default: a work directory written before the field existed was trained with it. What should be different
+goes into the file of an experiment.
 """
 
 from ml_collections import ConfigDict

@@ -3,27 +3,27 @@
 import json
 import os
 import pathlib
+import re
+import runpy
 import statistics
-import subprocess
 import sys
+import types
 from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from commands import ROOT
+from helpers import one_device, run
 
-sys.path.insert(0, str(ROOT / "scripts"))
+FOLDER = ROOT / "scripts" / "benchmark"
+sys.path.insert(0, str(FOLDER))
 
-import benchmark_jax
-import benchmark_report
-import benchmark_suites
-import benchmark_workers
+import measure
+import with_jax
+from measure import WORKS, Settings, Task, Worker
 
-from unet_jax.parallel import sharding
-
-WORKS = benchmark_workers.WORKS
-SCRIPT = str(ROOT / "scripts" / "benchmark.py")
+benchmark = types.SimpleNamespace(**runpy.run_path(str(FOLDER / "__main__.py"), run_name="benchmark"))
 
 
 def _small(name, **changes):
@@ -36,7 +36,7 @@ CARLA = _small("carla-8", size=(16, 24))
 SMALL = [
     CARLA,
     _small("unet-256", size=(24, 16)),
-    _small("paper-1", size=(28, 24), around=(20, 20, 20, 20)),
+    _small("paper-1", size=(28, 24), margin=20),
 ]
 
 
@@ -70,19 +70,26 @@ def _random(params):
     return jax.tree.map(lambda w: w if w.ndim == 4 else rng.normal(0, 0.3, w.shape).astype(np.float32), params)
 
 
+def _settings(folder, **changes):
+    return Settings(repeats=3, seconds=0.01, platform="cpu", cores=2, folder=folder)._replace(**changes)
+
+
+def _make_model(work):
+    return with_jax.make_networks(work, "float32", one_device())[0].model
+
+
 @pytest.mark.parametrize("work", SMALL, ids=lambda work: work.name)
 def test_the_networks_are_the_same_function(work):
     torch = pytest.importorskip("torch")
-    import unet_torch
+    import with_torch
 
-    devices = sharding.create_mesh(0, 1, jax.devices()[:1])
-    model = benchmark_jax.make_model(work, "float32", devices)
-    height, width = (n + sum(around) for n, around in zip(work.size, model.margins(work.size), strict=True))
+    model = _make_model(work)
+    height, width = (n + sum(margins) for n, margins in zip(work.size, model.margins(work.size), strict=True))
     image = np.random.default_rng(0).random((2, height, width, work.channels), np.float32)
     params = _random(jax.jit(model.init)(jax.random.key(0), image)["params"])
     ours = np.asarray(jax.jit(model.apply)({"params": params}, image))
 
-    net = unet_torch.make_model(work).to(memory_format=torch.channels_last).eval()
+    net = with_torch.UNet(work).to(memory_format=torch.channels_last).eval()
     _copy_weights(net, params)
     with torch.no_grad():
         theirs = net(torch.from_numpy(image).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
@@ -94,16 +101,16 @@ def test_the_networks_are_the_same_function(work):
 def test_the_steps_are_the_same(work):
     """Images, mirrored borders, loss and Adam: the losses of four steps agree, without dropout."""
     torch = pytest.importorskip("torch")
-    import unet_torch
+    import with_torch
 
     work = work._replace(model={**work.model, "dropout": 0.0})
-    devices = sharding.create_mesh(0, 1, jax.devices()[:1])
-    training = benchmark_jax.make_training(work, "float32", devices)
-    net = unet_torch.make_model(work).to(memory_format=torch.channels_last)
-    _copy_weights(net, training.state.params)
-    ours = benchmark_jax.make_train_steps(training, training.step)
-    theirs = unet_torch.make_train_steps(net, benchmark_workers.draw_batch(work), work.around, "float32")
-    losses = [(ours(1), theirs(1)) for _ in range(4)]
+    model = _make_model(work)
+    image = np.zeros((1, *model.smallest_input, work.channels), np.float32)
+    net = with_torch.UNet(work).to(memory_format=torch.channels_last)
+    _copy_weights(net, jax.jit(model.init)(jax.random.key(0), image)["params"])
+    ours, _ = with_jax.make_train_steps(work, "float32", one_device())
+    theirs = with_torch.make_run("step", net, work, "float32")
+    losses = [(ours(1)["loss"], theirs(1)["loss"]) for _ in range(4)]
     assert len({round(loss, 6) for loss, _ in losses}) == 4  # it learns
     np.testing.assert_allclose(*zip(*losses, strict=True), rtol=1e-4)
 
@@ -111,15 +118,15 @@ def test_the_steps_are_the_same(work):
 @pytest.mark.parametrize("name, expected", [("carla-8", 8_640_471), ("paper-1", 31_030_658), ("unet-256", 31_030_658)])
 def test_parameters(name, expected):
     torch = pytest.importorskip("torch")
-    import unet_torch
+    import with_torch
 
     work = WORKS[name]
-    model = benchmark_jax.make_model(work, "float32", sharding.create_mesh(0, 1))
+    model = _make_model(work)
     size = (1, *model.smallest_input, work.channels)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(size, np.float32))
     assert sum(array.size for array in jax.tree.leaves(shapes)) == expected
     with torch.device("meta"):
-        assert sum(weight.numel() for weight in unet_torch.make_model(work).parameters()) == expected
+        assert sum(weight.numel() for weight in with_torch.UNet(work).parameters()) == expected
 
 
 def test_ratios_are_those_of_each_round():
@@ -131,43 +138,45 @@ def test_ratios_are_those_of_each_round():
     ]
     rows = [row | {"median_s": statistics.median(row["times_s"])} for row in rows]
     rows.append({"contender": "PyTorch compiled", "error": "no compiler"})
-    ours, eager, compiled, failed = benchmark_suites.add_ratios(rows)
+    ours, eager, compiled, failed = measure.add_ratios(rows)
     assert ours["ratio"] == 0.5 and ours["ratios"] == [0.5] * 3 and ours["ratio_quartiles"] == [0.5, 0.5]
     assert eager["ratio"] == 1 and compiled["ratio"] == 0.25 and "ratio" not in failed
     assert ours["ratio_to"] == "PyTorch eager"
-    assert benchmark_workers.quartiles([3.0]) == (3, 3, 3)
-    assert benchmark_workers.quartiles([1, 2, 3, 4, 5]) == (2, 3, 4)
+    assert measure.spread([3.0], "median", "quartiles") == {"median": 3, "quartiles": [3, 3]}
+    assert measure.spread([1, 2, 3, 4, 5], "median", "quartiles") == {"median": 3, "quartiles": [2, 4]}
 
 
 class _Clock:
-    """Stands in for a process: counts steps, and ends where it is told to."""
+    """In place of a process: counts steps, and fails if its task says so."""
 
     log: ClassVar = []
 
-    def __init__(self, task, file):
+    def __init__(self, task):
         self.task = task
 
     def answer(self, timeout):
         if self.task.dtype == "broken":
-            raise benchmark_workers.Failed("not installed: torch")
+            raise ChildProcessError("not installed: torch")
         return {"parameters": 3}
 
-    def ask(self, steps, timeout):
+    def take(self, steps, timeout):
         self.log.append((self.task.contender, steps))
         if self.task.dtype == "dies" and len([name for name, _ in self.log if name == self.task.contender]) > 5:
-            raise benchmark_workers.Failed("the process ended (SIGKILL, out of memory?)")
-        return {"memory_bytes": 7} if steps is None else {"seconds": 0.01 * steps}
+            raise ChildProcessError("the process ended (SIGKILL, out of memory?)")
+        return {"memory_bytes": 7} if steps == 0 else {"seconds": 0.01 * steps}
 
     def close(self):
         self.log.append((self.task.contender, "closed"))
 
 
 def test_rounds_are_taken_in_turn(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark_workers, "Worker", _Clock)
+    monkeypatch.setattr(measure, "Worker", _Clock)
     monkeypatch.setattr(_Clock, "log", [])
     kinds = {"a": "good", "b": "good", "c": "broken", "d": "dies"}
-    tasks = {name: benchmark_workers.Task("step", None, kind, name) for name, kind in kinds.items()}
-    found = benchmark_workers.interleave(tasks, 8, 0.02, tmp_path)
+    settings = _settings(tmp_path, repeats=8, seconds=0.02)
+    found = measure.interleave(
+        {name: Task("step", CARLA, kind, name, settings) for name, kind in kinds.items()}, settings
+    )
     assert found["c"] == {"error": "not installed: torch"} and "SIGKILL" in found["d"]["error"]
     for name in ("a", "b"):
         assert found[name]["steps"] == 2 and found[name]["times_s"] == pytest.approx([0.01] * 8)
@@ -179,18 +188,16 @@ def test_rounds_are_taken_in_turn(monkeypatch, tmp_path):
 
 
 def test_a_killed_process_is_reported(tmp_path):
-    task = benchmark_workers.Task("step", CARLA, "float32", "unet_jax", "cpu")
-    worker = benchmark_workers.Worker(task, tmp_path / "log.txt")
+    worker = Worker(Task("step", CARLA, "float32", "unet_jax", _settings(tmp_path)))
     worker._process.kill()
-    with pytest.raises(benchmark_workers.Failed, match=r"the process ended \(SIGKILL, out of memory\?\)"):
+    with pytest.raises(ChildProcessError, match=r"the process ended \(SIGKILL, out of memory\?\)"):
         worker.answer(60)
     worker.close()
 
 
 def test_a_process_that_does_not_answer_is_not_waited_for(tmp_path):
-    task = benchmark_workers.Task("step", CARLA, "float32", "unet_jax", "cpu")
-    worker = benchmark_workers.Worker(task, tmp_path / "log.txt")
-    with pytest.raises(benchmark_workers.Failed, match="no answer in 0 s"):
+    worker = Worker(Task("step", CARLA, "float32", "unet_jax", _settings(tmp_path)))
+    with pytest.raises(ChildProcessError, match="no answer in 0 s"):
         worker.answer(0)
     worker.close()
 
@@ -198,12 +205,12 @@ def test_a_process_that_does_not_answer_is_not_waited_for(tmp_path):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """The rows of tiny works by real processes."""
-    run = benchmark_suites.Run(3, 0.01, "cpu", 2, tmp_path_factory.mktemp("benchmark"))
+    settings = _settings(tmp_path_factory.mktemp("benchmark"))
     contenders = ("unet_jax", "PyTorch eager")
-    rows = benchmark_suites.compare("step", CARLA, "float32", run, contenders)
-    rows += benchmark_suites.compare("predict", SMALL[2], "bfloat16", run, contenders)
-    matmul = benchmark_suites._matmul(run)._replace(name="matmul-64", size=(64, 64))
-    return rows + benchmark_suites.compare("matmul", matmul, "float32", run, contenders[:1])
+    rows = measure.compare("step", CARLA, "float32", settings, contenders)
+    rows += measure.compare("predict", SMALL[2], "bfloat16", settings, contenders)
+    matmul = measure.Work("matmul-64", {}, 0, 0, (64, 64), 1)
+    return rows + measure.compare("matmul", matmul, "float32", settings, contenders[:1])
 
 
 @pytest.mark.slow
@@ -234,7 +241,7 @@ def _result(rows):
 
 
 @pytest.mark.slow
-def test_table_and_picture_are_made_of_the_file(measured, tmp_path):
+def test_table_and_picture_come_from_the_file(measured, tmp_path):
     failed = {
         "suite": "step",
         "work": "carla-8",
@@ -249,42 +256,42 @@ def test_table_and_picture_are_made_of_the_file(measured, tmp_path):
     ]
     result = json.loads(json.dumps(_result([*measured, failed, *scaling]), allow_nan=False))
     table = "\n".join(
-        [benchmark_report.format_head(result)]
-        + [benchmark_report.format_suite(result, suite) for suite in ("step", "predict", "scaling")]
+        [benchmark.format_head(result)]
+        + [benchmark.format_suite(result, suite) for suite in ("step", "predict", "scaling")]
     )
     assert max(map(len, table.splitlines())) <= 120
     for row in measured[:4]:
-        assert f"{row['ratio']:.2f}x" in table and benchmark_report._number(1e3 * row["median_s"]) in table
+        assert f"{row['ratio']:.2f}x" in table and benchmark._number(1e3 * row["median_s"]) in table
     assert "WARNING  the machine is busy (load 1.9 of 2" in table
-    assert "jax 1.2.3" in table and "A CPU" in table and "xxx" in table and "batch x 4" in table
-    assert benchmark_report._size(measured[0]["memory_bytes"]) in table
-    assert benchmark_report.draw(result, tmp_path / "a.png").startswith(" and ")
+    assert "jax 1.2.3" in table and "A CPU" in table and "xxx" in table and re.search("batch +x 4 ", table)
+    assert f"{benchmark._number(measured[0]['memory_bytes'] / 2**30)} GiB" in table
+    assert benchmark.draw(result, tmp_path / "a.png").startswith(" and ")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_scaling_is_told_beside_the_base(monkeypatch, tmp_path):
+def test_scaling_is_relative_to_the_base(monkeypatch, tmp_path):
     asked = []
 
     def interleave(tasks, *_):
         asked.append(tasks)
-        return {name: {"times_s": [float(name), 2 * float(name)], "gflop": 3.0, "steps": 1} for name in tasks}
+        return {factor: {"times_s": [factor, 2 * factor], "gflop": 3.0, "steps": 1} for factor in tasks}
 
-    monkeypatch.setattr(benchmark_suites, "interleave", interleave)
-    run = benchmark_suites.Run(2, 1.0, "gpu", 2, tmp_path)
-    groups = list(benchmark_suites.measure_scaling(WORKS["carla-8"], "float32", run))
+    monkeypatch.setattr(measure, "interleave", interleave)
+    settings = _settings(tmp_path, platform="gpu")
+    groups = list(measure.measure_scaling(WORKS["carla-8"], "float32", settings))
     assert [group[0]["direction"] for group in groups] == ["pixels", "batch", "width", "devices"]
     assert [row["cost"] for row in groups[0]] == [0.25, 1, 4] and [row["cost"] for row in groups[3]] == [1, 2, 4, 8]
     pixels, batch, width, devices = asked
     assert [task.work.size for task in pixels.values()] == [(48, 64), (96, 128), (192, 256)]
     assert [task.work.batch for task in batch.values()] == [2, 8, 32]
-    assert width["0.5"].work.model["features"] == (16, 32, 64, 128, 256)
-    assert [(task.devices, task.platform) for task in devices.values()] == [(n, "cpu") for n in (1, 2, 4, 8)]
-    table = benchmark_report.format_suite(_result([row for group in groups for row in group]), "scaling")
-    assert "devices x 8" in table and "8.00x" in table
+    assert width[0.5].work.model["features"] == (16, 32, 64, 128, 256)
+    assert [(task.devices, task.settings.platform) for task in devices.values()] == [(n, "cpu") for n in (1, 2, 4, 8)]
+    table = benchmark.format_suite(_result([row for group in groups for row in group]), "scaling")
+    assert re.search("devices +x 8 .* 8.00x", table)
 
 
 def test_numbers_for_people():
-    shown = [benchmark_report._number(value) for value in (0.01234, 1.2345, 12.36, 1234.6, 123456.0, 0)]
+    shown = [benchmark._number(value) for value in (0.01234, 1.2345, 12.36, 1234.6, 123456.0, 0)]
     assert shown == ["0.012", "1.234", "12.36", "1,235", "123,456", "0"]
 
 
@@ -305,8 +312,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 
 def _call(*flags, path=""):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
-    command = [sys.executable, SCRIPT, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return run(sys.executable, FOLDER, *flags, env=environment, timeout=900)
 
 
 @pytest.mark.slow
@@ -319,9 +325,7 @@ def test_where_libraries_are_missing(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert result["skipped"]["input"] == "not installed: ml_collections, tensorflow, tqdm"
-    assert (
-        "clu, ml_collections, orbax.checkpoint" in result["skipped"]["startup"] and "startup is skipped" in done.stdout
-    )
+    assert "clu, ml_collections, orbax" in result["skipped"]["startup"] and "startup is skipped" in done.stdout
     rows = {row["contender"]: row for row in result["rows"] if row["suite"] == "predict"}
     assert rows["unet_jax"]["images_per_s"] > 0 and "ratio" not in rows["unet_jax"]
     assert rows["PyTorch eager"]["error"] == rows["PyTorch compiled"]["error"] == "not installed: torch"
@@ -346,19 +350,18 @@ def test_wrong_flags_and_earlier_results(tmp_path):
 @pytest.mark.slow
 def test_input(tmp_path):
     pytest.importorskip("tensorflow")
-    run = benchmark_suites.Run(1, 0.05, "cpu", 2, tmp_path)
-    rows = {row["contender"]: row for row in benchmark_suites.measure_input(CARLA, "float32", run)}
+    settings = _settings(tmp_path, repeats=1, seconds=0.05)
+    rows = {row["contender"]: row for row in measure.measure_input(CARLA, "float32", settings)}
     assert [row.get("error") for row in rows.values()] == [None] * 5
     assert rows["pipeline from cache"]["of_need"] > 0 and 0 <= rows["training from files"]["waited"] <= 1
-    table = benchmark_report.format_suite(_result(list(rows.values())), "input")
+    table = benchmark.format_suite(_result(list(rows.values())), "input")
     assert "step alone" in table and "waiting" in table
-    legends = "\n".join(benchmark_report.LEGENDS.values()).splitlines()
-    assert max(map(len, [*legends, *table.splitlines()])) <= 120
+    assert max(map(len, table.splitlines())) <= 120
 
 
 @pytest.mark.slow
 def test_startup(tmp_path):
     flags = [f"--config={ROOT / 'tests' / 'tiny.py'}", "--config.train.log_every_steps=1"]
-    assert 1 < benchmark_suites.seconds_until(flags, "step 1/", tmp_path) < 300
-    with pytest.raises(benchmark_workers.Failed, match="ended before its first step: error: --config=none.py"):
-        benchmark_suites.seconds_until(["--config=none.py"], "step 1/", tmp_path)
+    assert 1 < benchmark.seconds_until("step 1/", flags, tmp_path) < 300
+    with pytest.raises(ChildProcessError, match="ended before its first step: error: --config=none.py"):
+        benchmark.seconds_until("step 1/", ["--config=none.py"], tmp_path)

@@ -39,15 +39,16 @@ def test_a_dry_run_removes_and_starts_nothing(tmp_path):
     for name in ("awk", "bash", "dirname", "env"):
         (tmp_path / name).symlink_to(shutil.which(name))
     for script, flags in (
-        ("local_cluster.sh", ["2", "--dry-run"]),
+        ("local_cluster.py", ["2", "--dry-run"]),
         ("slurm.sbatch", ["--dry-run", "--config=x.py"]),
         ("tpu_pod.sh", ["--dry-run", "--delete", "--", "--workdir=gs://b/r"]),
     ):
-        result = _run("bash", SCRIPTS / script, *flags, env={"PATH": str(tmp_path)})
+        program = sys.executable if script.endswith(".py") else "bash"
+        result = _run(program, SCRIPTS / script, *flags, env={"PATH": str(tmp_path)})
         assert result.returncode == 0 and not result.stderr, result.stderr
 
 
-# ---- local_cluster.sh
+# ---- local_cluster.py
 
 PROCESS = """
 import os, signal, sys, time
@@ -59,6 +60,14 @@ if action == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 elif action == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+elif action == "count":
+    received = []
+    signal.signal(signal.SIGINT, lambda *_: received.append(1))
+    print("ready", flush=True)
+    while not received:
+        time.sleep(0.01)
+    time.sleep(1)
+    sys.exit(len(received))
 else:
     sys.exit(int(action))
 print("ready", flush=True)
@@ -77,19 +86,18 @@ def cluster(tmp_path):
     shutil.copy(ROOT / "setup.cfg", root / "setup.cfg")
     (root / "process.py").write_text(PROCESS)
     real = shlex.quote(sys.executable)
-    _program(
-        root / ".venv/bin/python", f'[ "$1" = -c ] && exec {real} "$@"\nexec {real} "${{0%/.venv*}}/process.py" "$@"'
-    )
+    _program(root / ".venv/bin/python", f'exec {real} "${{0%/.venv*}}/process.py" "$@"')
     shutil.copy(ROOT / "setup.cfg", root / ".venv/installed-base.cfg")  # nothing to install
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
 
     def start(*flags, **variables):
         return subprocess.Popen(
-            [root / "scripts/local_cluster.sh", *flags],
+            [root / "scripts/local_cluster.py", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env={**environment, **variables},
+            start_new_session=True,
         )
 
     return start
@@ -120,6 +128,19 @@ def test_local_processes_are_stopped_together(cluster, number, code):
     assert process.returncode == code
 
 
+def test_ctrl_c_reaches_each_local_process_once(cluster):
+    """A terminal sends it to the whole foreground group."""
+    process = cluster("2", "--do=count,count")
+    ready = 0
+    while ready < 2:
+        line = process.stdout.readline()
+        assert line, process.communicate()
+        ready += "ready" in line
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+
+
 def test_a_local_process_that_fails_gives_its_code_and_the_others_some_time(cluster):
     process = cluster("3", "--do=deaf,7,0", LOCAL_CLUSTER_GRACE="1", JAX_PLATFORMS="cuda")
     output, errors = process.communicate(timeout=60)
@@ -130,7 +151,7 @@ def test_a_local_process_that_fails_gives_its_code_and_the_others_some_time(clus
 
 def test_local_cluster_dry_run_and_bad_usage():
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    result = _run(SCRIPTS / "local_cluster.sh", "2", "--dry-run", "--config.data.size=(48, 48)", env=environment)
+    result = _run(SCRIPTS / "local_cluster.py", "2", "--dry-run", "--config.data.size=(48, 48)", env=environment)
     lines = [shlex.split(line) for line in result.stdout.splitlines()]
     assert len(lines) == 2
     for i, line in enumerate(lines):
@@ -139,9 +160,9 @@ def test_local_cluster_dry_run_and_bad_usage():
             *("--coordinator=127.0.0.1:PORT", "--num_processes=2", f"--process_id={i}", "--config.data.size=(48, 48)"),
         ]
     for flags in ([], ["0"], ["--config=configs/shapes.py"], ["2x"]):
-        result = _run(SCRIPTS / "local_cluster.sh", *flags)
-        assert result.returncode == 1 and result.stderr.startswith("error: say how many processes")
-    assert "Usage: " in _run(SCRIPTS / "local_cluster.sh", "--help").stdout
+        result = _run(SCRIPTS / "local_cluster.py", *flags)
+        assert result.returncode == 1 and result.stderr.startswith("error: the number of processes comes first")
+    assert "Usage: " in _run(SCRIPTS / "local_cluster.py", "--help").stdout
 
 
 @pytest.mark.slow
@@ -155,7 +176,7 @@ def test_two_local_processes_train(tmp_path):
     settings += ["--config.model.features=(4,8)", "--config.train.batch_size=4", "--config.train.epochs=1"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     result = subprocess.run(
-        [tmp_path / "scripts/local_cluster.sh", "2", f"--config={ROOT / 'configs' / 'shapes.py'}", *settings],
+        [tmp_path / "scripts/local_cluster.py", "2", f"--config={ROOT / 'configs' / 'shapes.py'}", *settings],
         cwd=tmp_path,
         env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,

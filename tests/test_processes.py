@@ -9,15 +9,13 @@ import time
 
 import chex
 import commands
+import helpers
 import jax
 import numpy as np
 import pytest
-from test_survival import assert_equal, flags, rows
 
-from unet_jax import data, models
 from unet_jax.errors import UserError
 from unet_jax.parallel import distributed, sharding
-from unet_jax.training import optimizer, state
 from unet_jax.workdir import checkpoints, files, integrity
 
 # Sums are added, and so rounded, in another order. Adam would amplify this: see test_one_device_equals_eight.
@@ -26,7 +24,7 @@ STEADY += ("--config.optimizer.schedule=constant", "--config.train.log_every_ste
 
 
 def losses(path):
-    return {row["step"]: row["train/loss"] for row in rows(path) if "train/loss" in row}
+    return {row["step"]: row["train/loss"] for row in helpers.metric_rows(path) if "train/loss" in row}
 
 
 def assert_close(path, reference):
@@ -36,18 +34,11 @@ def assert_close(path, reference):
     np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=0, atol=1e-5)
 
 
-def succeed_together(*flags, **settings):
-    cluster = commands.start_cluster(*flags, **settings)
-    codes = [command.wait() for command in cluster]
-    assert codes == [0] * len(cluster), "\n".join(command.output for command in cluster)
-    return [command.output for command in cluster]
-
-
 @pytest.fixture(scope="module")
 def steady(tmp_path_factory):
     """A training run of 30 steps on eight devices."""
     path = tmp_path_factory.mktemp("steady") / "run"
-    commands.succeed(*flags(path, *STEADY, "--config.train.epochs=12"), folder=path.parent)
+    commands.succeed(*commands.training(path, *STEADY, "--config.train.epochs=12"), folder=path.parent)
     return path
 
 
@@ -63,8 +54,8 @@ def test_one_device_eight_four_by_two_and_two_processes_train_and_score_the_same
     }.items():
         path = tmp_path / name / "run"
         more = [*STEADY, "--config.train.epochs=2", *settings.pop("more", ())]
-        run = succeed_together if settings.pop("together", False) else commands.succeed
-        run(*flags(path, *more), folder=path.parent, **settings)
+        run = commands.succeed_together if settings.pop("together", False) else commands.succeed
+        run(*commands.training(path, *more), folder=path.parent, **settings)
         found = losses(path)
         assert len(found) == 5
         expected = losses(steady)
@@ -78,7 +69,7 @@ def test_one_device_eight_four_by_two_and_two_processes_train_and_score_the_same
 @pytest.mark.slow
 def test_training_resumes_on_one_device_then_four_then_two_processes(steady, tmp_path):
     path = tmp_path / "run"
-    more = flags(path, *STEADY, "--config.train.epochs=12")
+    more = commands.training(path, *STEADY, "--config.train.epochs=12")
     for devices in (8, 1, 4):
         before = integrity.steps(path)[-1] if devices != 8 else 0
         command = commands.Command(*more, folder=tmp_path, devices=devices)
@@ -86,16 +77,13 @@ def test_training_resumes_on_one_device_then_four_then_two_processes(steady, tmp
         command.send(signal.SIGTERM)
         assert command.wait() == 128 + signal.SIGTERM, command.output
         assert before < integrity.steps(path)[-1] < 30
-    succeed_together(*more, folder=tmp_path, devices=2)
+    commands.succeed_together(*more, folder=tmp_path, devices=2)
     assert_close(path, steady)
     assert len(files.read_environment(path)) == 4
 
 
 def test_a_checkpoint_restored_on_other_devices_is_bit_equal(steady):
     config = files.read_config(steady)
-    classes = data.load(config.data, "train").classes
-    model = models.create(num_outputs=classes.num_outputs, **config.model)
-    tx = optimizer.make_optimizer(config.optimizer, optimizer.make_schedule(config.optimizer, 2.5, 30))
     found = []
     writer = checkpoints.CheckpointWriter(steady)
     for mesh, shard_optimizer in (
@@ -104,7 +92,8 @@ def test_a_checkpoint_restored_on_other_devices_is_bit_equal(steady):
         (sharding.create_mesh(2, 2, jax.devices()[:4]), True),
         (sharding.create_mesh(8, 1), True),
     ):
-        blank = state.create(1, model, (1, 48, 48, classes.channels), tx, True, mesh, shard_optimizer)
+        config.mesh.shard_optimizer = shard_optimizer
+        _, blank = helpers.build(config, mesh)
         restored, _ = writer.restore(30, blank)
         replicated = {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(restored.ema)}
         assert replicated == ({True, False} if shard_optimizer else {True})
@@ -117,25 +106,25 @@ def test_a_checkpoint_restored_on_other_devices_is_bit_equal(steady):
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_saves_the_same_step_on_both(tmp_path):
     reference, path = tmp_path / "reference", tmp_path / "run"
-    outputs = succeed_together(*flags(reference), folder=tmp_path, devices=2)
+    outputs = commands.succeed_together(*commands.training(reference), folder=tmp_path, devices=2)
     assert "process 0 of 2: on " in outputs[0] and "process 1 of 2: on " in outputs[1]
     assert "2 process(es)" in outputs[0] and "step 3/10" not in outputs[1]
-    cluster = commands.start_cluster(*flags(path), folder=tmp_path, devices=2)
+    cluster = commands.start_cluster(*commands.training(path), folder=tmp_path, devices=2)
     cluster[0].wait_for("step 3/10")
     for _ in range(2):
         cluster[1].send(signal.SIGTERM)
     assert [command.wait() for command in cluster] == [143, 143], cluster[0].output + cluster[1].output
     assert 3 < integrity.steps(path)[-1] < 10
     assert all("the same command resumes it" in command.output for command in cluster)
-    succeed_together(*flags(path), folder=tmp_path, devices=2)
-    assert_equal(path, reference)
+    commands.succeed_together(*commands.training(path), folder=tmp_path, devices=2)
+    helpers.assert_same_run(path, reference)
 
 
 @pytest.mark.slow
 def test_an_exception_in_one_process_ends_both_with_its_text(tmp_path):
     path = tmp_path / "run"
     first, second = commands.start_cluster(
-        *flags(path), folder=tmp_path, devices=2, each=[{"file_size": 15_000}, {}]
+        *commands.training(path), folder=tmp_path, devices=2, each=[{"file_size": 15_000}, {}]
     )  # only process 0 cannot write
     assert first.wait(40) == 1, first.output
     ended = time.monotonic()
@@ -149,7 +138,9 @@ def test_an_exception_in_one_process_ends_both_with_its_text(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_with_a_reason(tmp_path, killed):
-    cluster = commands.start_cluster(*flags(tmp_path / "run", "--config.train.epochs=4000"), folder=tmp_path, devices=2)
+    cluster = commands.start_cluster(
+        *commands.training(tmp_path / "run", "--config.train.epochs=4000"), folder=tmp_path, devices=2
+    )
     cluster[0].wait_for("step 3/10000")
     cluster[killed].send(signal.SIGKILL)
     left = cluster[1 - killed]
@@ -160,7 +151,7 @@ def test_a_killed_process_ends_the_other_with_a_reason(tmp_path, killed):
 def test_processes_that_were_started_differently_print_the_difference(tmp_path):
     each = ["--config.optimizer.learning_rate=0.01", "--config.optimizer.learning_rate=0.02"]
     cluster = commands.start_cluster(
-        *flags(tmp_path / "run"), folder=tmp_path, devices=2, each=[{"more": [flag]} for flag in each]
+        *commands.training(tmp_path / "run"), folder=tmp_path, devices=2, each=[{"more": [flag]} for flag in each]
     )
     for command in cluster:
         assert command.wait(60) == 1, command.output
@@ -211,7 +202,10 @@ def test_evaluation_splits_images_if_its_devices_allow_it(data, space, expected)
 
 def test_a_work_directory_that_is_not_shared_is_an_error(tmp_path):
     cluster = commands.start_cluster(
-        *flags("run"), folder=tmp_path, devices=2, each=[{"folder": tmp_path / "a"}, {"folder": tmp_path / "b"}]
+        *commands.training("run"),
+        folder=tmp_path,
+        devices=2,
+        each=[{"folder": tmp_path / "a"}, {"folder": tmp_path / "b"}],
     )
     for command in cluster:
         assert command.wait(90) == 1, command.output

@@ -23,14 +23,10 @@ SPLITS = ("train", "validation")  # and "test", if a third list names its images
 
 
 class Example(NamedTuple):
-    """One example: if it has a fault, only that is set.
-
-    Attributes:
-      split, index: where it is.
-    """
+    """One example; if it has a fault, nothing is known of its image."""
 
     split: str
-    index: int
+    index: int  # in the split
     name: str  # of the split and the example
     fault: str = ""  # what is wrong with it; empty if nothing is
     size: tuple[int, int] = (0, 0)  # height and width of the image
@@ -39,11 +35,7 @@ class Example(NamedTuple):
 
 
 def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
-    """Prints what a training with `config` would find, and draws a contact sheet.
-
-    Args:
-      config: see `configs/default.py`.
-      sheet: the PNG to write.
+    """Prints what a training with `config` would find, and draws a contact sheet to the PNG file `sheet`.
 
     Returns:
       whether there are no faults.
@@ -85,7 +77,6 @@ def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
 
 
 def _inspect(source: data.Source, split: str, index: int) -> Example:
-    """Reads one example."""
     name = f"{split} {source.ids[index]}"
     try:
         image, label = source.read(index)
@@ -124,9 +115,8 @@ def _print_sizes(config: "ConfigDict", classes: data.Classes, good: Sequence[Exa
     height, width = config.data.size
     print_on_main(f"sizes     {shown}{', ...' if len(sizes) > 6 else ''} (width x height); resized to {width}x{height}")
     print_on_main(f"channels  {classes.channels}")
-    margins = model.margins(config.data.size)
-    padded_height, padded_width = (n + sum(margin) for n, margin in zip(config.data.size, margins, strict=True))
-    mirrored = f"mirrored up to {padded_width}x{padded_height}" if any(map(sum, margins)) else "not padded"
+    rows, columns = map(sum, model.margins(config.data.size))
+    mirrored = f"mirrored up to {width + columns}x{height + rows}" if rows or columns else "not padded"
     padded = sum(count for size, count in sizes.items() if any(map(sum, model.margins(size))))
     print_on_main(
         f"network   {width}x{height} is {mirrored}; at their own size {padded} of {len(good)} images are mirrored at "

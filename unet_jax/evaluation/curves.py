@@ -25,14 +25,11 @@ class Curve(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Curves that share their axes.
+    """Curves that share their axes."""
 
-    Attributes:
-      limits: of the values; None fits them, on a logarithmic scale if they span more than a factor of ten.
-    """
-
-    title: str  # of the chart
+    title: str
     curves: list[Curve]  # at least one
+    # Of the values; None fits them, on a logarithmic scale if they span more than a factor of ten.
     limits: tuple[float, float] | None = None
 
 
@@ -47,11 +44,8 @@ def charts(rows: Sequence[dict[str, Any]], records: Sequence[Record]) -> list[Ch
     scores = _curves(rows, {f"val/{record.key}": record.title for record in records if not record.per_class})
     bounded = [curve for curve in scores if 0 <= min(curve.values) and max(curve.values) <= 1]
     others = [curve for curve in scores if curve not in bounded]
-    found = [
-        Chart("Loss", losses),
-        Chart("Validation scores", bounded, (0, 1)),
-        Chart("More validation scores", others),
-    ]
+    scaled = Chart("Validation scores", bounded, (0, 1))
+    found = Chart("Loss", losses), scaled, Chart("More validation scores", others)
     return [chart for chart in found if chart.curves]
 
 

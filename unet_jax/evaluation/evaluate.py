@@ -86,7 +86,7 @@ def evaluate(
     if processes.max_over_processes(stop_signal()):
         return None
     counted, counts, terms, cells = jax.tree.map(lambda *parts: np.concatenate(parts), *results)
-    terms = jax.tree.map(lambda values: values.astype(np.float64), terms)
+    terms = jax.tree.map(lambda values: values[counted].astype(np.float64), terms)
     counts = counts[counted].astype(np.int64)
     slices = None if cells is None else list(zip(*(values[counted] for values in cells), strict=True))
     names, ignore_label = network.classes.names, network.classes.ignore_label

@@ -41,27 +41,16 @@ class Results(NamedTuple):
 
 
 def render(
-    name: str,
-    config: Any,
+    name: str,  # of the work directory
+    config: Any,  # of the training
     classes: Classes,
-    step: int,
-    rows: Sequence[dict[str, Any]],
-    runs: Sequence[dict[str, Any]],
+    step: int,  # of the checkpoint that was scored
+    rows: Sequence[dict[str, Any]],  # the lines of `metrics.jsonl`
+    runs: Sequence[dict[str, Any]],  # those of `environment.json`
     results: Results,
-    missing: str | None = None,
+    missing: str | None = None,  # why the images could not be read; None if they could
 ) -> str:
-    """The page as HTML.
-
-    Args:
-      name: of the work directory.
-      config: the configuration of the training.
-      classes: task, names and palette.
-      step: of the checkpoint that was scored.
-      rows: the lines of `metrics.jsonl`.
-      runs: those of `environment.json`.
-      results: of the validation split.
-      missing: why the images could not be read; None if they could.
-    """
+    """The page as HTML."""
     shown = {rank: found for rank, found in results.shown.items() if found}
     # The metric that picks the best checkpoint comes first.
     ordered = sorted(results.records, key=lambda record: record.key != config.eval.best_metric)
@@ -139,17 +128,16 @@ def _card(picture: Picture, classes: Classes) -> dict[str, Any]:
     errors = pictures.error_map(picture.label, picture.prediction, classes)
     overlay = Image.fromarray(errors)
     overlay.putpalette([0, 0, 0, 150, *pictures.WRONG, 255, *colors.IGNORED, 255], "RGBA")  # right pixels are dimmed
-    image = np.ascontiguousarray(np.broadcast_to(picture.image, (height, width, 3)))
     layers = {
-        "image": Image.fromarray(image),
+        "image": Image.fromarray(np.ascontiguousarray(np.broadcast_to(picture.image, (height, width, 3)))),
         "ground-truth": Image.fromarray(colors.colorize(picture.label, classes)),
         "prediction": Image.fromarray(colors.colorize(picture.prediction, classes)),
         "error": overlay,
     }
     if width > WIDTH:
         size = (WIDTH, round(height * WIDTH / width))
-        resample = {"image": Image.Resampling.BOX}
-        layers = {layer: x.resize(size, resample.get(layer, Image.Resampling.NEAREST)) for layer, x in layers.items()}
+        method = {"image": Image.Resampling.BOX}
+        layers = {layer: x.resize(size, method.get(layer, Image.Resampling.NEAREST)) for layer, x in layers.items()}
     by_key = {record.key: record for record in picture.records}
     iou = _known(by_key["iou"])
     lowest = min(iou, key=iou.get)

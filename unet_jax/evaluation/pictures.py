@@ -31,14 +31,9 @@ class Panels:
         self._examples = [images.read(i) for i in chosen]
 
     def draw(self, step: int, predict: Callable[[np.ndarray], Any]) -> None:
-        """Writes one PNG per image into `<folder>/<step>/`.
+        """Writes one PNG per image into `<folder>/<step>/`; raises a `UserError` if that cannot be written.
 
-        Args:
-          step: the number of training steps done.
-          predict: uint8 images `[B, H, W, C]` -> predicted labels.
-
-        Raises:
-          UserError: a file cannot be written.
+        `predict` maps uint8 images `[B, H, W, C]` to predicted labels.
         """
         for name, example in zip(self._ids, self._examples, strict=True):  # one by one: images may be large
             prediction = np.asarray(predict(example["image"][None]))[0]
@@ -55,21 +50,13 @@ class Panels:
 
 
 def draw_panel(
-    image: np.ndarray,
-    label: np.ndarray,
-    prediction: np.ndarray,
+    image: np.ndarray,  # uint8 `[H, W, C]`
+    label: np.ndarray,  # uint8 `[H, W]` or `[H, W, K]`
+    prediction: np.ndarray,  # as `label`
     classes: Classes,
-    weight: np.ndarray | None = None,
+    weight: np.ndarray | None = None,  # of each pixel in the loss, float `[H, W]`, drawn as one more tile
 ) -> Image.Image:
-    """Image, ground truth, prediction and error side by side, with a legend of the classes that occur.
-
-    Args:
-      image: uint8 `[H, W, C]`.
-      label: uint8 `[H, W]` or `[H, W, K]`.
-      prediction: as `label`.
-      classes: names and palette.
-      weight: weight of each pixel in the loss, float `[H, W]`, drawn as one more tile; None for none.
-    """
+    """Image, ground truth, prediction and error side by side, with a legend of the classes that occur."""
     rgb = np.broadcast_to(image, (*label.shape[:2], 3))
     errors = error_map(label, prediction, classes)
     wrong, counted = errors == WRONG_PIXEL, errors != IGNORED_PIXEL
@@ -99,13 +86,7 @@ def error_map(label: np.ndarray, prediction: np.ndarray, classes: Classes) -> np
 
 
 def contact_sheet(pictures: Sequence[tuple[str, np.ndarray]], classes: Classes, columns: int = 6) -> Image.Image:
-    """Captioned pictures in a grid, with a legend of all classes below.
-
-    Args:
-      pictures: caption and uint8 `[h, w, 3]`.
-      classes: names and palette.
-      columns: of the grid.
-    """
+    """Pictures uint8 `[h, w, 3]` with their captions in a grid, with a legend of all classes below."""
     width, height = (max(p.shape[axis] for _, p in pictures) + extra for axis, extra in ((1, MARGIN), (0, 20 + MARGIN)))
     rows = -(-len(pictures) // columns)
     font = ImageFont.load_default(13)

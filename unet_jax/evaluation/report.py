@@ -28,7 +28,7 @@ def write(
     images: pipeline.Pipeline | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> epath.Path:
-    """Writes the report of a work directory.
+    """Writes `report.html` of a work directory; returns the path of that file.
 
     If the images can no longer be read, it shows the scores found in the work directory, and the reason.
 
@@ -38,9 +38,6 @@ def write(
       data_dir: where the images are, if not in `config.data.root`.
       images: the validation split, if it is open already.
       mesh: see `trained.load`.
-
-    Returns:
-      the file written, `report.html`.
 
     Raises:
       UserError: no work directory or checkpoint, or the report cannot be written.
@@ -61,12 +58,7 @@ def write(
         rows, runs = metrics_log.read(path), files.read_environment(path)
         name = path.name or str(path)
         content = page.render(name, network.config, network.classes, network.step, rows, runs, results, missing)
-        partial = path / "report.html.partial"
-        try:
-            partial.write_text(content)
-            partial.replace(file)
-        except OSError as error:
-            raise UserError(f"{file} cannot be written: {error}") from error
+        files.write_text(file, content)
     return file
 
 
@@ -89,11 +81,7 @@ def choose(scores: Sequence[float | None], ids: Sequence[str]) -> dict[str, list
 
 
 def _measure(network: trained.Trained, split: evaluate.Split) -> page.Results:
-    """Scores the split, ranks its images by their mean IoU, and predicts those to show once more, to hold no others.
-
-    Raises:
-      UserError: an image cannot be read.
-    """
+    """Scores the split, ranks its images by their mean IoU, and predicts those to show once more, to hold no others."""
     source, tta = split.images.source, network.config.eval.tta
     result = evaluate.evaluate_split(network, split, tta)
     records = [metrics.records(metrics.Counts(counts, network.classes.names)) for counts in result.confusion]
@@ -101,18 +89,17 @@ def _measure(network: trained.Trained, split: evaluate.Split) -> page.Results:
 
     label_step = sharding.jit_replicated(network.mesh, network.network.labels, static_argnames="tta")
     rows = sharding.process_rows(network.mesh, split.batch_size)
-    shown: dict[str, list[page.Picture]] = {rank: [] for rank in chosen}
-    places = [(rank, index) for rank, indices in chosen.items() for index in indices]
-    for start in range(0, len(places), split.batch_size):  # batches as those scored, so that logits round alike
-        part = places[start : start + split.batch_size]
-        examples = [split.images.read(index) for _, index in part]
+    pictures, all_chosen = {}, [index for indices in chosen.values() for index in indices]
+    for start in range(0, len(all_chosen), split.batch_size):  # batches as those scored, so that logits round alike
+        part = all_chosen[start : start + split.batch_size]
+        examples = [split.images.read(index) for index in part]
         padding = [examples[0]] * (split.batch_size - len(examples))
         batch = {"image": np.stack([example["image"] for example in examples + padding])[rows]}
         images = sharding.put_batch(network.mesh, batch)["image"]
         predictions = jax.device_get(label_step(network.variables, images, tta=tta))
-        for (rank, index), example, prediction in zip(part, examples, predictions, strict=False):
-            picture = page.Picture(source.ids[index], records[index], example["image"], example["label"], prediction)
-            shown[rank].append(picture)
+        for i, example, prediction in zip(part, examples, predictions, strict=False):
+            pictures[i] = page.Picture(source.ids[i], records[i], example["image"], example["label"], prediction)
+    shown = {rank: [pictures[index] for index in indices] for rank, indices in chosen.items()}
 
     height, width = network.config.data.size
     origin = f"{len(source)} validation image{'s' if len(source) != 1 else ''} of {height}x{width}"

@@ -26,14 +26,10 @@ ROTATIONS = 7  # of the paper's ISBI 2012 score; the angles, which it does not g
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """(image - mean) / scale: part of a network, in its work directory and in every export.
+    """(image - mean) / scale: part of a network, in its work directory and in every export."""
 
-    Attributes:
-      mean, scale: in pixel values, 0..255; one for all channels, or one per channel.
-    """
-
-    mean: tuple[float, ...] = (0.0,)
-    scale: tuple[float, ...] = (255.0,)
+    mean: tuple[float, ...] = (0.0,)  # in pixel values, 0..255; one for all channels, or one per channel
+    scale: tuple[float, ...] = (255.0,)  # likewise
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """float images `[..., C]` in 0..1, see `to_unit` -> what the network is given."""
@@ -47,7 +43,7 @@ class Normalization:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Sequence[float]] | None) -> "Normalization":
-        """The inverse of `to_json`; None, from a work directory that does not say, is the default."""
+        """The inverse of `to_json`; None, from a work directory without it, is the default."""
         return cls() if values is None else cls(*(tuple(map(float, values[name])) for name in ("mean", "scale")))
 
 
@@ -165,10 +161,7 @@ def to_probability(logits: jax.Array, task: str) -> jax.Array:
 def to_label(probability: np.ndarray, task: str, threshold: float = 0.5) -> np.ndarray:
     """Probabilities `[..., K]` -> class uint8 `[...]`, or masks uint8 `[..., K]` for a multilabel task.
 
-    Args:
-      probability: of each class; K = 1 for a binary task.
-      task: `multiclass`, `binary` or `multilabel`.
-      threshold: a sigmoid predicts its class where the probability exceeds it.
+    A sigmoid predicts its class where the probability exceeds the threshold; K = 1 for a binary task.
     """
     if task == "multiclass":
         return probability.argmax(-1).astype(np.uint8)

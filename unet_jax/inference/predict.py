@@ -2,7 +2,7 @@
 
 import collections
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -72,9 +72,8 @@ def predict_files(
     height, width = config.data.size
     if scale is None:
         scale = "native" if network.source_size == (height, width) else "fit"
-    label_suffixes = _suffixes(classes.names) if classes.task == "multilabel" else [""]
-    probability_suffixes = [f"_probability{suffix}" for suffix in _suffixes(classes.names[-classes.num_outputs :])]
-    _claim(output, image_files, [f"{suffix}.png" for suffix in (*label_suffixes, *probability_suffixes)])
+    label_suffixes, map_suffixes = _suffixes(classes)
+    _claim(output, image_files, [f"{suffix}.png" for suffix in label_suffixes + map_suffixes])
     predictor = tiles.Predictor(network.network, network.variables, (height, width), tta)
     described = {
         "fit": f"resized to {width}x{height} and back ({interpolation})",
@@ -95,24 +94,11 @@ def predict_files(
         if scale == "fit":
             small = images.resize_image(image, (height, width), config.data.resize)
             whole = _resize(network.predict(small[None], tta)[0], image.shape, interpolation)
-            parts = [(slice(0, len(image)), whole)]
+            bands = [(slice(0, len(image)), whole)]
         else:
-            parts = predictor.bands(image)  # so that the probabilities of a large image are never held whole
-        shape = image.shape[:2]
-        label = np.empty((*shape, len(classes.names)) if classes.task == "multilabel" else shape, np.uint8)
+            bands = predictor.bands(image)  # so that the probabilities of a large image are never held whole
         try:
-            (output / name).parent.mkdir(parents=True, exist_ok=True)
-            probability = _allocate_probabilities(output / name, (*shape, classes.num_outputs), probabilities)
-            for rows, part in parts:
-                label[rows] = forward.to_label(part, classes.task, threshold)
-                if probability is not None:
-                    probability[rows] = part if probabilities == "npy" else np.rint(part * 65535)
-            for suffix, picture in zip(label_suffixes, _label_pictures(label, classes), strict=True):
-                _save(picture, f"{output / name}{suffix}.png")
-            if probabilities == "png":
-                for k, suffix in enumerate(probability_suffixes):
-                    _save(Image.fromarray(np.ascontiguousarray(probability[..., k])), f"{output / name}{suffix}.png")
-            _save(Image.fromarray(colors.overlay(image, label, classes)), f"{output / name}_overlay.jpg")
+            label = _write_prediction(output / name, image, bands, classes, threshold, probabilities)
         except OSError as error:
             raise UserError(f"--output={output}: cannot write the prediction of {file}: {error}") from error
         shares[str(file)] = _shares(label, classes)
@@ -129,7 +115,7 @@ def predict_files(
             "shares": shares,
         }
         files.write_json(output / "predictions.json", settings)
-        _warn_if_constant(shares, classes)
+        _warn_if_constant(shares)
     processes.print_on_main(f"{len(shares)} of {len(image_files)} images predicted, see {output}")
     if failures:
         shown = "".join(f"\n  {failure}" for failure in failures)
@@ -137,46 +123,41 @@ def predict_files(
 
 
 def _find(inputs: str, output: epath.Path) -> dict[str, epath.Path]:
-    """Name of the output, without suffix -> image file.
-
-    Raises:
-      UserError: no image; two outputs of the same name; an output that could overwrite an input.
-    """
+    """Name of the output, without suffix -> image file; checks that no output has the place of an input or another."""
     root = epath.Path(inputs)
     if root.is_dir():
-        files = images.files_below(root)
+        candidates = images.files_below(root)
     elif root.exists():
-        files, root = [root], root.parent
+        candidates, root = [root], root.parent
     else:
-        files = [epath.Path(name) for name in glob.glob(inputs, recursive=True)]
+        candidates = map(epath.Path, glob.glob(inputs, recursive=True))
         before, slash, _ = glob.escape(inputs).split("[")[0].rpartition("/")  # the part before any wildcard
         root = epath.Path(before or slash or ".")
-    files = sorted(file for file in files if file.suffix.lower() in images.SUFFIXES and not file.name.startswith("."))
-    if not files:
-        raise UserError(f"--input={inputs} names no image ({', '.join(images.SUFFIXES)})")
     found: dict[str, epath.Path] = {}
-    for file in files:
+    for file in sorted(candidates):
+        if file.suffix.lower() not in images.SUFFIXES or file.name.startswith("."):
+            continue
         name = str(file.relative_to(root).with_suffix(""))
         if name in found:
             raise UserError(f"{found[name]} and {file} would be written to the same file: predict them separately")
         if file.resolve().parent == (output / name).resolve().parent:
             raise UserError(f"--output={output} holds the inputs, and would overwrite them: choose another folder")
         found[name] = file
+    if not found:
+        raise UserError(f"--input={inputs} names no image ({', '.join(images.SUFFIXES)})")
     return found
 
 
-def _suffixes(names: Sequence[str]) -> list[str]:
-    """The suffix of the file names of each class; with its number, if two classes would have the same."""
+def _suffixes(classes: data.Classes) -> tuple[list[str], list[str]]:
+    """The suffixes of label files and of probability maps; with the number of the class, if two names look the same."""
+    names = classes.names[-classes.num_outputs :]
     safe = ["".join(c if c.isalnum() or c in "-." else "_" for c in name) for name in names]
-    return [f"_{one}" if safe.count(one) == 1 else f"_{k}_{one}" for k, one in enumerate(safe)]
+    unique = [f"_{one}" if safe.count(one) == 1 else f"_{k}_{one}" for k, one in enumerate(safe)]
+    return unique if classes.task == "multilabel" else [""], [f"_probability{suffix}" for suffix in unique]
 
 
 def _claim(output: epath.Path, files: Mapping[str, epath.Path], suffixes: Sequence[str]) -> None:
-    """Makes the output folder, and checks that nothing will be overwritten.
-
-    Raises:
-      UserError: it cannot be written, is not empty, or two images would be written to the same file.
-    """
+    """Makes the output folder, and checks that it is empty and that no two images would be written to the same file."""
     targets = collections.Counter(name + suffix for name in files for suffix in suffixes)
     (target, count), *_ = targets.most_common(1)
     if count > 1:
@@ -199,23 +180,47 @@ def _resize(probability, shape: Sequence[int], interpolation: str) -> np.ndarray
     return np.stack([np.asarray(Image.fromarray(one).resize(size, method)) for one in channels], -1)
 
 
-def _allocate_probabilities(name: epath.Path, shape: tuple[int, ...], probabilities: str) -> np.ndarray | None:
-    """The array, or memory-mapped file, for the probabilities of an image that are to be written; None if not."""
+def _write_prediction(
+    stem: epath.Path,
+    image: np.ndarray,
+    bands: Iterable[tuple[slice, np.ndarray]],
+    classes: data.Classes,
+    threshold: float,
+    probabilities: str,
+) -> np.ndarray:
+    """Writes label, overlay and, if wanted, probabilities of an image; returns the label.
+
+    The `bands`, rows and their probabilities float32 `[rows, W, K]`, together cover the image.
+    """
+    label_suffixes, map_suffixes = _suffixes(classes)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    shape, maps = (*image.shape[:2], classes.num_outputs), None
     if probabilities == "npy":
-        return np.lib.format.open_memmap(f"{name}_probability.npy", "w+", np.float32, shape)
-    return np.empty(shape, np.uint16) if probabilities == "png" else None
+        maps = np.lib.format.open_memmap(f"{stem}_probability.npy", "w+", np.float32, shape)
+    elif probabilities == "png":
+        maps = np.empty(shape, np.uint16)
+    label = np.empty(shape if classes.task == "multilabel" else shape[:2], np.uint8)
+    for rows, band in bands:
+        label[rows] = forward.to_label(band, classes.task, threshold)
+        if maps is not None:
+            maps[rows] = band if probabilities == "npy" else np.rint(band * 65535)
 
-
-def _label_pictures(label: np.ndarray, classes: data.Classes) -> list[Image.Image]:
-    """A picture with a palette; of a multilabel task one for each class, 0 and 255."""
     if classes.task == "multilabel":
-        return [Image.fromarray(np.ascontiguousarray(label[..., k]) * 255) for k in range(len(classes.names))]
-    picture = Image.fromarray(label)
-    picture.putpalette([part for color in classes.palette for part in color])
-    return [picture]
+        for k, suffix in enumerate(label_suffixes):
+            _save(label[..., k] * 255, f"{stem}{suffix}.png")
+    else:
+        _save(label, f"{stem}.png", [part for color in classes.palette for part in color])
+    if probabilities == "png":
+        for k, suffix in enumerate(map_suffixes):
+            _save(maps[..., k], f"{stem}{suffix}.png")
+    _save(colors.overlay(image, label, classes), f"{stem}_overlay.jpg")
+    return label
 
 
-def _save(picture: Image.Image, file: str) -> None:
+def _save(pixels: np.ndarray, file: str, palette: Sequence[int] = ()) -> None:
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    if palette:
+        picture.putpalette(palette)
     with epath.Path(file).open("wb") as opened:
         picture.save(opened, "JPEG" if file.endswith(".jpg") else "PNG")
 
@@ -228,12 +233,12 @@ def _shares(label: np.ndarray, classes: data.Classes) -> dict[str, float]:
     return {name: float(count / label.size) for name, count in zip(classes.names, counts, strict=True)}
 
 
-def _warn_if_constant(shares: dict[str, dict[str, float]], classes: data.Classes) -> None:
+def _warn_if_constant(shares: dict[str, dict[str, float]]) -> None:
     """A network that predicts the same everywhere is mostly untrained, or sees images unlike those of its training."""
-    predicted = [tuple(round(share) if share in (0, 1) else None for share in one.values()) for one in shares.values()]
-    if None in predicted[0] or len(set(predicted)) > 1:
+    first, *others = shares.values()
+    if any(share not in (0, 1) for share in first.values()) or any(other != first for other in others):
         return
-    everywhere = [name for name, share in zip(classes.names, predicted[0], strict=True) if share] or ["no class"]
+    everywhere = [name for name, share in first.items() if share] or ["no class"]
     processes.print_on_main(
         f"warning: every pixel of every image is {', '.join(everywhere)}. Are these images like those of the training "
         "(channels, brightness, scale: see --scale)? Does --mode=eval find other classes?"

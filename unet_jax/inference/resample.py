@@ -61,10 +61,7 @@ def nearest(values: jax.Array, rows: jax.Array, columns: jax.Array, outside) -> 
 def rotate(rows: jax.Array, columns: jax.Array, angle: jax.Array, zoom: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Source offsets `[h, w]` of the offsets (`rows` `[h]`, `columns` `[w]`) from a centre about which the image turns.
 
-    Args:
-      rows, columns: offsets of the output pixels from the centre.
-      angle: in radians.
-      zoom: above 1 enlarges.
+    The angle is in radians; a zoom above 1 enlarges.
     """
     cos, sin = jnp.cos(angle) / zoom, jnp.sin(angle) / zoom
     y, x = rows[:, None], columns[None, :]
@@ -74,16 +71,11 @@ def rotate(rows: jax.Array, columns: jax.Array, angle: jax.Array, zoom: jax.Arra
 def elastic(key: jax.Array, size: Sequence[int], sigma: float, grid: int) -> jax.Array:
     """A smooth random displacement field (Ronneberger et al. 2015, section 3.1).
 
-    Vectors with components from N(0, sigma) on a grid x grid lattice over the field, up-sampled by cubic interpolation.
-
-    Args:
-      key: random key.
-      size: height and width of the field.
-      sigma: in pixels.
-      grid: lattice points a side.
+    Vectors with components from N(0, sigma), in pixels, on a lattice of grid x grid points over the field, up-sampled
+    by cubic interpolation.
 
     Returns:
-      rows and columns, float `[2, H, W]`, in pixels.
+      rows and columns, float `[2, *size]`, in pixels.
     """
     coarse = sigma * jax.random.normal(key, (2, grid, grid))
     return jax.image.resize(coarse, (2, *size), "cubic")

@@ -1,5 +1,6 @@
 """Prediction of images of any size: mirrored borders, overlapping tiles, one compilation for all images."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 
@@ -17,9 +18,6 @@ class Predictor:
     A network without padding predicts each tile as it would the whole image: tiles begin at multiples of its stride,
     and their surroundings are read with them. A padded network sees the edge of each tile; there tiles overlap by a
     quarter and are blended.
-
-    Attributes:
-      tile: height and width predicted at a time.
     """
 
     def __init__(
@@ -33,9 +31,8 @@ class Predictor:
         """Compiles lazily, on the first image.
 
         Args:
-          network: see `forward.Network`.
-          variables: its weights.
-          tile: (height, width), rounded to a multiple of the network's stride.
+          network: the network, and `variables` its weights.
+          tile: (height, width) predicted at a time; the attribute `tile` is rounded to a multiple of the stride.
           tta: test-time augmentation, one of `forward.TTA`.
           batch_size: tiles at a time, rounded up to a multiple of the devices that share a batch.
 
@@ -84,8 +81,8 @@ class Predictor:
         (height, width), (rows, columns) = image.shape[:2], self.tile
         if height < rows or width < columns:
             processes.print_on_main(f"An image of {height}x{width} pixels is mirrored up to a tile of {rows}x{columns}")
-        for band_rows, band in self.bands(image, progress):
-            out[band_rows] = band
+        for finished, band in self.bands(image, progress):
+            out[finished] = band
         return out
 
     def _check(self, image: np.ndarray) -> None:
@@ -96,18 +93,14 @@ class Predictor:
             )
 
     def bands(self, image: np.ndarray, progress: bool = False) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yields rows and their probabilities float32 `[rows, W, K]`, from the top to the bottom.
-
-        Raises:
-          UserError: an image other than uint8 `[H, W, C]` with the network's channels.
-        """
+        """Yields rows and their probabilities float32 `[rows, W, K]`, from top to bottom; see `probability`."""
         self._check(image)
         size = image.shape[:2]
         starts = [self._starts(n, axis) for axis, n in enumerate(size)]
         weights = [self._weights(starts[axis], axis) for axis in (0, 1)]
         (height, width), left = self.tile, starts[1]
         band = np.zeros((height, left[-1] + width, self._classes.num_outputs), np.float32)
-        places = [(i, j) for i in range(len(starts[0])) for j in range(len(left))]
+        places = itertools.product(range(len(starts[0])), range(len(left)))
         for (i, j), tile in zip(places, self._tiles(image, starts, progress), strict=True):
             band[:, left[j] : left[j] + width] += weights[0][i][:, None, None] * weights[1][j][:, None] * tile
             if j + 1 == len(left):  # rows that the next row of tiles does not reach are finished
@@ -144,7 +137,7 @@ class Predictor:
             np.pad(np.arange(n), (before, begin[-1] + tile - n + after), mode="reflect")
             for n, begin, tile, (before, after) in zip(image.shape[:2], starts, self.tile, self._margins, strict=True)
         ]
-        places = [(top, left) for top in starts[0] for left in starts[1]]
+        places = list(itertools.product(*starts))
         pending: list = []
         with tqdm.tqdm(total=len(places), desc="Predicting", unit=" tiles", disable=not progress) as bar:
             for first in range(0, len(places), self._batch_size):

@@ -1,0 +1,1 @@
+"""Weights in from PyTorch and Keras; StableHLO, ONNX and safetensors out."""

@@ -38,9 +38,6 @@ def make_train_step(
     largest is among the metrics of all processes, so that they act on it at the same step.
 
     Args:
-      network: in whose form the batch is given, normalised and sharded.
-      optimizer: see `optimizer.make_optimizer`.
-      loss: see `losses.make`.
       augmentation: `config.augment`, or any mapping with its fields.
       seed: of augmentation and dropout.
       shardings: of the state, see `state.shardings`.
@@ -82,9 +79,8 @@ def make_train_step(
             (value, batch_stats), more = gradient_fn(state.params, batch_stats, examples, microbatch[1], totals)
             return (loss_sum + value, batch_stats, jax.tree.map(jnp.add, gradients, more)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        sums = (jnp.zeros(()), state.batch_stats, zeros)
-        (value, batch_stats, gradients), _ = jax.lax.scan(add, sums, jax.tree.map(split, (examples, keys)))
+        zeros = (jnp.zeros(()), state.batch_stats, jax.tree.map(jnp.zeros_like, state.params))
+        (value, batch_stats, gradients), _ = jax.lax.scan(add, zeros, jax.tree.map(split, (examples, keys)))
         return (value, batch_stats), gradients
 
     def train_step(state, batch, signals):

@@ -1,4 +1,4 @@
-"""CheckpointWriter by Orbax: asynchronous, the latest and the best, each with the whole state.
+"""Checkpoints by Orbax: written asynchronously; the latest two and the best, each with the whole state.
 
 checkpoints/<step>/variables   weights, EMA weights, batch statistics: all that evaluation needs
                    training    optimizer state
@@ -29,18 +29,11 @@ class CheckpointWriter:
         """The steps on disk must be intact, see `integrity.newest_good_step`."""
         self._path, self._saving, self._failure = integrity.checkpoints_dir(workdir), 0, None
         self._hook, sys.unraisablehook = sys.unraisablehook, self._without_echoes
-        policy = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(n=2),
-                # CheckpointWriter between evaluations have no score; a NaN score must not become the best.
-                checkpoint_managers.BestN(
-                    get_metric_fn=integrity.finite_score, n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
+        score = integrity.finite_score  # a NaN must not become the best
+        best = checkpoint_managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            best_fn=integrity.finite_score,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(n=2), best]),
+            best_fn=score,
             create=True,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
@@ -59,7 +52,7 @@ class CheckpointWriter:
           step: the number of steps taken.
           state: a `TrainState`.
           meta: JSON-serialisable.
-          score: higher is better; None if it was not evaluated.
+          score: higher is better; None if the state was not evaluated.
           replace: whether `step` was saved before, without its score.
 
         Raises:
@@ -84,20 +77,12 @@ class CheckpointWriter:
             raise self._not_saved(error) from error
 
     def check(self) -> None:
-        """Checks the save in progress.
-
-        Raises:
-          UserError: it has failed; the steps before it are unchanged.
-        """
+        """Raises a `UserError` if the save in progress has failed; the steps before it are unchanged."""
         if self._failure is not None:
             raise self._not_saved(self._failure) from self._failure
 
     def close(self) -> None:
-        """Waits until everything is on disk.
-
-        Raises:
-          UserError: the last step cannot be written.
-        """
+        """Waits until everything is on disk; raises a `UserError` if the last step cannot be written."""
         try:
             self._manager.wait_until_finished()
             if processes.is_main():
@@ -125,7 +110,8 @@ class CheckpointWriter:
         Raises:
           UserError: it holds another state.
         """
-        variables, training = jax.tree.map(_abstract, _items(state))
+        abstract = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+        variables, training = jax.tree.map(abstract, _items(state))
         items = ocp.args.Composite(
             variables=ocp.args.StandardRestore(variables),
             training=ocp.args.StandardRestore(training),
@@ -158,16 +144,14 @@ class CheckpointWriter:
             self._hook(unraisable)
 
     def _write_checksums(self) -> None:
-        """Called by Orbax just before it commits a step by renaming it."""
+        """Called by Orbax just before it commits a step by renaming it; in a bucket nothing is renamed."""
         unfinished = list(self._path.glob(f"{self._saving}{integrity.UNFINISHED}*"))
-        integrity.write_checksums(
-            unfinished[0] if unfinished else self._path / str(self._saving)
-        )  # a bucket renames nothing
+        integrity.write_checksums(unfinished[0] if unfinished else self._path / str(self._saving))
 
 
 def read_meta(workdir: epath.PathLike, step: int) -> dict[str, Any]:
     """The meta saved at an intact `step`."""
-    return _read(workdir, step, meta=ocp.args.JsonRestore()).meta
+    return _read(integrity.checkpoints_dir(workdir) / str(step), meta=ocp.args.JsonRestore()).meta
 
 
 def read_variables(
@@ -183,34 +167,29 @@ def read_variables(
     Raises:
       UserError: there is none, or it is damaged.
     """
-    found = integrity.steps(workdir)
+    folder, found = integrity.checkpoints_dir(workdir), integrity.steps(workdir)
     if step is None:
         step = integrity.best_step(workdir)
     elif step not in found:
-        raise UserError(
-            f"{integrity.checkpoints_dir(workdir)} has no step {step}; it has {', '.join(map(str, found)) or 'none'}"
-        )
+        raise UserError(f"{folder} has no step {step}; it has {', '.join(map(str, found)) or 'none'}")
     elif reason := integrity.find_damage(workdir, step):
         others = [str(other) for other in found if other != step]
         remedy = f"Choose another --step: {', '.join(others)}" if others else "There is no other step"
-        raise UserError(f"{integrity.checkpoints_dir(workdir) / str(step)} is damaged: {reason}. {remedy}")
+        raise UserError(f"{folder / str(step)} is damaged: {reason}. {remedy}")
+    place = folder / str(step)
     try:
         with ocp.StandardCheckpointer() as reader:
-            stored = reader.metadata(integrity.checkpoints_dir(workdir) / str(step) / "variables").item_metadata.tree
+            stored = reader.metadata(place / "variables").item_metadata.tree
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored)
-        return step, _read(workdir, step, variables=ocp.args.StandardRestore(target)).variables
+        return step, _read(place, variables=ocp.args.StandardRestore(target)).variables
     except Exception as error:
-        if (integrity.checkpoints_dir(workdir) / str(step)).exists():
+        if place.exists():
             raise
-        raise UserError(
-            f"{integrity.checkpoints_dir(workdir) / str(step)} was deleted by a running training while it was read. "
-            "Try again"
-        ) from error
+        raise UserError(f"{place} was deleted by a running training while it was read. Try again") from error
 
 
-def _read(workdir: epath.PathLike, step: int, **items):
+def _read(place: epath.Path, **items):
     """Items of a step, without a manager, which would also clean up the folder."""
-    place = integrity.checkpoints_dir(workdir) / str(step)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         return reader.restore(place, args=ocp.args.Composite(**items))
 
@@ -223,7 +202,3 @@ def _items(state) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
     """The fields of a state in two items: for evaluation, and for training only. Empty fields are left out."""
     variables = {"params": state.params, "batch_stats": state.batch_stats, "ema": state.ema}
     return {k: v for k, v in variables.items() if v}, {"step": state.step, "opt_state": state.opt_state}
-
-
-def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)

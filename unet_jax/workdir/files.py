@@ -31,18 +31,23 @@ FREE_FIELDS = (
 )
 
 
-def write_json(path: epath.Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all.
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a file whole or not at all.
 
     Raises:
       UserError: it cannot be written.
     """
     partial = path.parent / f"{path.name}.partial"
     try:
-        partial.write_text(json.dumps(values, indent=2) + "\n")
+        partial.write_text(text)
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from error
+
+
+def write_json(path: epath.Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file, see `write_text`."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -170,17 +175,17 @@ def record_environment(workdir: epath.Path, first_step: int, devices: str) -> No
     Raises:
       UserError: the file cannot be read or written.
     """
-    path = workdir / "environment.json"
     runs = read_environment(workdir)
     run = {
+        "first_step": first_step,
         "command": _command(),
         "devices": devices,
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "commit": _commit(),
         "versions": processes.versions(),
     }
-    if not runs or {**runs[-1], "first_step": first_step} != {"first_step": first_step, **run}:
-        write_json(path, {"runs": [*runs, {"first_step": first_step, **run}]})
+    if not runs or {**runs[-1], "first_step": first_step} != run:
+        write_json(workdir / "environment.json", {"runs": [*runs, run]})
 
 
 def read_environment(workdir: epath.Path) -> list[dict[str, Any]]:

@@ -77,12 +77,10 @@ def _newest_good_step(workdir: epath.PathLike) -> int | None:
     found = steps(workdir)
     damage = {step: reason for step in found if (reason := find_damage(workdir, step))}
     good = [step for step in found if step not in damage]
-    unfinished = sorted(place.name for place in path.glob(f"*{UNFINISHED}*")) if path.exists() else []
-    for name in unfinished:
-        processes.print_on_main(f"{path / name.partition('.')[0]} was not finished when the run ended, and is ignored")
-    if not good:
-        if not damage:
-            return None
+    for place in sorted(path.glob(f"*{UNFINISHED}*")) if path.exists() else ():
+        step = place.name.partition(".")[0]
+        processes.print_on_main(f"{path / step} was not finished when the run ended, and is ignored")
+    if damage and not good:
         listed = "".join(f"\n  {path / str(step)}: {reason}" for step, reason in damage.items())
         raise UserError(
             f"{workdir} has no intact checkpoint:{listed}\nPut these files back, or start from scratch in another "
@@ -97,7 +95,7 @@ def _newest_good_step(workdir: epath.PathLike) -> int | None:
         processes.print_on_main(
             f"{path / str(step)} is damaged: {reason}. Moved to {target}; the newest intact step is {good[-1]}"
         )
-    return good[-1]
+    return good[-1] if good else None
 
 
 def best_step(workdir: epath.PathLike) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 from etils import epath
 
 from unet_jax.errors import UserError
+from unet_jax.workdir import files
 
 
 def append(workdir: epath.Path, row: dict[str, Any]) -> None:
@@ -45,10 +46,4 @@ def rewind(workdir: epath.Path, step: int, evaluated: bool) -> None:
     rows = [row for row in read(workdir) if row["step"] <= step]
     if not evaluated:
         rows = [row for row in rows if row["step"] < step or "val/loss" not in row]
-    path = workdir / "metrics.jsonl"
-    partial = workdir / "metrics.jsonl.partial"
-    try:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+    files.write_text(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
