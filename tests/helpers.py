@@ -97,19 +97,25 @@ def build(config, mesh):
     return built, state.create(config.seed, model, shape, built.optimizer, ema, mesh, shards)
 
 
-def run_steps(config, mesh, steps=5, conv_impl="plain"):
-    """Trains without the loop; returns the state and the metrics of each step."""
+def each_step(config, mesh, steps, conv_impl="plain"):
+    """Trains without the loop; yields the state and the metrics after each step, first those of step 0 without metrics."""
     built, train_state = build(config, mesh)
     model = built.network.model.clone(conv_impl=conv_impl)
     built = built._replace(network=dataclasses.replace(built.network, model=model))
     images = pipeline.Pipeline(data.load(config.data, "train"), config.data.size, config.data.resize, cache_gib=1.0)
     train_step = components.make_train_step(config, built, jax.tree.map(lambda array: array.sharding, train_state))
     size, no_signals = config.train.batch_size, sharding.per_device(mesh, 0)
-    batches, history = images.train_batches(size, config.seed, 0, np.arange(size)), []
+    batches = images.train_batches(size, config.seed, 0, np.arange(size))
+    yield jax.device_get(train_state), {}
     for _ in range(steps):
         train_state, metrics = train_step(train_state, sharding.put_batch(mesh, next(batches)), no_signals)
-        history.append({name: float(value) for name, value in metrics.items()})
-    return jax.device_get(train_state), history
+        yield jax.device_get(train_state), {name: float(value) for name, value in metrics.items()}
+
+
+def run_steps(config, mesh, steps=5, conv_impl="plain"):
+    """Trains without the loop; returns the final state and the metrics of each step."""
+    states, history = zip(*each_step(config, mesh, steps, conv_impl), strict=True)
+    return states[-1], history[1:]
 
 
 # Work directories.

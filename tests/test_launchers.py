@@ -103,14 +103,20 @@ def cluster(tmp_path):
     return start
 
 
+def _wait_until_ready(process, count):
+    for _ in range(count):
+        while "ready" not in (line := process.stdout.readline()):
+            assert line, process.communicate()
+
+
 def test_local_processes_share_a_coordinator_and_have_their_own_prefix(cluster):
     process = cluster("2", "--config=my config.py", "--do=0,0")
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "[0] platforms cpu" in output and "[1] platforms cpu" in output
-    told = [re.search(rf"\[{i}\] flags (.*)", output).group(1) for i in range(2)]
-    (port,) = {re.search(r"--coordinator=127\.0\.0\.1:(\d+)'", line).group(1) for line in told}
-    for i, line in enumerate(told):
+    printed = [re.search(rf"\[{i}\] flags (.*)", output).group(1) for i in range(2)]
+    (port,) = {re.search(r"--coordinator=127\.0\.0\.1:(\d+)'", line).group(1) for line in printed}
+    for i, line in enumerate(printed):
         expected = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"]
         assert line == str([*expected, "--config=my config.py", "--do=0,0"])
 
@@ -118,11 +124,7 @@ def test_local_processes_share_a_coordinator_and_have_their_own_prefix(cluster):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_local_processes_are_stopped_together(cluster, number, code):
     process = cluster("3", "--do=wait,wait,wait")
-    ready = 0
-    while ready < 3:
-        line = process.stdout.readline()
-        assert line, process.communicate()
-        ready += "ready" in line
+    _wait_until_ready(process, 3)
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == code
@@ -131,11 +133,7 @@ def test_local_processes_are_stopped_together(cluster, number, code):
 def test_ctrl_c_reaches_each_local_process_once(cluster):
     """A terminal sends it to the whole foreground group."""
     process = cluster("2", "--do=count,count")
-    ready = 0
-    while ready < 2:
-        line = process.stdout.readline()
-        assert line, process.communicate()
-        ready += "ready" in line
+    _wait_until_ready(process, 2)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors

@@ -82,17 +82,13 @@ def test_images_of_any_size_are_mirrored_as_needed_and_every_pixel_is_scored(con
 def test_ema_weights_follow_the_formula(config):
     config.optimizer.ema = 0.6
     kernel = lambda tree: tree["head"]["kernel"]
-    ema, weights = [], []
-    for steps in (0, 1, 2, 3):
-        final, _ = helpers.run_steps(config, helpers.one_device(), steps)
-        ema.append(kernel(final.ema))
-        weights.append(kernel(final.params))
-    expected = weights[0]
-    for i in range(3):
+    states = [state for state, _ in helpers.each_step(config, helpers.one_device(), steps=3)]
+    expected = kernel(states[0].params)
+    for i, state in enumerate(states[1:]):
         decay = min(0.6, (1 + i) / (10 + i))
-        expected = decay * expected + (1 - decay) * weights[i + 1]
-        np.testing.assert_allclose(ema[i + 1], expected, atol=1e-6)
-    assert (kernel(final.eval_variables["params"]) == ema[-1]).all()
+        expected = decay * expected + (1 - decay) * kernel(state.params)
+        np.testing.assert_allclose(kernel(state.ema), expected, atol=1e-6)
+    assert (kernel(state.eval_variables["params"]) == kernel(state.ema)).all()
 
 
 @pytest.fixture(scope="module")

@@ -44,8 +44,7 @@ def charts(rows: Sequence[dict[str, Any]], records: Sequence[Record]) -> list[Ch
     scores = _curves(rows, {f"val/{record.key}": record.title for record in records if not record.per_class})
     bounded = [curve for curve in scores if 0 <= min(curve.values) and max(curve.values) <= 1]
     others = [curve for curve in scores if curve not in bounded]
-    scaled = Chart("Validation scores", bounded, (0, 1))
-    found = Chart("Loss", losses), scaled, Chart("More validation scores", others)
+    found = Chart("Loss", losses), Chart("Validation scores", bounded, (0, 1)), Chart("More validation scores", others)
     return [chart for chart in found if chart.curves]
 
 

@@ -124,8 +124,8 @@ def open_split(
             source = data.load(config.data, split)
         trained.check_source(path, classes, source)
         images = open_images(source, config, classes)
-    ways = network.mesh.shape["data"]
-    batch_size = -(-config.train.batch_size // ways) * ways  # the scores do not depend on it
+    devices = network.mesh.shape["data"]
+    batch_size = -(-config.train.batch_size // devices) * devices  # the scores do not depend on it
     return Split(images, losses.make(config.loss, classes.task, len(classes.names)), batch_size)
 
 
