@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     config.loss = ConfigDict()
     config.loss.cross_entropy = 1.0  # weight of the softmax or sigmoid cross-entropy
     config.loss.dice = 0.0  # weight of the soft Dice loss
-    config.loss.class_weights = ()  # one per class, in the cross-entropy; () is 1 for all
+    config.loss.class_weights = ()  # one per class, in the cross-entropy (not in Dice); () is 1 for all
     config.loss.border_weight = 0.0  # w0 of the paper's weight map, which also balances the classes; 0 is off
     config.loss.border_sigma = 5.0  # pixels; how wide a gap between cells is still a border
 
