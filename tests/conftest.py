@@ -32,16 +32,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 pytest.register_assert_rewrite("commands", "helpers")
 
 import commands
-from commands import ROOT
 
-sys.path.insert(0, str(ROOT))  # for configs/
+sys.path.insert(0, str(commands.ROOT))  # for configs/
 
 import tiny
 
 commands.preload()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def real_data():
     """The folder of real images."""
     folder = os.environ.get("UNET_JAX_TEST_DATA")

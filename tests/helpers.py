@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import struct
 import subprocess
 import sys
+import zlib
 
 import chex
 import jax
@@ -47,6 +49,22 @@ def save_image(array, path, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)
     return array
+
+
+def write_rgb_png(path, width, height, depth, rows):
+    """An RGB image as Pillow cannot write it.
+
+    Args:
+      path: the file.
+      width, height: as the header has it.
+      depth: bits per channel.
+      rows: the bytes of all rows, each after its filter byte.
+    """
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
 
 
 def make_frames(folder, numbers, masks="CameraMask", size=(12, 8), alpha=False):
@@ -98,7 +116,7 @@ def build(config, mesh):
 
 
 def each_step(config, mesh, steps, conv_impl="plain"):
-    """Trains without the loop; yields the state and the metrics after each step, first those of step 0 without metrics."""
+    """Trains without the loop; yields the initial state without metrics, then state and metrics of each step."""
     built, train_state = build(config, mesh)
     model = built.network.model.clone(conv_impl=conv_impl)
     built = built._replace(network=dataclasses.replace(built.network, model=model))

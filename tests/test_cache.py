@@ -12,8 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from PIL import Image
+from helpers import ROOT, save_image
 
 from unet_jax import data, defaults, user_cache
 from unet_jax.data import border, cache, folder, images, pipeline
@@ -51,13 +50,10 @@ def entries(tmp_path, monkeypatch):
 def config(tmp_path, config):
     """Six images of 16x16 pixels with masks of two classes."""
     root = tmp_path / "photos"
-    for name in ("images", "masks"):
-        (root / name).mkdir(parents=True)
     for i in range(6):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)).save(
-            root / "images" / f"{i}.png"
-        )
-        Image.fromarray(np.eye(16, k=i, dtype=np.uint8)).save(root / "masks" / f"{i}.png")
+        image = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)
+        save_image(image, root / "images" / f"{i}.png")
+        save_image(np.eye(16, k=i, dtype=np.uint8), root / "masks" / f"{i}.png")
     config.data.name, config.data.root, config.data.size = "folder", str(root), (8, 8)
     config.data.labels, config.data.channels, config.data.value_range = ("0 a", "1 b"), 3, (0, 65535)
     return config
@@ -130,9 +126,9 @@ def test_a_changed_file_is_read_again(config, reads, entries, change):
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     elif change == "replaced":
         file.unlink()
-        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(file)
+        save_image(np.zeros((16, 16, 3), np.uint8), file)
     else:
-        Image.fromarray(np.zeros((16, 16) if change == "mask" else (16, 16, 3), np.uint8)).save(file)
+        save_image(np.zeros((16, 16) if change == "mask" else (16, 16, 3), np.uint8), file)
     reads.clear()
     _assert_equal(_batches(_open(config)), _batches(_open(config, gib=0.0)))
     assert len(reads) > 6 and len(list(entries.iterdir())) == 2

@@ -1,15 +1,11 @@
 """`--mode=check` names each fault; real images pass."""
 
 import shutil
-import struct
-import subprocess
-import sys
-import zlib
 
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT
+from helpers import ROOT, run_main, save_image, write_rgb_png
 from PIL import Image
 
 from unet_jax.errors import UserError
@@ -18,27 +14,14 @@ from unet_jax.evaluation import check
 RNG = np.random.default_rng(0)
 
 
-def _bomb(path):
-    """A PNG that claims 40,000 x 40,000 pixels."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
-
-
 def _broken_folder(root):
     """Twelve good pairs, and one of each fault; returns the message expected for each."""
-    for name in ("images", "masks"):
-        (root / name).mkdir(parents=True)
 
     def save(name, image=None, mask=None, image_suffix=".png", mask_suffix=".png"):
         image = RNG.integers(0, 256, (20, 30, 3), np.uint8) if image is None else image
         mask = np.pad(np.full((8, 8), 255, np.uint8), ((4, 8), (4, 18))) if mask is None else mask
-        Image.fromarray(image).save(root / f"images/{name}{image_suffix}")
-        Image.fromarray(mask).save(root / f"masks/{name}{mask_suffix}")
+        save_image(image, root / f"images/{name}{image_suffix}")
+        save_image(mask, root / f"masks/{name}{mask_suffix}")
         return root / f"images/{name}{image_suffix}", root / f"masks/{name}{mask_suffix}"
 
     for k in range(12):
@@ -65,7 +48,7 @@ def _broken_folder(root):
     faults["masks/smooth.png"] = "Smooth edges"
     save("colored", mask=RNG.integers(0, 2, (20, 30, 3), np.uint8) * 200)
     faults["masks/colored.png"] = "a coloured mask"
-    _bomb(save("bomb")[0])
+    write_rgb_png(save("bomb")[0], 40_000, 40_000, 8, b"")
     faults["images/bomb.png"] = "exceeds limit of 500000000 pixels"
     save("twice")
     Image.fromarray(RNG.integers(0, 256, (20, 30, 3), np.uint8)).save(root / "images/twice.jpg")
@@ -80,9 +63,8 @@ def _broken_folder(root):
 
 
 def _run(root, *flags, workdir):
-    command = [sys.executable, "-m", "unet_jax.main", f"--config={ROOT / 'configs' / 'folder.py'}", "--mode=check"]
-    command += [f"--config.data.root={root}", f"--workdir={workdir}", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    config = f"--config={ROOT / 'configs' / 'folder.py'}"
+    return run_main(config, "--mode=check", f"--config.data.root={root}", f"--workdir={workdir}", *flags)
 
 
 def test_every_fault_is_named(tmp_path):

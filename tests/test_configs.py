@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT, one_device
 
 from unet_jax import data, metrics
 from unet_jax.data import NAMES, carla
@@ -28,7 +28,7 @@ def test_every_config_builds(path):
     config = runpy.run_path(str(path))["get_config"]()
     assert config.is_locked and config.data.name in NAMES
     classes = _classes(config)
-    mesh = sharding.create_mesh(1, 1, jax.devices()[:1])
+    mesh = one_device()
     built = components.build(config, classes, mesh, components.count_steps(config.train, steps_per_epoch=10))
     model = built.network.model.clone(conv_impl="plain")
     built = built._replace(network=dataclasses.replace(built.network, model=model))

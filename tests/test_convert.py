@@ -1,14 +1,13 @@
 import json
 import os
 import pickle
-import subprocess
 import sys
 import zipfile
 
+import helpers
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
 
 import unet_jax
 from configs import default
@@ -516,9 +515,7 @@ def test_imported_weights_can_be_evaluated_and_fine_tuned_but_not_resumed(tmp_pa
 def test_command(tmp_path):
     file, run = tmp_path / "unet.pth", tmp_path / "run"
     torch.save(Milesial(3, (4, 6), 7).state_dict(), file)
-    call = lambda *flags: subprocess.run(
-        [sys.executable, "scripts/import_weights.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True
-    )
+    call = lambda *flags: helpers.run(sys.executable, "scripts/import_weights.py", *flags, cwd=helpers.ROOT)
     done = call(file, f"--workdir={run}", "--config=configs/shapes.py")
     assert done.returncode == 0, done.stderr
     for part in ("milesial/Pytorch-UNet", "widths    4, 6", "7 (multiclass)", "--mode=eval", "init_from"):

@@ -8,29 +8,13 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT, make_frames, make_pets
 from PIL import Image
 
 from unet_jax import data
 from unet_jax.data import carla, images, pipeline, shapes
 from unet_jax.data.source import Classes, check_label
 from unet_jax.errors import UserError
-
-
-def make_frames(folder, numbers, masks="CameraMask", size=(12, 8), alpha=False):
-    """CARLA frames of two colours, with class 1 in the upper half and class 7 in the lower half of the mask."""
-    for name in ("CameraRGB", masks):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for number in numbers:
-        image = Image.new("RGB", size, (number % 256, 50, 100))
-        image.paste((200, 250, 0), (0, size[1] // 2, *size))
-        image.save(folder / "CameraRGB" / f"{number:06d}.png")
-        mask = np.zeros((size[1], size[0], 4 if alpha else 3), np.uint8)
-        mask[..., 0] = 7
-        mask[: size[1] // 2, :, 0] = 1
-        if alpha:
-            mask[..., 3] = 255
-        Image.fromarray(mask).save(folder / masks / f"{number:06d}.png")
 
 
 def _config(config, root, variant="carla23", name="carla"):
@@ -248,21 +232,6 @@ def test_unknown_names_and_splits_are_refused(config):
     config.data.size = (48,)
     with pytest.raises(UserError, match="config.data.size"):
         data.load(config.data, "train")
-
-
-def make_pets(root, names):
-    """An unpacked Oxford folder: trimaps with the pet (1), a border (3) around it, and background (2)."""
-    (root / "images").mkdir(parents=True)
-    (root / "annotations" / "trimaps").mkdir(parents=True)
-    trimap = np.full((20, 16), 2, np.uint8)
-    trimap[4:16, 4:12] = 3
-    trimap[6:14, 6:10] = 1
-    colors = np.array([[0, 0, 0], [200, 100, 50], [40, 60, 90], [120, 80, 70]], np.uint8)
-    for name in names:
-        Image.fromarray(colors[trimap]).save(root / "images" / f"{name}.jpg")
-        Image.fromarray(trimap).save(root / "annotations" / "trimaps" / f"{name}.png")
-    (root / "annotations" / "trainval.txt").write_text("".join(f"{name} 6 1 2\n" for name in names[:-2]))
-    (root / "annotations" / "test.txt").write_text("".join(f"{name} 6 1 2\n" for name in names[-2:]))
 
 
 def test_pets_from_an_unpacked_folder(config, tmp_path):

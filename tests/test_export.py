@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from conftest import ROOT
 from flax import linen as nn
 from flax import traverse_util
+from helpers import ROOT, run
 from PIL import Image
 
 import unet_jax
@@ -95,9 +95,9 @@ def _network(images, task="multiclass", normalization=None, **settings):
 
 
 @pytest.fixture(scope="module")
-def images():
+def images(real_data):
     """Four real street scenes, uint8 [4, 480, 640, 3]."""
-    folder = __import__("conftest").real_data.__wrapped__() / "carla" / "CameraRGB"
+    folder = real_data / "carla" / "CameraRGB"
     return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))[:4]])
 
 
@@ -236,8 +236,7 @@ def test_a_missing_package_is_named_with_the_remedy(monkeypatch, networks):
 
 def _script(*flags, cwd):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "scripts" / "export.py"), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    return run(sys.executable, ROOT / "scripts" / "export.py", *flags, cwd=cwd, env=environment)
 
 
 @pytest.mark.parametrize("kind", ["stablehlo", "onnx", "safetensors"])

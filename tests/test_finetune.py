@@ -39,6 +39,7 @@ def test_another_number_of_classes_replaces_the_head(trained, config, tmp_path, 
     np.testing.assert_allclose(old["down_0"]["Conv_0"]["kernel"], new["down_0"]["Conv_0"]["kernel"], atol=1e-20)
 
 
+@pytest.mark.slow
 def test_frozen_weights_stay_bit_for_bit_and_survive_a_restart(trained, config, tmp_path):
     config.init_from = str(trained)
     config.optimizer.frozen = ("down", "up_0/bias")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tifffile
+from helpers import read_image, save_image
 from PIL import Image
 
 from unet_jax import data
@@ -26,11 +27,6 @@ def _picture(h=20, w=30, channels=3):
     return RNG.integers(0, 256, (h, w, channels) if channels > 1 else (h, w), np.uint8)
 
 
-def _load(path):
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
 def _mask(h=20, w=30, values=(0, 255)):
     mask = np.full((h, w), values[0], np.uint8)
     for k, value in enumerate(values[1:]):
@@ -38,15 +34,10 @@ def _mask(h=20, w=30, values=(0, 255)):
     return mask
 
 
-def _save(array, path, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **options)
-
-
 def _fill(root, count=10, mask=lambda k: _mask()):
     for k in range(count):
-        _save(_picture(), root / f"images/{k}.png")
-        _save(mask(k), root / f"masks/{k}.png")
+        save_image(_picture(), root / f"images/{k}.png")
+        save_image(mask(k), root / f"masks/{k}.png")
     return root
 
 
@@ -59,18 +50,19 @@ def _infer(config):
 
 def test_files_of_all_kinds_are_paired_by_name(tmp_path):
     pictures = {"a": _picture(), "b": _picture(), "c": _picture(channels=1), "sub/d": _picture(), "e": _picture()}
-    _save(pictures["a"], tmp_path / "images/a.png")
-    _save(pictures["b"], tmp_path / "images/b.JPG", format="JPEG", quality=95)
-    _save(pictures["c"], tmp_path / "images/c.tif")
-    _save(pictures["sub/d"], tmp_path / "images/sub/d.tiff")
-    _save(np.dstack([pictures["e"], np.full((20, 30), 7, np.uint8)]), tmp_path / "images/e.png")  # alpha is dropped
+    save_image(pictures["a"], tmp_path / "images/a.png")
+    save_image(pictures["b"], tmp_path / "images/b.JPG", format="JPEG", quality=95)
+    save_image(pictures["c"], tmp_path / "images/c.tif")
+    save_image(pictures["sub/d"], tmp_path / "images/sub/d.tiff")
+    alpha = np.full((20, 30), 7, np.uint8)  # dropped by the reader
+    save_image(np.dstack([pictures["e"], alpha]), tmp_path / "images/e.png")
     palette = Image.fromarray(_mask(values=(0, 1)))
     palette.putpalette([0, 0, 0, 255, 255, 255])
     (tmp_path / "masks/sub").mkdir(parents=True)
     palette.save(tmp_path / "masks/a_mask.gif")
     palette.save(tmp_path / "masks/b.png")
-    _save(_mask(values=(0, 1)), tmp_path / "masks/c_mask.tif")
-    _save(_mask(values=(0, 1)), tmp_path / "masks/sub/d.png")
+    save_image(_mask(values=(0, 1)), tmp_path / "masks/c_mask.tif")
+    save_image(_mask(values=(0, 1)), tmp_path / "masks/sub/d.png")
     Image.fromarray(_mask(values=(0, 1)) > 0).save(tmp_path / "masks/e.png")  # 1 bit: read as 0 and 255
     (tmp_path / "images/.DS_Store").write_text("")
     (tmp_path / "images/notes.txt").write_text("")
@@ -95,7 +87,7 @@ def test_16_bit_images_are_scaled_to_their_range_of_values(shape, tmp_path):
         (tmp_path / "images").mkdir(exist_ok=True)
         kind = "rgb" if len(shape) == 3 else "minisblack"
         tifffile.imwrite(tmp_path / f"images/{k}.tif", array, photometric=kind)
-        _save(_mask(), tmp_path / f"masks/{k}.png")
+        save_image(_mask(), tmp_path / f"masks/{k}.png")
     config = _config(tmp_path)
     printed = _infer(config)
     low, high = config.value_range
@@ -175,7 +167,7 @@ def test_guessed_labels_are_printed_and_recorded(tmp_path):
 
 def test_masks_with_different_palettes_are_refused(tmp_path):
     for k, colors in enumerate(([0, 0, 0, 255, 255, 255], [255, 255, 255, 0, 0, 0])):
-        _save(_picture(), tmp_path / f"images/{k}.png")
+        save_image(_picture(), tmp_path / f"images/{k}.png")
         mask = Image.fromarray(_mask(values=(0, 1)))
         mask.putpalette(colors)
         (tmp_path / "masks").mkdir(exist_ok=True)
@@ -191,8 +183,8 @@ def test_masks_with_different_palettes_are_refused(tmp_path):
 def test_groups_stay_together_and_adding_images_moves_few(tmp_path):
     for video in range(12):
         for frame in range(3):
-            _save(_picture(4, 4), tmp_path / f"images/v{video}_{frame}.png")
-            _save(_mask(4, 4), tmp_path / f"masks/v{video}_{frame}.png")
+            save_image(_picture(4, 4), tmp_path / f"images/v{video}_{frame}.png")
+            save_image(_mask(4, 4), tmp_path / f"masks/v{video}_{frame}.png")
     config = _config(tmp_path, group="(.*)_", validation=0.25)
     _infer(config)
     ids = {split: set(data.load(config, split).ids) for split in ("train", "validation", "all")}
@@ -200,8 +192,8 @@ def test_groups_stay_together_and_adding_images_moves_few(tmp_path):
     assert len(videos["validation"]) == 3 and not videos["train"] & videos["validation"]
     assert ids["train"] | ids["validation"] == ids["all"] and len(ids["all"]) == 36
     for frame in range(3):
-        _save(_picture(4, 4), tmp_path / f"images/v99_{frame}.png")
-        _save(_mask(4, 4), tmp_path / f"masks/v99_{frame}.png")
+        save_image(_picture(4, 4), tmp_path / f"images/v99_{frame}.png")
+        save_image(_mask(4, 4), tmp_path / f"masks/v99_{frame}.png")
     after = {name.split("_")[0] for name in data.load(config, "validation").ids}
     assert len(after & videos["validation"]) >= 2
     for pattern, message in (("(", "not a regular expression"), ("x(.*)_", "matches nothing in the name 'v0_0'")):
@@ -236,7 +228,7 @@ def test_camvid(real_data):
     train, validation = (data.load(config, split) for split in ("train", "validation"))
     assert (len(train), len(validation), len(data.load(config, "all"))) == (34, 8, 42)
     image, label = train.read(0)
-    raw = _load(real_data / "camvid/CamVid/trainannot" / f"{train.ids[0].split('/')[1]}.png")
+    raw = read_image(real_data / "camvid/CamVid/trainannot" / f"{train.ids[0].split('/')[1]}.png")
     np.testing.assert_array_equal(label, np.where(raw == 11, 255, raw))
     assert image.shape == (360, 480, 3)
 
@@ -252,7 +244,7 @@ def test_carvana(real_data):
     assert len(train) + len(validation) == 65 and not cars[0] & cars[1] and len(cars[0] | cars[1]) == 13
     assert train.classes.task == "binary" and train.classes.num_outputs == 1
     image, label = train.read(0)
-    raw = _load(real_data / "carvana/train_masks" / f"{train.ids[0]}_mask.gif")
+    raw = read_image(real_data / "carvana/train_masks" / f"{train.ids[0]}_mask.gif")
     np.testing.assert_array_equal(label, raw)
     assert image.shape == (1280, 1918, 3) and 0 < label.mean() < 1
 
@@ -271,11 +263,11 @@ def test_a_folder_without_a_readable_image_is_named(tmp_path):
 
 def test_one_folder_of_images_and_masks_with_links_and_other_formats(tmp_path):
     for k in range(3):
-        _save(_picture(), tmp_path / f"elsewhere/{k}.png")
-        _save(_mask(), tmp_path / f"elsewhere/{k}_mask.png")
-    _save(_picture(), tmp_path / "data/all/a.b.TIF")
-    _save(_mask(), tmp_path / "data/all/a.b_mask.png")
-    _save(_picture(), tmp_path / "data/all/c.bmp")
+        save_image(_picture(), tmp_path / f"elsewhere/{k}.png")
+        save_image(_mask(), tmp_path / f"elsewhere/{k}_mask.png")
+    save_image(_picture(), tmp_path / "data/all/a.b.TIF")
+    save_image(_mask(), tmp_path / "data/all/a.b_mask.png")
+    save_image(_picture(), tmp_path / "data/all/c.bmp")
     (tmp_path / "data/all/sub").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data/all/sub/circle").symlink_to(tmp_path / "data/all")
     pairs, faults = pairing.find(_config(tmp_path / "data", images=("all",), masks=("all",)))
@@ -298,8 +290,8 @@ def test_one_folder_of_images_and_masks_with_links_and_other_formats(tmp_path):
 def test_a_line_of_a_list_names_one_pair_or_is_a_fault(line, expected, tmp_path):
     for folder, names in (("train", ("0", "frame.001", "a b")), ("val", ("0", "9"))):
         for name in names:
-            _save(_picture(), tmp_path / f"{folder}/{name}.png")
-            _save(_mask(), tmp_path / f"{folder}m/{name}.png")
+            save_image(_picture(), tmp_path / f"{folder}/{name}.png")
+            save_image(_mask(), tmp_path / f"{folder}m/{name}.png")
     (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
     (tmp_path / "val.txt").write_text("9\n")
     folders = dict(images=("train", "val"), masks=("trainm", "valm"), lists=("train.txt", "val.txt"))

@@ -4,8 +4,7 @@ import ast
 import sys
 
 import pytest
-from conftest import ROOT
-from helpers import run
+from helpers import ROOT, run
 
 PACKAGE = ROOT / "unet_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,12 +1,11 @@
 """ISBI 2012: slices in folders and in stacks, errors in the files, and the whole recipe on small images."""
 
 import json
-import struct
-import zlib
 
 import numpy as np
 import pytest
 import tifffile
+from helpers import save_image, write_rgb_png
 from PIL import Image
 
 from unet_jax import data, metrics
@@ -28,21 +27,15 @@ def make_stack(count, size=(40, 56)):
 def write_16_bit_png(path, grey):
     """A grey image as 16-bit RGB, which Pillow reads but cannot write."""
     pixels = np.stack([grey.astype(">u2")] * 3, -1).tobytes()
-    lines = np.frombuffer(pixels, np.uint8).reshape(len(grey), -1)
-    lines = np.pad(lines, ((0, 0), (1, 0))).tobytes()  # each line begins with its filter
-    with path.open("wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n")
-        header = struct.pack(">IIBBBBB", *grey.shape[::-1], 16, 2, 0, 0, 0)
-        for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
-            file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
+    rows = np.frombuffer(pixels, np.uint8).reshape(len(grey), -1)
+    rows = np.pad(rows, ((0, 0), (1, 0))).tobytes()  # each after its filter byte
+    write_rgb_png(path, *grey.shape[::-1], 16, rows)
 
 
 def write_folders(root, images, labels):
     for name, stack in (("image", images), ("label", labels)):
-        folder = root / "train" / name
-        folder.mkdir(parents=True, exist_ok=True)
         for k, one in enumerate(stack):
-            Image.fromarray(one).save(folder / f"{k}.png")
+            save_image(one, root / "train" / name / f"{k}.png")
 
 
 def write_stacks(root, images, labels):

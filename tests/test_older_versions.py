@@ -1,8 +1,8 @@
 """A work directory written by version 0.1.0, before the package was divided into rooms: everything still reads it.
 
 The archive holds the run of `tiny.py` up to step 5 of 10 on one CPU device, without what is only to look at, and
-`expected.json`: the scores, probabilities and metrics that version 0.1.0 got from it. Float32 sums are reordered on other
-devices and by other compiler settings: a relative 1e-4 after five steps of Adam.
+`expected.json`: the scores, probabilities and metrics that version 0.1.0 got from it. Float32 sums are reordered on
+other devices and by other compiler settings: a relative 1e-4 after five steps of Adam.
 """
 
 import json
@@ -11,8 +11,7 @@ import tarfile
 import numpy as np
 import pytest
 import tiny
-from conftest import ROOT
-from PIL import Image
+from helpers import ROOT, read_image, save_image
 
 import unet_jax
 from configs import default
@@ -54,9 +53,9 @@ def test_it_is_scored_the_same(old):
 
 def test_it_predicts_files(old, tmp_path):
     path, _ = old
-    Image.fromarray((np.arange(48 * 64) % 251).astype(np.uint8).reshape(48, 64)).save(tmp_path / "a.png")
+    save_image((np.arange(48 * 64) % 251).astype(np.uint8).reshape(48, 64), tmp_path / "a.png")
     predict.predict_files(path, str(tmp_path / "a.png"), tmp_path / "masks")
-    assert np.asarray(Image.open(tmp_path / "masks" / "a.png")).shape == (48, 64)
+    assert read_image(tmp_path / "masks" / "a.png").shape == (48, 64)
 
 
 def test_it_is_resumed_to_the_same_end(old, capsys):

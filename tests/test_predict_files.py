@@ -67,8 +67,8 @@ def test_images_at_the_scale_of_the_training_are_tiled(trained, tmp_path, capsys
     network = unet_jax.load(trained)
     expected = tiles.Predictor(network.network, network.variables, (48, 48)).probability(picture[..., None])
     np.testing.assert_array_equal(read_image(tmp_path / "out/a.png"), expected.argmax(-1))
-    with Image.open(tmp_path / "out/a_probability_circle.png") as written:
-        np.testing.assert_allclose(np.asarray(written) / 65535, expected[..., 2], atol=1e-5)
+    circle = read_image(tmp_path / "out/a_probability_circle.png") / 65535
+    np.testing.assert_allclose(circle, expected[..., 2], atol=1e-5)
 
 
 def test_overlapping_masks_are_written_one_file_each(tmp_path):
@@ -77,8 +77,8 @@ def test_overlapping_masks_are_written_one_file_each(tmp_path):
     probability = np.asarray(unet_jax.load(path).predict(picture[None, ..., None])[0])
     threshold = float(np.median(probability[..., 1]))
     predict.predict_files(path, str(tmp_path / "a.png"), tmp_path / "out", scale="fit", threshold=threshold)
-    with Image.open(tmp_path / "out/a_circle.png") as mask:
-        np.testing.assert_array_equal(np.asarray(mask), (probability[..., 1] > threshold) * 255)
+    mask = read_image(tmp_path / "out/a_circle.png")
+    np.testing.assert_array_equal(mask, (probability[..., 1] > threshold) * 255)
     assert json.loads((tmp_path / "out/predictions.json").read_text())["threshold"] == threshold
 
 
@@ -97,11 +97,8 @@ def test_a_binary_network_on_a_folder_of_16_bit_images(tmp_path, capsys):
     predict.predict_files(tmp_path / "run", str(tmp_path / "data/images/*.tif"), tmp_path / "out", probabilities="png")
     out = capsys.readouterr().out
     assert "resized to 32x32 and back (bilinear)" in out and "threshold 0.5" in out
-    with (
-        Image.open(tmp_path / "out/3_probability_foreground.png") as written,
-        Image.open(tmp_path / "out/3.png") as label,
-    ):
-        np.testing.assert_array_equal(np.asarray(label), np.asarray(written) > 0.5 * 65535)
+    label, probability = (read_image(tmp_path / f"out/3{name}.png") for name in ("", "_probability_foreground"))
+    np.testing.assert_array_equal(label, probability > 0.5 * 65535)
 
     result = evaluate.evaluate_workdir(tmp_path / "run", None, None, "validation", None)
     assert result.confusion.sum() == 2 * 32 * 32

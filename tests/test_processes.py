@@ -88,7 +88,7 @@ def test_a_checkpoint_restored_on_other_devices_is_bit_equal(steady):
     writer = checkpoints.CheckpointWriter(steady)
     for mesh, shard_optimizer in (
         (sharding.create_mesh(8, 1), False),
-        (sharding.create_mesh(1, 1, jax.devices()[:1]), False),
+        (helpers.one_device(), False),
         (sharding.create_mesh(2, 2, jax.devices()[:4]), True),
         (sharding.create_mesh(8, 1), True),
     ):

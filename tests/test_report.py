@@ -4,21 +4,19 @@ import json
 import re
 import shutil
 
+import helpers
 import numpy as np
-import optax
 import pytest
 import tiny
 from etils import epath
 
-from unet_jax import data, metrics
+from unet_jax import metrics
 from unet_jax.data import pipeline
 from unet_jax.data.source import Classes
 from unet_jax.errors import UserError
 from unet_jax.evaluation import evaluate, page, report
-from unet_jax.inference import forward
 from unet_jax.inference import trained as trained_network
 from unet_jax.parallel import sharding
-from unet_jax.training import state
 from unet_jax.workdir import checkpoints, files, metrics_log
 
 NASTY = '<b>&"x"</b>$title'
@@ -30,9 +28,8 @@ def copy(trained, tmp_path):
 
 
 def _change_config(path, **data):
-    values = json.loads((path / "config.json").read_text())
-    values["data"] |= data
-    (path / "config.json").write_text(json.dumps(values))
+    with helpers.edited_json(path / "config.json") as values:
+        values["data"] |= data
 
 
 def _without_images(path):
@@ -82,11 +79,8 @@ def test_its_scores_are_those_of_eval_mode(copy):
 def test_overlapping_masks_have_a_report(config, tmp_path):
     path = epath.Path(tmp_path)
     config.data.variant, config.data.shapes_validation, config.model.features = "multilabel", 3, (4, 8)
-    classes = data.load(config.data, "validation").classes
-    files.claim(path, config, classes.to_json())
-    mesh = sharding.create_mesh(0, 1)
-    model = forward.create_network(config.model, classes, mesh).model
-    untrained = state.create(0, model, (1, 48, 48, classes.channels), optax.identity(), False, mesh)
+    built, untrained = helpers.build(config, sharding.create_mesh(0, 1))
+    files.claim(path, config, built.network.classes.to_json())
     writer = checkpoints.CheckpointWriter(path)
     writer.save(1, untrained, {}, None)
     writer.close()

@@ -23,7 +23,7 @@ def _compile(config, mesh):
     return plan.compile_step(config, plan.find_classes(config.data), mesh)
 
 
-@pytest.mark.parametrize("norm", ["none", "group"])
+@pytest.mark.parametrize("norm", ["none", pytest.param("group", marks=pytest.mark.slow)])
 def test_gradients_of_microbatches_add_up_to_those_of_the_batch(gradient_config, norm):
     config = gradient_config
     config.model.norm = norm

@@ -96,7 +96,9 @@ def test_libraries_that_catch_exceptions_do_not_swallow_a_signal(config, finishe
         loop.train(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("at", ["step", "evaluation", "last evaluation"])
+@pytest.mark.parametrize(
+    "at", ["step", *(pytest.param(at, marks=pytest.mark.slow) for at in ("evaluation", "last evaluation"))]
+)
 def test_a_signal_loses_no_step_and_no_evaluation(config, finished, tmp_path, monkeypatch, at):
     path = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -127,6 +129,7 @@ def test_a_signal_loses_no_step_and_no_evaluation(config, finished, tmp_path, mo
     helpers.assert_same_run(path, finished)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_replaced_by_one_with_a_score_is_never_lost(config, finished, tmp_path, monkeypatch):
     path = tmp_path / "run"
     with monkeypatch.context() as patch:  # stopped in the first evaluation, before any other checkpoint
@@ -252,6 +255,7 @@ def test_a_full_disk_is_an_error_and_the_previous_step_stays(finished, tmp_path)
     helpers.assert_same_run(path, finished)
 
 
+@pytest.mark.slow
 def test_a_save_that_failed_in_the_background_is_an_error_before_the_next_one(config, tmp_path, monkeypatch):
     config = config.copy_and_resolve_references()
     config.train.epochs, config.train.log_every_steps = 40.0, 1
@@ -281,6 +285,7 @@ def test_an_excessive_learning_rate_is_an_error(config, tmp_path, nonfinite, cap
     assert capsys.readouterr().out.count("skipped update") == (log.MAX_SKIPPED if nonfinite == "skip" else 0)
 
 
+@pytest.mark.slow
 def test_one_bad_step_is_skipped_counted_and_forgiven(config, tmp_path, monkeypatch, capsys):
     config = config.copy_and_resolve_references()
     config.train.nonfinite, config.model.norm = "skip", "none"

@@ -1,7 +1,6 @@
 """Predictions of images of any size, in tiles."""
 
 import functools
-import subprocess
 import sys
 
 import helpers
@@ -9,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 from flax import linen as nn
 from scipy import ndimage
 
@@ -47,7 +45,7 @@ def _whole(network, variables, image, tta="none"):
 
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("size", [(97, 131), (40, 201), (64, 64), (33, 17), (3, 150)])
-@pytest.mark.parametrize("extra_conv", [False, True])
+@pytest.mark.parametrize("extra_conv", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tiles_of_a_valid_network_equal_the_whole_image(size, extra_conv):
     network, variables = _network(**VALID, extra_conv=extra_conv)
     predictor = tiles.Predictor(network, variables, (32, 48), batch_size=3)
@@ -149,7 +147,7 @@ def test_invalid_images_and_settings_are_errors():
 def test_memory_does_not_grow_with_the_image(tmp_path):
     program = f"""
 import resource, sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, {str(helpers.ROOT)!r})
 import jax, jax.numpy as jnp, numpy as np
 from unet_jax import data
 from unet_jax.inference import forward, tiles
@@ -170,7 +168,8 @@ def peak(height):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(peak(1000), peak(16000))
 """
-    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
+    result = helpers.run(sys.executable, "-c", program, cwd=helpers.ROOT, timeout=600)
+    assert result.returncode == 0, result.stderr
     small, large = map(float, result.stdout.split()[-2:])
     # 16 times the rows: image and result would take 256 MB in float32, the pages of the two files 150 MB at most.
     assert large - small < 200, (small, large)

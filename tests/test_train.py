@@ -41,7 +41,10 @@ GOLDEN = [2.078961, 1.308313, 2.061543, 736.96637]
 
 @pytest.mark.parametrize(
     "space, variant, norm, name, rate",
-    [(1, "multiclass", "batch", "sgd", 0.05), (2, "multilabel", "none", "adam", 1e-3)],
+    [
+        (1, "multiclass", "batch", "sgd", 0.05),
+        pytest.param(2, "multilabel", "none", "adam", 1e-3, marks=pytest.mark.slow),
+    ],
 )
 def test_one_device_equals_eight(config, space, variant, norm, name, rate):
     # Not Adam with a normalisation: Adam divides each gradient by its magnitude, and some gradients of weights before a
@@ -58,7 +61,10 @@ def test_one_device_equals_eight(config, space, variant, norm, name, rate):
     assert one.step == eight.step == 5
 
 
-@pytest.mark.parametrize("features", [(4, 8, 8), (64, 128)])  # the wide one uses Winograd convolutions
+@pytest.mark.parametrize(
+    "features",
+    [(4, 8, 8), pytest.param((64, 128), marks=pytest.mark.slow)],  # the wide one uses Winograd convolutions
+)
 def test_convolutions_for_one_cpu_train_the_same(config, features):
     config.model.features = features
     config.model.norm, config.optimizer.name, config.optimizer.learning_rate = "none", "sgd", 0.05
@@ -68,7 +74,7 @@ def test_convolutions_for_one_cpu_train_the_same(config, features):
     chex.assert_trees_all_close(results[0][0].params, results[1][0].params, atol=1e-5)
 
 
-@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("padding", [pytest.param("same", marks=pytest.mark.slow), "valid"])
 def test_images_of_any_size_are_mirrored_as_needed_and_every_pixel_is_scored(config, tmp_path, padding, capsys):
     config.data.size, config.augment.crop, config.model.padding = (50, 53), (49, 51), padding
     config.model.extra_conv, config.train.epochs = True, 1.0
@@ -133,7 +139,7 @@ class _Crash(Exception):
 
 @pytest.mark.parametrize(
     "crash_after, cache_gib",
-    [(4, 1.0), (8, 0.0)],
+    [(4, 1.0), pytest.param(8, 0.0, marks=pytest.mark.slow)],
     ids=["mid-epoch, mid-line of metrics", "mid-epoch, not cached"],
 )
 def test_resuming_after_a_crash_is_bit_equal(finished, tmp_path, monkeypatch, crash_after, cache_gib):

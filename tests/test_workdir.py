@@ -2,8 +2,8 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT
 from etils import epath
+from helpers import ROOT
 
 from unet_jax import data, defaults
 from unet_jax.errors import UserError

@@ -13,16 +13,12 @@ from typing import Any
 
 
 @functools.cache
-def _file() -> pathlib.Path:
-    package = pathlib.Path(__file__).parent
-    places = package.parent / "configs" / "default.py", package / "configs" / "default.py"
-    return next(place for place in places if place.exists())
-
-
-@functools.cache
 def fields() -> Mapping[str, Any]:
     """Dotted name -> default, as JSON has it: `{"seed": 0, "train.batch_size": 16, "data.size": [96, 96], ...}`."""
-    return flatten(json.loads(runpy.run_path(str(_file()))["get_config"]().to_json()))
+    package = pathlib.Path(__file__).parent
+    places = [folder / "configs" / "default.py" for folder in (package.parent, package)]
+    file = next(place for place in places if place.exists())
+    return flatten(json.loads(runpy.run_path(str(file))["get_config"]().to_json()))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -34,9 +30,5 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration, by dotted name, that are not at their default.
-
-    Args:
-      values: dotted name -> value, as JSON has it.
-    """
+    """Those of `values` (dotted name -> value, as JSON has it) that are not at their default."""
     return {name: value for name, value in values.items() if name not in fields() or fields()[name] != value}

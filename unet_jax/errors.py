@@ -18,13 +18,9 @@ class Interrupted(BaseException):  # not an Exception, so that code which catche
 
 
 def check_choice(field: str, value: str, choices: Iterable[str]) -> str:
-    """Returns `value` if it is one of `choices`.
+    """Returns `value` if it is one of `choices`; else a `UserError` lists them and suggests the closest one.
 
-    Args:
-      field: the setting as the user knows it, such as `config.optimizer.name`.
-
-    Raises:
-      UserError: it is not; the message lists the choices and suggests the closest one.
+    `field` is the setting as the user knows it, such as `config.optimizer.name`.
     """
     choices = list(choices)
     if value in choices:
@@ -40,12 +36,11 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
 
 def describe(error: BaseException) -> tuple[str, int]:
     """The text to print for an exception that ends the program, and the exit code."""
-    if isinstance(error, UserError):
+    is_tensorflow = type(error).__module__ == "tensorflow.python.framework.errors_impl"  # such as an unreachable bucket
+    if isinstance(error, UserError) or is_tensorflow:
         return f"error: {error}", 1
     if isinstance(error, Interrupted):
         return str(error), 128 + error.signal
     if isinstance(error, SystemExit):
         return f"ends with exit code {error.code}", error.code if isinstance(error.code, int) else 1
-    if type(error).__module__ == "tensorflow.python.framework.errors_impl":  # such as an unreachable bucket
-        return f"error: {error}", 1
     return "".join(traceback.format_exception(error)).rstrip(), 1

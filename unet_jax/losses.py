@@ -121,9 +121,7 @@ class Loss:
     def combine(self, terms: Mapping[str, Sums], totals: Mapping[str, jax.Array] | None = None):
         """The weighted sum of the means of the terms; JAX and NumPy arrays alike.
 
-        Args:
-          terms: from `terms`.
-          totals: from `totals`, if these are the terms of a microbatch; None divides by their own weights.
+        Terms of a microbatch are divided by the `totals` of the batch, others by their own weights.
         """
         total = 0.0
         for name, weight in self.weights.items():
@@ -145,9 +143,9 @@ def make(settings: Mapping, task: str, num_classes: int) -> Loss:
     parameters: dict[str, dict[str, float]] = {}
     for name, term in TERMS.items():
         parameters[name] = {parameter: settings[f"{name}_{parameter}"] for parameter in term.parameters}
-        for parameter, (lowest, highest) in term.parameters.items():
-            if not lowest <= parameters[name][parameter] <= highest:
-                value = parameters[name][parameter]
+        for parameter, value in parameters[name].items():
+            lowest, highest = term.parameters[parameter]
+            if not lowest <= value <= highest:
                 raise UserError(f"config.loss.{name}_{parameter} = {value} is not in {lowest}..{highest}")
     valid = all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in class_weights)
     if class_weights and not (valid and len(class_weights) == num_classes and any(class_weights)):

@@ -55,22 +55,21 @@ _SPLIT = flags.DEFINE_enum(
 )
 _INPUT = flags.DEFINE_string("input", None, "predict: an image file, a folder of them, or a quoted pattern.")
 _OUTPUT = flags.DEFINE_string("output", None, "predict: the folder to write to.")
-_SCALE = flags.DEFINE_enum(
+flags.DEFINE_enum(
     "scale",
     None,
     ["fit", "native"],
     "predict: fit resizes each image to config.data.size, as in training; native predicts it at its own size, in "
     "overlapping tiles if it is larger. Default: native if the training images were not resized.",
 )
-_INTERPOLATION = flags.DEFINE_enum(
+flags.DEFINE_enum(
     "interpolation", "bilinear", ["bilinear", "nearest"], "predict, fit: of probabilities back to the image's own size."
 )
-_PROBABILITIES = flags.DEFINE_enum(
+flags.DEFINE_enum(
     "probabilities", "none", ["none", "png", "npy"], "predict: also 16-bit PNG files, or float32 [H, W, K] NumPy files."
 )
-_THRESHOLD = flags.DEFINE_float(
-    "threshold", 0.5, "predict: the probability above which a sigmoid predicts its class."
-)
+flags.DEFINE_float("threshold", 0.5, "predict: the probability above which a sigmoid predicts its class.")
+_PREDICT_OPTIONS = ("scale", "interpolation", "probabilities", "threshold")
 _FLAG_MODES = {  # flag -> the modes that it is for
     "config": ("train", "check", "plan"),
     **dict.fromkeys(("coordinator", "num_processes", "process_id"), ("train", "eval")),
@@ -79,7 +78,7 @@ _FLAG_MODES = {  # flag -> the modes that it is for
     "tta": ("eval", "predict"),
     "data_dir": ("eval", "report"),
     "split": ("eval",),
-    **dict.fromkeys(("input", "output", "scale", "interpolation", "probabilities", "threshold"), ("predict",)),
+    **dict.fromkeys(("input", "output", *_PREDICT_OPTIONS), ("predict",)),
 }
 
 
@@ -163,17 +162,8 @@ def _run() -> None:
     else:
         from unet_jax.inference import predict
 
-        predict.predict_files(
-            workdir,
-            _INPUT.value,
-            _OUTPUT.value,
-            step=_STEP.value,
-            tta=_TTA.value,
-            scale=_SCALE.value,
-            interpolation=_INTERPOLATION.value,
-            probabilities=_PROBABILITIES.value,
-            threshold=_THRESHOLD.value,
-        )
+        options = {name: flags.FLAGS[name].value for name in _PREDICT_OPTIONS}
+        predict.predict_files(workdir, _INPUT.value, _OUTPUT.value, step=_STEP.value, tta=_TTA.value, **options)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -185,7 +175,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if file is None:
         return app.parse_flags_with_usage(argv)
     if not os.path.isfile(file):
-        sys.exit(f"error: --config={file}: no such file.{did_you_mean(file, _neighbours(file))}")
+        others = map(str, pathlib.Path(file).parent.glob("*.py"))
+        sys.exit(f"error: --config={file}: no such file.{did_you_mean(file, others)}")
     sys.path.append(str(pathlib.Path(file).resolve().parent.parent))  # where it finds configs.default
     try:
         fields = _fields(runpy.run_path(file)["get_config"]())
@@ -196,10 +187,6 @@ def _parse_flags(argv: list[str]) -> list[str]:
         if field != name and field not in fields:
             sys.exit(f"error: --{name}: no such field, see configs/default.py.{did_you_mean(field, fields)}")
     return app.parse_flags_with_usage(argv)
-
-
-def _neighbours(file: str) -> list[str]:
-    return [str(path) for path in pathlib.Path(file).parent.glob("*.py")]
 
 
 def _fields(config) -> list[str]:

@@ -6,12 +6,9 @@ import tempfile
 
 
 def folder(name: str) -> pathlib.Path:
-    """A folder that this user can write to and that lasts; created if it is missing.
+    """A folder that this user can write to and that lasts, one per kind of content; created if it is missing.
 
     If the cache folder cannot be written, as in many containers, it is below the folder for temporary files.
-
-    Args:
-      name: of the folder, one per kind of content.
 
     Raises:
       OSError: neither can be written, or the second belongs to another user.

@@ -19,7 +19,7 @@ __all__ = ["NAMES", "Classes", "Source", "classes", "infer_settings", "load", "l
 
 
 def infer_settings(config, notify: Callable[[str], None] = print) -> None:
-    """Infers from the files the settings of `config.data` that are left open, so that a work directory records them.
+    """Infers from the files the settings that are left open, so that a work directory records them.
 
     Args:
       config: `config.data`; changed in place. Only the data set `folder` leaves settings open.
@@ -35,11 +35,9 @@ def infer_settings(config, notify: Callable[[str], None] = print) -> None:
 
 
 def reuse_settings(config, earlier) -> None:
-    """Copies the settings that `infer_settings` found earlier, so that resuming need not read all files again.
+    """Copies what `infer_settings` found from `earlier`, the `config.data` of a work directory, into `config`.
 
-    Args:
-      config: `config.data`; changed in place.
-      earlier: `config.data` as recorded in a work directory.
+    So resuming need not read all files again.
     """
     for field in ("labels", "channels", "value_range"):
         if config.name == earlier.name and not config[field]:
@@ -47,11 +45,7 @@ def reuse_settings(config, earlier) -> None:
 
 
 def load(config, split: str) -> Source:
-    """The source of one split.
-
-    Args:
-      config: `config.data`.
-      split: `train`, `validation`, `test` or `all`; not every data set has a `test` split.
+    """The source of a split of `config.data`: `train`, `validation`, `test` (not of every data set) or `all`.
 
     Raises:
       UserError: unknown data set or split; missing or faulty files.
@@ -76,10 +70,7 @@ def load_with_faults(config, split: str) -> Source:
 
 
 def classes(config) -> Classes:
-    """The meaning of the labels, from the configuration alone; call `infer_settings` first.
-
-    Args:
-      config: `config.data`.
+    """The meaning of the labels, from `config.data` alone; call `infer_settings` first.
 
     Raises:
       UserError: unknown data set or an invalid setting.

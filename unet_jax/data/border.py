@@ -10,16 +10,10 @@ from scipy import ndimage
 from unet_jax.data.source import Classes
 from unet_jax.errors import UserError
 
-FOUR_CONNECTED = None  # scipy's default neighbourhood
-
 
 @dataclasses.dataclass(frozen=True)
 class BorderWeights:
-    """The function label -> `weight_map` of the label, for one choice of settings.
-
-    Attributes:
-      w0, sigma, ignore_label: see `weight_map`.
-    """
+    """The function label -> `weight_map(label, w0, sigma, ignore_label)`, for one choice of settings."""
 
     w0: float
     sigma: float
@@ -31,16 +25,12 @@ class BorderWeights:
 
     def key_fields(self) -> dict[str, float]:
         """What determines the weights, for a cache key; as in `config.data`, a field at its default is left out."""
-        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
-        return {name: value for name, (value, default) in values.items() if value != default}
+        fields = dataclasses.fields(self)
+        return {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
 
 
 def pixel_weight_fn(settings: Mapping, classes: Classes) -> BorderWeights | None:
-    """The function label -> pixel weights of the loss that `config.loss` asks for; None if it asks for none.
-
-    Args:
-      settings: `config.loss`.
-      classes: the meaning of the labels.
+    """The function label -> pixel weights that `config.loss`, the settings, asks for; None if it asks for none.
 
     Raises:
       UserError: an invalid setting.
@@ -63,13 +53,10 @@ def weight_map(label: np.ndarray, w0: float, sigma: float, ignore_label: int) ->
     border. w_c gives every class in the image the same total weight, with a mean of one.
 
     Args:
-      label: uint8 `[H, W]`.
+      label: uint8 `[H, W]`; the weights are float32 `[H, W]`.
       w0: the weight of a gap of zero width.
       sigma: in pixels.
       ignore_label: pixels with this label get weight 0 and belong to no cell.
-
-    Returns:
-      float32 `[H, W]`.
     """
     counts = np.bincount(label.ravel(), minlength=256)
     counts[ignore_label] = 0
@@ -87,7 +74,7 @@ def find_cells(label: np.ndarray, ignore_label: int) -> np.ndarray:
     cells = np.zeros(label.shape, np.int32)
     for value in np.unique(label):
         if value not in (0, ignore_label):
-            components, _ = ndimage.label(label == value, FOUR_CONNECTED)
+            components, _ = ndimage.label(label == value)  # 4-connected, by scipy's default
             cells = np.where(components > 0, components + cells.max(), cells)
     return cells
 
@@ -106,7 +93,6 @@ def _border_term(cells: np.ndarray, w0: float, sigma: float) -> np.ndarray:
         neighbourhood = tuple(slice(max(side.start - reach, 0), side.stop + reach) for side in region)
         others = (cells[neighbourhood] > 0) & (cells[neighbourhood] != cell)
         if others.any():
-            distance = ndimage.distance_transform_edt(~others)
             own = nearest[neighbourhood] == cell
-            d2[neighbourhood][own] = distance[own]
+            d2[neighbourhood][own] = ndimage.distance_transform_edt(~others)[own]
     return np.exp(-((d1 + d2) ** 2) / (2 * sigma**2))

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+import threading
 import time
 import uuid
 import weakref
@@ -34,8 +35,7 @@ FORMAT = 2
 ABANDONED_AFTER = 3600  # seconds without a write, after which a temporary folder is removed
 STAT_THREADS = 16  # files looked up at once: a network file system takes long to answer
 
-Read = Callable[[int], dict[str, np.ndarray]]
-
+Read = Callable[[int], dict[str, np.ndarray]]  # index -> one array per name
 # Entries that this process uses: making room for one split must not remove another.
 _in_use: weakref.WeakValueDictionary[pathlib.Path, np.ndarray] = weakref.WeakValueDictionary()
 
@@ -71,17 +71,13 @@ def load_or_write(
 
     Args:
       key_fields: everything that determines the examples, as JSON values; files as their `fingerprint`.
-      names: of the arrays that `read` returns.
-      count: number of examples.
-      read: index -> one array per name, each of the same shape and type for all indices. Called from several threads.
+      names: of the arrays that `read` returns, each of the same shape and type for all `count` examples.
+      read: called from several threads; what it raises is raised.
       limit: bytes that all entries together may take; the least recently used ones are removed to make room.
       notify: called with the reason if the examples cannot be cached, unless it is `limit`.
 
     Returns:
       name -> read-only array `[count, ...]`, or None if the examples do not fit in `limit` or cannot be written.
-
-    Raises:
-      Whatever `read` raises.
     """
     if limit <= 0:
         return None
@@ -89,20 +85,15 @@ def load_or_write(
     key = hashlib.sha256(json.dumps({**versions, **key_fields}, sort_keys=True).encode()).hexdigest()[:32]
     try:
         entry = user_cache.folder("examples") / key
-        arrays = _load(entry, names, count)
-        if arrays is None:
-            first = read(0)
-            size = count * sum(first[name].nbytes for name in names)
-            if size > limit:
-                return None
-            with _locked(entry.with_suffix(".lock")):
-                arrays = _load(entry, names, count)  # another process may have written it meanwhile
-                if arrays is None:
-                    _remove(entry)  # it may be damaged
-                    if not _make_room(entry.parent, size, limit):
-                        return None
-                    _write(entry, {name: first[name] for name in names}, count, read)
-                    arrays = _load(entry, names, count)
+        with _locked(entry.with_suffix(".lock")):
+            arrays = _load(entry, names)
+            if arrays is None:
+                first = read(0)
+                _remove(entry)  # it may be damaged
+                if not _make_room(entry.parent, count * sum(value.nbytes for value in first.values()), limit):
+                    return None
+                _write(entry, first, count, read)
+                arrays = _load(entry, names)
     except OSError as error:
         notify(f"Images cannot be cached and will be read again in each epoch: {error}")
         return None
@@ -112,13 +103,11 @@ def load_or_write(
     return arrays
 
 
-def _load(entry: pathlib.Path, names: Sequence[str], count: int) -> dict[str, np.ndarray] | None:
+def _load(entry: pathlib.Path, names: Sequence[str]) -> dict[str, np.ndarray] | None:
     """The arrays of an entry; None if it is missing or damaged."""
     try:
         arrays = {name: np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r")) for name in names}
     except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):  # a truncated file is a ValueError
-        return None
-    if any(len(array) != count for array in arrays.values()):
         return None
     with contextlib.suppress(OSError):
         os.utime(entry)  # marks it as recently used
@@ -146,21 +135,25 @@ def _write(entry: pathlib.Path, first: dict[str, np.ndarray], count: int, read: 
     partial.mkdir()
     try:
         with contextlib.ExitStack() as stack:
-            files = {name: stack.enter_context((partial / f"{name}.npy").open("wb", buffering=0)) for name in first}
+            files = {name: stack.enter_context((partial / f"{name}.npy").open("wb")) for name in first}
             for name, value in first.items():
                 header = {"descr": value.dtype.str, "fortran_order": False, "shape": (count, *value.shape)}
                 np.lib.format.write_array_header_1_0(files[name], header)
             starts = {name: file.tell() for name, file in files.items()}
+            lock = threading.Lock()
 
             def write_example(index):
                 example = read(index) if index else first
                 for name, value in first.items():
                     if (example[name].shape, example[name].dtype) != (value.shape, value.dtype):
                         raise ValueError(f"{name} {index} is {example[name].dtype} {example[name].shape}")
-                    _write_at(files[name].fileno(), example[name], starts[name] + index * value.nbytes)
+                    with lock:
+                        files[name].seek(starts[name] + index * value.nbytes)
+                        files[name].write(np.ascontiguousarray(example[name]))
 
             images.map_parallel(write_example, range(count), "Reading images")
             for file in files.values():
+                file.flush()
                 os.fsync(file.fileno())
         _sync_folder(partial)
         try:
@@ -171,14 +164,6 @@ def _write(entry: pathlib.Path, first: dict[str, np.ndarray], count: int, read: 
         _sync_folder(entry.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_at(file: int, array: np.ndarray, start: int) -> None:
-    """Writes the bytes of an array at offset `start`; a single call may write only some of them."""
-    rest = memoryview(np.ascontiguousarray(array)).cast("B")
-    while rest:
-        written = os.pwrite(file, rest, start)
-        rest, start = rest[written:], start + written
 
 
 def _sync_folder(folder: pathlib.Path) -> None:
@@ -193,13 +178,8 @@ def _sync_folder(folder: pathlib.Path) -> None:
 def _make_room(folder: pathlib.Path, size: int, limit: float) -> bool:
     """Removes abandoned temporary folders, and the least recently used entries until `size` more bytes fit in `limit`.
 
-    A process that has mapped an entry can still read it after that.
-
-    Returns:
-      whether they fit in `limit`.
-
-    Raises:
-      OSError: they do not fit on the disk.
+    A process that has mapped an entry can still read it after that. Returns whether they fit in `limit`; raises
+    `OSError` if they do not fit on the disk.
     """
     entries = []
     for path in folder.iterdir():

@@ -47,8 +47,8 @@ def load(config, split: str) -> Source:
     """The source of `split`: `train`, `validation` or `all`.
 
     Raises:
-      UserError: no frames under `config.root`; an image without mask or a mask without image; an unreadable file;
-        different sizes; a label that is not a class.
+      UserError: no frames under `config.root`, or none for `split`; an image without mask or a mask without image; a
+        frame without a drive, if drives are named; an unreadable file; different sizes; a label that is not a class.
     """
     meaning = classes(config)
     check_choice("--split", split, SPLITS)
@@ -71,11 +71,7 @@ def load(config, split: str) -> Source:
 
 
 def classes(config) -> Classes:
-    """The meaning of the labels, given by `config.variant`.
-
-    Raises:
-      UserError: an unknown variant.
-    """
+    """The meaning of the labels, for `config.variant`."""
     count = NUM_CLASSES[check_choice("config.data.variant", config.variant, NUM_CLASSES)]
     return Classes("multiclass", NAMES[:count], PALETTE[:count])
 
@@ -94,11 +90,7 @@ def _open_root(root: str):
 
 
 def find_pairs(root: str) -> list[Pair]:
-    """All frames below `root`, ordered by folder and frame number; the id of a frame is its folder and stem.
-
-    Raises:
-      UserError: no frames; images without masks or masks without images, which it names.
-    """
+    """All frames below `root`, ordered by folder and frame number; the id of a frame is its folder and stem."""
     opened = _open_root(root)
     pairs, unpaired = [], []
     for folder in _camera_folders(opened, depth=2):
@@ -111,9 +103,8 @@ def find_pairs(root: str) -> list[Pair]:
         prefix = str(folder)[len(str(opened)) :].strip("/")
         pairs += [Pair(f"{prefix}/{stem}".lstrip("/"), image_files[stem], mask_files[stem]) for stem in both]
     if unpaired:
-        raise UserError(
-            f"config.data.root = {root!r}: every image needs a mask of the same name.{bullets(sorted(unpaired))}"
-        )
+        faults = bullets(sorted(unpaired))
+        raise UserError(f"config.data.root = {root!r}: every image needs a mask of the same name.{faults}")
     if not pairs:
         raise UserError(f"config.data.root = {root!r} holds no CameraRGB folder with .png files. {HELP}")
     return pairs
@@ -131,8 +122,7 @@ def _camera_folders(path, depth: int) -> Iterator:
 
 def _png_files(folder) -> dict:
     """Stem -> file, without the hidden files that macOS leaves behind."""
-    files = [f for f in folder.iterdir() if f.name.lower().endswith(".png") and not f.name.startswith(".")]
-    return {f.name[: -len(".png")]: f for f in files}
+    return {f.stem: f for f in folder.iterdir() if f.suffix.lower() == ".png" and not f.name.startswith(".")}
 
 
 def _frame_number(stem: str) -> tuple[str, int]:
@@ -142,11 +132,7 @@ def _frame_number(stem: str) -> tuple[str, int]:
 
 
 def read_sequences(root: str) -> dict[str, str] | None:
-    """Frame id -> drive, from `sequences.csv`; None if there is no such file.
-
-    Raises:
-      UserError: the file lacks the columns.
-    """
+    """Frame id -> drive, from the columns of `sequences.csv`; None if there is no such file."""
     path = _open_root(root) / "sequences.csv"
     if not path.is_file():
         return None
@@ -161,9 +147,6 @@ def split_pairs(pairs: list[Pair], drives: dict[str, str] | None, fraction: floa
 
     With drives, every (1 / fraction)-th drive in the order of recording is held out, so that the held-out drives are
     spread over all places; without drives, the last frames are held out, as one contiguous block.
-
-    Raises:
-      UserError: a frame belongs to no drive.
     """
     if drives is None:
         count = round(fraction * len(pairs))
@@ -176,10 +159,8 @@ def split_pairs(pairs: list[Pair], drives: dict[str, str] | None, fraction: floa
         # 1e-9 keeps rounding from making 0.2 * 5 less than 1.
         held_out = {d for i, d in enumerate(in_order) if int((i + 1) * fraction + 1e-9) > int(i * fraction + 1e-9)}
         chosen = {pair.id for pair in pairs if drives[pair.id] in held_out}
-    return {
-        "train": [pair for pair in pairs if pair.id not in chosen],
-        "validation": [pair for pair in pairs if pair.id in chosen],
-    }
+    train = [pair for pair in pairs if pair.id not in chosen]
+    return {"train": train, "validation": [pair for pair in pairs if pair.id in chosen]}
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -196,21 +177,18 @@ class Carla(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": tfds.features.Image(shape=(None, None, 1)),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
+        image, label = (tfds.features.Image(shape=(None, None, channels)) for channels in (3, 1))
+        features = tfds.features.FeaturesDict({"image": image, "label": label})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
-        splits = self.builder_config.splits
-        return {name: self._generate_examples(pairs) for name, pairs in splits.items()}
+        return {name: self._generate_examples(pairs) for name, pairs in self.builder_config.splits.items()}
 
     def _generate_examples(self, pairs):
         for index, pair in enumerate(pairs):
-            image, label = read_pair(pair, self.builder_config.num_classes)
+            image, label = images.read(pair.image, "RGB"), images.read(pair.mask, "red")
+            images.check_same_size(image, label, pair)
+            check_label(label, self.builder_config.num_classes, str(pair.mask))
             yield index, {"image": _encode(image), "label": _encode(label)}
 
 
@@ -238,15 +216,3 @@ def _fingerprint(path) -> str:
         return f"{path} {path.root.getinfo(path.at).CRC}"
     stat = path.stat()
     return f"{path} {stat.length} {stat.mtime}"
-
-
-def read_pair(pair: Pair, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """The image uint8 `[h, w, 3]` and the label uint8 `[h, w]` of one frame.
-
-    Raises:
-      UserError: unreadable, of different sizes, or with a label that is not a class; names the file.
-    """
-    image, label = images.read(pair.image, "RGB"), images.read(pair.mask, "red")
-    images.check_same_size(image, label, pair)
-    check_label(label, num_classes, str(pair.mask))
-    return image, label

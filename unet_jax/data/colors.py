@@ -29,19 +29,15 @@ def colorize(label: np.ndarray, classes: Classes) -> np.ndarray:
     return np.where(ignored[..., None], IGNORED, colors).astype(np.uint8)
 
 
-def overlay(image: np.ndarray, label: np.ndarray, classes: Classes, opacity: float = 0.5) -> np.ndarray:
-    """An image under the colours of its label, uint8 `[H, W, 3]`; the background is left as it is.
+def overlay(image: np.ndarray, label: np.ndarray, classes: Classes) -> np.ndarray:
+    """An image mixed with the colours of its label, half and half, uint8 `[H, W, 3]`; the background is left as it is.
 
-    Args:
-      image: uint8 `[H, W, C]`, C = 1 or 3.
-      label: uint8 `[H, W]` or `[H, W, K]`.
-      classes: the task and the palette.
-      opacity: of the colours, 0..1.
+    The image is uint8 `[H, W, C]`, C = 1 or 3, the label uint8 `[H, W]` or `[H, W, K]`.
     """
     result = np.empty((*image.shape[:2], 3), np.uint8)
     for top in range(0, len(image), 512):  # in strips: all of a large image in float32 would need too much memory
         strip = slice(top, top + 512)
         shown = (label[strip] == 1).any(-1) if classes.task == "multilabel" else label[strip] != 0
         colors = colorize(label[strip], classes).astype(np.float32)
-        result[strip] = np.where(shown[..., None], (1 - opacity) * image[strip] + opacity * colors, image[strip])
+        result[strip] = np.where(shown[..., None], 0.5 * image[strip] + 0.5 * colors, image[strip])
     return result

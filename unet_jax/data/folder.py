@@ -24,7 +24,8 @@ def load(config, split: str) -> Source:
     """The source of `split`: `train`, `validation`, `test` (only with `config.lists`) or `all`.
 
     Raises:
-      UserError: no images under `config.root`; an invalid label map, list or group; an empty split.
+      UserError: no images under `config.root`; an invalid label map; a missing or invalid list; a name without group;
+        an empty split.
     """
     check_choice("--split", split, pairing.SPLITS)
     meaning, label_map = classes(config), labels.parse(config.labels)
@@ -32,8 +33,7 @@ def load(config, split: str) -> Source:
     chosen = pairing.choose_split(pairs, config, split, faults)
     if not chosen:
         remedy = f" Add images or groups, or change config.data.validation = {config.validation}"
-        if config.lists:
-            remedy = bullets(faults)
+        remedy = bullets(faults) if config.lists else remedy
         raise UserError(f"config.data.root = {config.root!r}: {len(pairs)} pairs leave none for {split}.{remedy}")
 
     def read(index):
@@ -48,11 +48,7 @@ def load(config, split: str) -> Source:
 
 
 def classes(config) -> Classes:
-    """The meaning of the labels, given by `config.labels`, `config.channels` and `config.variant`.
-
-    Raises:
-      UserError: they are not set, or invalid.
-    """
+    """The meaning of the labels, for `config.labels`, `config.channels` and `config.variant`, which must be set."""
     task = check_choice("config.data.variant", config.variant, ("multiclass", "binary"))
     if not config.labels or not config.channels:
         raise UserError("config.data.labels and config.data.channels are not set; they can be inferred from the files")
@@ -73,11 +69,7 @@ def _check(config) -> None:
 
 
 def infer_settings(config, notify: Callable[[str], None]) -> None:
-    """Infers `labels`, `channels` and `value_range` of `config` from the files, as far as they are not set.
-
-    Args:
-      config: `config.data`; changed in place.
-      notify: called with a text for each setting that was inferred.
+    """Infers `labels`, `channels` and `value_range` from the files, as far as they are not set; see `data`.
 
     Raises:
       UserError: no images, or masks whose labels cannot be guessed.
@@ -85,8 +77,8 @@ def infer_settings(config, notify: Callable[[str], None]) -> None:
     _check(config)
     if config.labels:
         labels.parse(config.labels)
-    if config.labels and config.channels and config.value_range:
-        return
+        if config.channels and config.value_range:
+            return
     pairs, _ = pairing.find(config)
     if not config.labels:
         config.labels = _guess_labels(pairs, notify)
@@ -119,13 +111,13 @@ def _guess_labels(pairs: Sequence[images.Pair], notify: Callable[[str], None]) -
 
     def inspect(pair):
         mask = images.read_any(pair.mask, indices=True)
-        return labels.distinct_values(mask), mask.ndim == 3, _used_palette(pair.mask, mask)
+        values, palette = labels.distinct_values(mask), images.read_header(pair.mask).palette
+        used = set() if palette is None else {(i, *palette[i].tolist()) for i in values if i < len(palette)}
+        return values, mask.ndim == 3, used
 
     masks = _map_readable(inspect, pairs, "Reading masks")
-    colors_of = collections.defaultdict(set)
-    for index, color in (item for *_, palette in masks for item in palette.items()):
-        colors_of[index].add(color)
-    if any(len(colors) > 1 for colors in colors_of.values()):
+    used_palette = set.union(*(used for *_, used in masks))
+    if len(used_palette) > len({index for index, *_ in used_palette}):
         raise UserError(
             "the masks have different palettes, so their indices mean different things: list the colours in "
             f"config.data.labels. {labels.HELP}"
@@ -141,21 +133,12 @@ def _guess_labels(pairs: Sequence[images.Pair], notify: Callable[[str], None]) -
         guessed = "0 background", "1 foreground", "255 -> 1"  # some masks were saved as 0 and 1, some as 0 and 255
     else:
         guessed = labels.guess(counts)
+    shown = [f"\n  {labels.format_value(v)} is in {n} of {len(masks)} masks" for v, n in sorted(counts.items())]
     notify(
         "Labels, as guessed from the masks; to change them or to name the classes, set\n"
-        f'  --config.data.labels="{guessed!r}"\n'
-        + "\n".join(
-            f"  {labels.format_value(value)} is in {count} of {len(masks)} masks"
-            for value, count in sorted(counts.items())
-        )
+        f'  --config.data.labels="{guessed!r}"' + "".join(shown)
     )
     return guessed
-
-
-def _used_palette(path: epath.Path, mask: np.ndarray) -> dict[int, tuple]:
-    """Index -> colour, for the indices that occur in a mask; empty if the file has no palette."""
-    colors = images.read_header(path).palette
-    return {int(i): tuple(colors[i]) for i in np.unique(mask) if i < len(colors)} if colors is not None else {}
 
 
 def _inspect_images(files: Sequence[epath.Path]) -> tuple[list[bool], list[epath.Path], np.ndarray]:
@@ -175,11 +158,7 @@ def _inspect_images(files: Sequence[epath.Path]) -> tuple[list[bool], list[epath
 
 
 def _map_readable(function: Callable, items: Iterable, title: str) -> list[Any]:
-    """Like `images.map_parallel`, but skips items whose files cannot be read: reading the examples will name them.
-
-    Raises:
-      UserError: no item can be read; names the first.
-    """
+    """Like `images.map_parallel`, but skips unreadable files, unless all are: reading the examples will name them."""
 
     def try_to(item):
         try:

@@ -1,9 +1,12 @@
-"""Reading and resizing image files with Pillow and tifffile alone: TensorFlow need not be installed."""
+"""Reading and resizing image files with Pillow and tifffile alone: TensorFlow need not be installed.
+
+A path may be any path object with `open`: in a folder, a zip archive or a bucket.
+"""
 
 import concurrent.futures
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +24,8 @@ class Pair(NamedTuple):
     """The files of one example."""
 
     id: str  # unique within the data set
-    image: Any  # any path object with `open`
-    mask: Any
+    image: Any  # path
+    mask: Any  # path
 
 
 @contextlib.contextmanager
@@ -45,15 +48,11 @@ def _loses_bits(image: Image.Image) -> bool:
 def files_below(folder, ancestors: frozenset = frozenset()) -> list:
     """All files in a folder and its subfolders, in order. Follows links to folders; skips hidden files and folders.
 
-    Args:
-      folder: a folder, as any path object.
-      ancestors: the folders on the way here, so that a cycle of links ends.
-
     Raises:
       UserError: a folder cannot be read; names it.
     """
     real_path = os.path.realpath(folder)
-    if real_path in ancestors:
+    if real_path in ancestors:  # a cycle of links
         return []
     try:
         entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
@@ -66,11 +65,10 @@ def files_below(folder, ancestors: frozenset = frozenset()) -> list:
     return files
 
 
-def map_parallel(function: Callable, items: Iterable, title: str) -> list[Any]:
+def map_parallel(function: Callable, items: Sequence, title: str) -> list[Any]:
     """The results of `function` for all items, in order, computed in threads, with a progress bar called `title`."""
     import tqdm
 
-    items = list(items)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(tqdm.tqdm(pool.map(function, items), title, len(items), leave=False, delay=1))
 
@@ -79,7 +77,6 @@ def read(path, mode: str) -> np.ndarray:
     """Reads an 8-bit image file as uint8.
 
     Args:
-      path: a file, as any path object with `open` (in a folder, a zip archive or a bucket).
       mode: `RGB` or `L` to convert to `[h, w, 3]` or `[h, w]`; `grey` for an image that must have no colour, `[h, w]`;
         `red` for the red channel `[h, w]` as it is, or the indices of an image with a palette.
 
@@ -89,9 +86,8 @@ def read(path, mode: str) -> np.ndarray:
     with _open(path) as image:
         is_16_bit = _loses_bits(image) or image.mode.startswith("I;16")
         if is_16_bit or image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-            raise UserError(
-                f"{path}: a{' 16-bit' if is_16_bit else ''} {image.mode} image; 8-bit grey, RGB or RGBA is needed"
-            )
+            bits = " 16-bit" if is_16_bit else ""
+            raise UserError(f"{path}: a{bits} {image.mode} image; 8-bit grey, RGB or RGBA is needed")
         if mode == "red":
             if image.mode == "P":  # the class ids are the indices, not the colours
                 return np.asarray(image)
@@ -108,7 +104,6 @@ def read_any(path, indices: bool = False) -> np.ndarray:
     """Reads an image file of any supported kind as it is, without its alpha channel.
 
     Args:
-      path: a file, as any path object with `open`.
       indices: whether to return the indices of an image with a palette rather than its colours.
 
     Returns:
@@ -129,9 +124,9 @@ def read_any(path, indices: bool = False) -> np.ndarray:
             raise UserError(f"{path}: 32-bit values: save it with 8 or 16 bits")
         if image.mode.startswith("I;16"):
             return np.asarray(image).astype(np.uint16)  # in the byte order of this machine
-        if image.mode in ("1", "L", "LA") or (image.mode == "P" and indices):
-            return np.asarray(image if image.mode == "P" else image.convert("L"))
-        return np.asarray(image.convert("RGB"))
+        if image.mode == "P" and indices:
+            return np.asarray(image)
+        return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
 
 
 def _read_16_bit_tiff(path) -> np.ndarray:
@@ -151,18 +146,11 @@ def _read_16_bit_tiff(path) -> np.ndarray:
 
 
 def read_image(path, channels: int, value_range: Sequence[int]) -> np.ndarray:
-    """Reads an image file of any supported kind as the input of a network.
+    """An image file of any supported kind as the input of a network, uint8 `[h, w, channels]`; raises as `read_any`.
 
     Args:
-      path: a file, as any path object with `open`.
       channels: 1 converts colours to grey, 3 grey to colours.
       value_range: the values (low, high) of a 16-bit image that become 0 and 255; empty for (0, 65535).
-
-    Returns:
-      uint8 `[h, w, channels]`.
-
-    Raises:
-      UserError: see `read_any`.
     """
     array = read_any(path)
     if array.dtype == np.uint16:
@@ -185,11 +173,7 @@ class Header(NamedTuple):
 
 
 def read_header(path) -> Header:
-    """Reads the header of an image file without decoding the image.
-
-    Raises:
-      UserError: not an image; names the file.
-    """
+    """Reads the header of an image file without decoding the image; a `UserError` names a file that is no image."""
     with _open(path) as image:
         palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3) if image.mode == "P" else None
         is_grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
@@ -198,11 +182,7 @@ def read_header(path) -> Header:
 
 
 def check_same_size(image: np.ndarray, mask: np.ndarray, pair: Pair) -> None:
-    """Checks that an image `[h, w, ...]` and its mask `[h, w, ...]` have the same size.
-
-    Raises:
-      UserError: they do not; names both files.
-    """
+    """Raises a `UserError` that names both files if an image `[h, w, ...]` and its mask differ in size."""
     if image.shape[:2] == mask.shape[:2]:
         return
     orientation = read_header(pair.image).orientation
@@ -214,22 +194,15 @@ def check_same_size(image: np.ndarray, mask: np.ndarray, pair: Pair) -> None:
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:
-    """Resizes an image to (height, width) `size`.
+    """Resizes an image uint8 `[h, w, C]`, C = 1 or 3, to uint8 `[*size, C]`.
 
-    Args:
-      image: uint8 `[h, w, C]`, C = 1 or 3.
-      size: height and width in pixels.
-      method: `bilinear` (antialiased when shrinking) or `nearest` (centre of each pixel, as in TensorFlow 2).
-
-    Returns:
-      uint8 `[*size, C]`.
+    `method` is `bilinear` (antialiased when shrinking) or `nearest` (centre of each pixel, as in TensorFlow 2).
     """
     check_choice("config.data.resize", method, RESIZE)
     if image.shape[:2] == tuple(size):
         return image
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    resized = np.asarray(picture.resize((size[1], size[0]), RESIZE[method]))
-    return resized.reshape(*size, image.shape[-1])
+    return np.asarray(picture.resize((size[1], size[0]), RESIZE[method])).reshape(*size, image.shape[-1])
 
 
 def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -48,31 +48,23 @@ def load(config, split: str) -> Source:
 
     held_out = round(config.validation * len(slices))
     if not 0 < held_out < len(slices):
-        raise UserError(
-            f"config.data.validation = {config.validation} of {len(slices)} slices leaves none for "
-            f"{'training' if held_out else 'validation'}"
-        )
+        empty = "training" if held_out else "validation"
+        raise UserError(f"config.data.validation = {config.validation} of {len(slices)} slices leaves none for {empty}")
     first = len(slices) - held_out
     chosen = {"train": slices[:first], "validation": slices[first:], "all": slices}[split]
     return Source(meaning, [name for name, *_ in chosen], lambda index: chosen[index][1:], files=files)
 
 
 def classes(config) -> Classes:
-    """The meaning of the labels, given by `config.variant`.
-
-    Raises:
-      UserError: an unknown variant.
-    """
-    variant = check_choice("config.data.variant", config.variant, ("multiclass", "binary"))
-    return Classes(variant, NAMES, PALETTE, channels=1)
+    """The meaning of the labels, for `config.variant`."""
+    task = check_choice("config.data.variant", config.variant, ("multiclass", "binary"))
+    return Classes(task, NAMES, PALETTE, channels=1)
 
 
 def _read_folders(image_folder: epath.Path, label_folder: epath.Path) -> tuple[tuple[epath.Path, ...], list[Slice]]:
     """All files, and the slices in them, in numerical order."""
-    image_files, label_files = (
-        {file.stem: file for file in folder.glob("*.png")} if folder.is_dir() else {}
-        for folder in (image_folder, label_folder)
-    )
+    # A folder that is missing holds no files.
+    image_files, label_files = ({f.stem: f for f in d.glob("*.png")} for d in (image_folder, label_folder))
     unpaired = sorted(image_files.keys() ^ label_files.keys())
     if unpaired:
         file = (image_files | label_files)[unpaired[0]]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -23,15 +23,10 @@ Value = int | tuple[int, int, int]  # of a pixel in a mask file: a grey value, a
 
 @dataclasses.dataclass(frozen=True)
 class LabelMap:
-    """The classes of the values in mask files.
+    """The classes of the values in mask files."""
 
-    Attributes:
-      ids: value -> class, `IGNORE` for ignored pixels; the values are all numbers or all colours.
-      names: one per class.
-    """
-
-    ids: dict[Value, int]
-    names: tuple[str, ...]
+    ids: dict[Value, int]  # value -> class, `IGNORE` for ignored pixels; the values are all numbers or all colours
+    names: tuple[str, ...]  # one per class
 
     @property
     def is_colored(self) -> bool:
@@ -39,11 +34,7 @@ class LabelMap:
         return isinstance(next(iter(self.ids)), tuple)
 
     def classes(self, task: str, channels: int) -> Classes:
-        """The classes, in the colours of the masks if these are coloured.
-
-        Raises:
-          UserError: a binary task with other than two classes.
-        """
+        """The classes, in the colours of the masks if these are coloured; a binary task must have two."""
         if task == "binary" and len(self.names) != 2:
             raise UserError(
                 f"config.data.variant = 'binary' is for two classes, but config.data.labels has {len(self.names)}: "
@@ -55,11 +46,7 @@ class LabelMap:
         return Classes(task, self.names, palette, channels, IGNORE)
 
     def apply(self, mask: np.ndarray, file: str) -> np.ndarray:
-        """Numbers `[h, w]` or colours `[h, w, 3]` -> classes uint8 `[h, w]`.
-
-        Raises:
-          UserError: a value that the map lacks; names the file and the values.
-        """
+        """Numbers `[h, w]` or colours `[h, w, 3]` -> classes uint8 `[h, w]`; a `UserError` names unknown values."""
         if mask.ndim == 3 and not self.is_colored:
             if (mask != mask[..., :1]).any():
                 raise UserError(
@@ -69,35 +56,24 @@ class LabelMap:
             mask = mask[..., 0]
         if mask.ndim == 2 and self.is_colored:
             mask = np.repeat(mask[..., None], 3, -1)
-        if self.is_colored:
-            packed = _pack(mask)
-            ids = {int(_pack(np.array(color))): index for color, index in self.ids.items()}
-            known = np.array(sorted(ids))
-            nearest = np.searchsorted(known, packed).clip(max=len(known) - 1)
-            label = np.where(known[nearest] == packed, np.array([ids[color] for color in sorted(ids)])[nearest], -1)
-        else:
-            table = np.full(65536, -1, np.int16)
-            table[list(self.ids)] = list(self.ids.values())
-            label = table[mask]
+        table = np.full(2**24 + 1 if self.is_colored else 2**16, -1, np.int16)  # the last is for colours of 16 bits
+        table[[_pack(np.array(value)) for value in self.ids]] = list(self.ids.values())
+        label = table[_pack(mask).clip(max=len(table) - 1)]
         if (unknown := label < 0).any():
             first = min(distinct_values(mask[unknown][None]))
-            found = sorted(distinct_values(mask))
+            found = [format_value(value) for value in sorted(distinct_values(mask))]
             hint = " Smooth edges or JPEG make such values: save masks as PNG, without smoothing."
             raise UserError(
-                f"{file}: label {format_value(first)} is not in config.data.labels "
-                f"({', '.join(map(format_value, self.ids))}). "
-                f"Values found: {shorten([format_value(value) for value in found])}."
-                f"{hint if len(found) > len(self.ids) + 3 else ''}"
+                f"{file}: label {format_value(first)} is not in config.data.labels ({_join(self.ids)}). "
+                f"Values found: {shorten(found)}.{hint if len(found) > len(self.ids) + 3 else ''}"
             )
         return label.astype(np.uint8)
 
 
 def parse(entries: Sequence[str]) -> LabelMap:
-    """Parses `config.data.labels`.
+    """Parses `config.data.labels`: each a value, optionally `-> CLASS` or `-> ignore`, optionally a name.
 
-    Args:
-      entries: each a value, optionally `-> CLASS` or `-> ignore`, optionally a name. Without an arrow, a number is its
-        own class, and colours are numbered in order.
+    Without an arrow, a number is its own class, and colours are numbered in order.
 
     Raises:
       UserError: an invalid entry; a value listed twice; class numbers with gaps; a name used twice.
@@ -125,7 +101,7 @@ def parse(entries: Sequence[str]) -> LabelMap:
             + HELP
         )
     if len({isinstance(value, tuple) for value in ids}) > 1:
-        raise UserError(f"config.data.labels mixes numbers and colours: {', '.join(map(format_value, ids))}")
+        raise UserError(f"config.data.labels mixes numbers and colours: {_join(ids)}")
     if len(set(names.values())) < len(names):
         raise UserError(f"config.data.labels uses a name twice: {', '.join(names[k] for k in sorted(names))}")
     return LabelMap(ids, tuple(names[k] for k in range(len(names))))
@@ -142,20 +118,19 @@ def guess(values: Collection[Value]) -> tuple[str, ...]:
     """
     values = sorted(values)
     if len(values) < 2:
-        raise UserError(f"all masks hold nothing but {', '.join(map(format_value, values))}: there is nothing to learn")
+        raise UserError(f"all masks hold nothing but {_join(values)}: there is nothing to learn")
     if len(values) > MAX_VALUES:
         raise UserError(
-            f"the masks hold {len(values)} values ({', '.join(map(format_value, values[:6]))}, ...): they have "
+            f"the masks hold {len(values)} values ({_join(values[:6])}, ...): they have "
             "smooth edges, were saved as JPEG, or are not label masks. If they are, list the values in "
             f"config.data.labels. {HELP}"
         )
     if len(values) == 2:
         return f"{format_value(values[0])} -> 0 background", f"{format_value(values[1])} -> 1 foreground"
-    if not isinstance(values[0], tuple):
-        classes = [value for value in values if value != IGNORE]
-        if classes[-1] < MAX_VALUES:
-            ignored = (f"{IGNORE} -> ignore",) if IGNORE in values else ()
-            return (*(f"{value} class {value}" for value in range(classes[-1] + 1)), *ignored)
+    largest = max(value for value in values if value != IGNORE)
+    if not isinstance(largest, tuple) and largest < MAX_VALUES:
+        ignored = (f"{IGNORE} -> ignore",) if IGNORE in values else ()
+        return (*(f"{value} class {value}" for value in range(largest + 1)), *ignored)
     return tuple(f"{format_value(value)} -> {index} class {index}" for index, value in enumerate(values))
 
 
@@ -177,3 +152,7 @@ def _pack(mask: np.ndarray) -> np.ndarray:
 def format_value(value: Value) -> str:
     """A value as it is written in `config.data.labels`."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _join(values: Iterable[Value]) -> str:
+    return ", ".join(map(format_value, values))

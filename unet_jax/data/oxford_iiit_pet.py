@@ -6,6 +6,7 @@ may name the folder of the two archives, or of their content (`images/`, `annota
 Splits: `test` is the official one; `validation` is the end of the official trainval, `train` the rest of it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import socket
@@ -42,24 +43,20 @@ def load(config, split: str) -> Source:
     data = builder.as_data_source(split=tfds_splits[split])
     if not len(data):
         raise UserError(f"config.data.validation = {config.validation} leaves no images for {split}")
+    # The class of each value in a trimap: 1 is the pet, 2 the background, 3 the border.
+    classes_of = np.array([255, 0, 1, 2] if meaning.task == "multiclass" else [255, 1, 0, 255], np.uint8)
 
     def read(index):
         example = data[index]
-        trimap = example["segmentation_mask"][..., 0].astype(np.int16)
-        check_label(trimap - 1, 3, f"trimap of {example['file_name'].decode()}, minus 1")
-        if meaning.task == "multiclass":
-            return example["image"], (trimap - 1).astype(np.uint8)
-        return example["image"], np.array([0, 1, 0, 255], np.uint8)[trimap]
+        trimap = example["segmentation_mask"][..., 0]
+        check_label(trimap.astype(np.int16) - 1, 3, f"trimap of {example['file_name'].decode()}, minus 1")
+        return example["image"], classes_of[trimap]
 
     return Source(meaning, [f"{split}_{i:05d}" for i in range(len(data))], read, files=prepared_files(builder))
 
 
 def classes(config) -> Classes:
-    """The meaning of the labels, given by `config.variant`.
-
-    Raises:
-      UserError: an unknown variant.
-    """
+    """The meaning of the labels, for `config.variant`."""
     if check_choice("config.data.variant", config.variant, ("trimap", "binary")) == "trimap":
         return Classes("multiclass", ("pet", "background", "border"), ((230, 90, 40), (40, 60, 110), (250, 220, 60)))
     return Classes("binary", ("background", "pet"), ((40, 60, 110), (230, 90, 40)))
@@ -67,9 +64,8 @@ def classes(config) -> Classes:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class FolderConfig(tfds.core.BuilderConfig):
-    """An unpacked folder, and the file that lists the examples of each split."""
+    """The file in the folder `annotations` that lists the examples of each split."""
 
-    folder: str = ""
     lists: dict[str, epath.Path] = dataclasses.field(default_factory=dict)
 
 
@@ -80,9 +76,8 @@ class PetFolder(tfds_pets.Builder):
     pkg_dir_path = tfds_pets.Builder.pkg_dir_path
 
     def _split_generators(self, dl_manager):
-        config = self.builder_config
-        folders = f"{config.folder}/images", f"{config.folder}/annotations"
-        return {name: self._generate_examples(*folders, path) for name, path in config.lists.items()}
+        lists = self.builder_config.lists
+        return {n: self._generate_examples(f.parent.parent / "images", f.parent, f) for n, f in lists.items()}
 
 
 def _prepare(root: str):
@@ -107,16 +102,14 @@ def _prepare(root: str):
                 f"{' and '.join(ARCHIVES)} (from https://www.robots.ox.ac.uk/~vgg/data/pets/) into {manual}, or name "
                 "the folder they are in: --config.data.root=DIR. configs/shapes.py needs no data."
             )
-        prepare(builder, tfds.download.DownloadConfig(manual_dir=found) if found else None)
+        prepare(builder, found)
     return builder
 
 
 def _reachable() -> bool:
-    try:
-        socket.create_connection((SERVER, 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError), socket.create_connection((SERVER, 443), timeout=5):
+        return True
+    return False
 
 
 def _prepare_folder(folder: epath.Path):
@@ -126,21 +119,20 @@ def _prepare_folder(folder: epath.Path):
     if "train" not in lists:
         raise UserError(f"{folder}: annotations/trainval.txt is missing")
     stems = {name: _read_list(path) for name, path in lists.items()}
-    pairs = [
-        Pair(stem, folder / f"images/{stem}.jpg", folder / f"annotations/trimaps/{stem}.png")
-        for stem in dict.fromkeys(stem for names in stems.values() for stem in names)
-    ]
+    both = dict.fromkeys(stem for names in stems.values() for stem in names)
+    pairs = [Pair(s, folder / f"images/{s}.jpg", folder / f"annotations/trimaps/{s}.png") for s in both]
     digest = hashlib.sha256(f"{folder.resolve()} {stems}".encode())
     for file in (file for pair in pairs for file in (pair.image, pair.mask)):
         if not file.exists():
             raise UserError(f"{folder}/annotations names {file.stem!r}, but there is no {file}")
         digest.update(f"{file.stat().length} {file.stat().mtime}".encode())
-    version = tfds_pets.Builder.VERSION
-    config = FolderConfig(name=digest.hexdigest()[:16], version=version, folder=str(folder), lists=lists)
+    config = FolderConfig(name=digest.hexdigest()[:16], version=PetFolder.VERSION, lists=lists)
     builder = PetFolder(config=config, file_format="array_record")
     if not builder.data_path.exists():
-        for pair in pairs:
-            _check_pair(pair)
+        for pair in pairs:  # the TFDS builder copies the files without decoding them
+            image, trimap = images.read(pair.image, "RGB"), images.read(pair.mask, "L")
+            images.check_same_size(image, trimap, pair)
+            check_label(trimap.astype(np.int16) - 1, 3, f"{pair.mask}, minus 1")
     return prepare(builder)
 
 
@@ -152,10 +144,3 @@ def _read_list(path: epath.Path) -> list[str]:
         if len(numbers) != 3 or not all(field.isdigit() for field in numbers):
             raise UserError(f"{path}, line {number}: {line!r} is not NAME CLASS SPECIES BREED")
     return [line.split(" ")[0] for line in lines]
-
-
-def _check_pair(pair: Pair) -> None:
-    """Checks that both files can be read and fit each other: the TFDS builder copies them without decoding."""
-    image, trimap = images.read(pair.image, "RGB"), images.read(pair.mask, "L")
-    images.check_same_size(image, trimap, pair)
-    check_label(trimap.astype(np.int16) - 1, 3, f"{pair.mask}, minus 1")

@@ -21,22 +21,13 @@ HELP = (
 
 
 def find(config) -> tuple[list[Pair], list[str]]:
-    """All pairs below `config.root`, in the order of their names, and the faults of the other files.
-
-    Args:
-      config: `config.data`.
-
-    Raises:
-      UserError: there are no pairs.
-    """
+    """All pairs below the root of `config.data`, in the order of their names, and the faults of the other files."""
     root = epath.Path(config.root)
     if not config.root or not root.is_dir():
         raise UserError(f"config.data.root = {config.root!r} is not a folder. {HELP}")
     if len(config.images) != len(config.masks) or not config.images:
-        raise UserError(
-            f"config.data.images = {config.images} and config.data.masks = {config.masks} must name the same number "
-            "of folders"
-        )
+        named = f"config.data.images = {config.images} and config.data.masks = {config.masks}"
+        raise UserError(f"{named} must name the same number of folders")
     pairs, faults = [], []
     for image_folder, mask_folder in zip(config.images, config.masks, strict=True):
         folders = root / image_folder, root / mask_folder
@@ -95,9 +86,6 @@ def choose_split(pairs: Sequence[Pair], config, split: str, faults: list[str]) -
       config: `config.data`.
       split: `train`, `validation`, `test` (only with lists) or `all`.
       faults: the lines of a list that name no pair are added to it.
-
-    Raises:
-      UserError: a list is missing; a name has no group; `test` without lists.
     """
     if config.lists:
         return _read_split_list(pairs, config, split, faults)

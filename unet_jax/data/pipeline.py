@@ -30,11 +30,9 @@ def _tensorflow():
 
 
 class Pipeline:
-    """The examples of one source at one size, cached on disk if they fit.
+    """The examples of one `source` at one size, cached on disk if they fit.
 
-    Attributes:
-      source: the examples.
-      cached: whether all examples are memory-mapped from the cache; if not, they are read again in each epoch.
+    If they are `cached`, they are memory-mapped; if not, they are read again in each epoch.
     """
 
     def __init__(
@@ -49,9 +47,8 @@ class Pipeline:
         """Fills the cache, reading everything once, in parallel, unless it is there already or does not fit.
 
         Args:
-          source: the examples.
           size: height and width of the batches.
-          resize: how images are resized, `bilinear` or `nearest`.
+          resize: the method for images, `bilinear` or `nearest`.
           cache_gib: disk space that the examples of all sources may take; 0 for no cache.
           pixel_weight_fn: label -> loss weights float32 `[H, W]`; None for none.
           notify: called with the reason if the examples cannot be cached, unless it is their size.
@@ -77,11 +74,9 @@ class Pipeline:
             self._spec = {name: (value.shape, value.dtype) for name, value in self._decode(0).items()}
 
     def read(self, index: int) -> Batch:
-        """One example.
+        """One example: `image` uint8 `[H, W, C]`, `label` uint8 `[H, W]` or `[H, W, K]`.
 
-        Returns:
-          `image` uint8 `[H, W, C]`, `label` uint8 `[H, W]` or `[H, W, K]`, and with a `pixel_weight_fn` `weight`
-          float32 `[H, W]`.
+        With a `pixel_weight_fn` also `weight` float32 `[H, W]`.
         """
         if self.cached:
             return {name: array[index].copy() for name, array in self._arrays.items()}
@@ -95,16 +90,13 @@ class Pipeline:
         return example if self._pixel_weight_fn is None else {**example, "weight": self._pixel_weight_fn(label)}
 
     def train_batches(self, batch_size: int, seed: int, start_step: int, rows: np.ndarray) -> Iterator[Batch]:
-        """Endless training batches.
+        """Endless training batches: the arrays of `read`, each `[b, ...]`, and `mask` bool `[b]`, all true.
 
         Args:
           batch_size: of the global batch.
           seed: of the order.
           start_step: the step whose batch comes first.
           rows: the rows of each global batch that this process feeds, int `[b]`.
-
-        Yields:
-          the arrays of `read`, each `[b, ...]`, and `mask` bool `[b]`, all true.
         """
         tf = _tensorflow()
         count = len(self.source)
@@ -123,13 +115,10 @@ class Pipeline:
         return self._fetch(order.map(own_rows), len(rows))
 
     def eval_batches(self, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
-        """Every example once, in order; the last batch is filled up with examples whose `mask` is false.
-
-        Args and yields: as `train_batches`.
-        """
+        """Each example once, in order, as batches like those of `train_batches`; `mask` is false for padding."""
         tf = _tensorflow()
-        padded = np.full(-(-len(self.source) // batch_size) * batch_size, -1, np.int64)
-        padded[: len(self.source)] = np.arange(len(self.source))
+        count = len(self.source)
+        padded = np.pad(np.arange(count), (0, -count % batch_size), constant_values=-1)
         return self._fetch(tf.data.Dataset.from_tensor_slices(padded.reshape(-1, batch_size)[:, rows]), len(rows))
 
     def _fetch(self, index_batches, batch_size: int) -> Iterator[Batch]:
@@ -146,8 +135,22 @@ class Pipeline:
             return
 
         tf = _tensorflow()
-        failures: list[Exception] = []
-        read = self._tf_read(tf, failures)
+        failures: list[Exception] = []  # of `decode`; TensorFlow keeps nothing but their text
+
+        def decode(index):
+            try:
+                return list(self._decode(int(index)).values())
+            except Exception as error:
+                failures.append(error)
+                raise
+
+        @tf.autograph.experimental.do_not_convert
+        def read(index):
+            types = [dtype for _, dtype in self._spec.values()]
+            values = tf.numpy_function(decode, [tf.maximum(index, 0)], types)
+            example = {n: tf.ensure_shape(x, s) for (n, (s, _)), x in zip(self._spec.items(), values, strict=True)}
+            return example | {"mask": index >= 0}
+
         batches = index_batches.unbatch().map(read, num_parallel_calls=tf.data.AUTOTUNE).batch(batch_size)
         try:
             yield from batches.prefetch(PREFETCH).as_numpy_iterator()
@@ -160,22 +163,3 @@ class Pipeline:
         """The examples at `indices`, `[b]`, copied from the memory-mapped arrays."""
         clipped = np.maximum(indices, 0)
         return {name: np.take(array, clipped, axis=0) for name, array in self._arrays.items()} | {"mask": indices >= 0}
-
-    def _tf_read(self, tf, failures: list[Exception]) -> Callable:
-        """`_decode` as a function of an index tensor. Keeps exceptions in `failures`; TensorFlow makes them text."""
-
-        def read(index):
-            try:
-                return list(self._decode(int(index)).values())
-            except Exception as error:
-                failures.append(error)
-                raise
-
-        @tf.autograph.experimental.do_not_convert
-        def tf_read(index):
-            types = [dtype for _, dtype in self._spec.values()]
-            values = tf.numpy_function(read, [tf.maximum(index, 0)], types)
-            example = {n: tf.ensure_shape(x, s) for (n, (s, _)), x in zip(self._spec.items(), values, strict=True)}
-            return example | {"mask": index >= 0}
-
-        return tf_read

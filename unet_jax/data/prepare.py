@@ -7,16 +7,16 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from unet_jax.errors import UserError
 
 
-def prepare(
-    builder: tfds.core.DatasetBuilder, download_config: tfds.download.DownloadConfig | None = None
-) -> tfds.core.DatasetBuilder:
+def prepare(builder: tfds.core.DatasetBuilder, manual_dir: epath.Path | None = None) -> tfds.core.DatasetBuilder:
     """Writes the data set of `builder`, unless it is already written; returns the builder.
+
+    Archives that are in `manual_dir` are not downloaded.
 
     Raises:
       UserError: one that the builder raised; an archive other than the published one; no space or permission to write.
     """
     try:
-        builder.download_and_prepare(download_config=download_config)
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
     except Exception as error:  # TFDS wraps the exceptions of a generator
         cause = error
         while cause is not None and not isinstance(cause, UserError | NonMatchingChecksumError | OSError):

@@ -29,31 +29,21 @@ def load(config, split: str) -> Source:
     for name, smallest in (("shapes_train", 1), ("shapes_validation", 1), ("shapes_seed", 0)):
         if config[name] < smallest:
             raise UserError(f"config.data.{name} = {config[name]} must be {smallest} or more")
-    examples = [
-        (name, i)
-        for name in (SPLITS if split == "all" else (split,))
-        for i in range(config.shapes_train if name == "train" else config.shapes_validation)
-    ]
+    counts = {name: config.shapes_train if name == "train" else config.shapes_validation for name in SPLITS}
+    examples = [(name, i) for name in SPLITS if split in (name, "all") for i in range(counts[name])]
 
     def read(index):
         name, i = examples[index]
         image, masks = generate(tuple(config.size), [config.shapes_seed, SPLITS.index(name), i])
         if meaning.task == "multilabel":
             return image, masks
-        label = np.zeros(masks.shape[:2], np.uint8)
-        for k in range(len(SHAPES)):
-            label[masks[..., k] > 0] = k + 1
-        return image, label
+        return image, (masks * np.arange(1, len(SHAPES) + 1, dtype=np.uint8)).max(-1)
 
     return Source(meaning, [f"{name}_{i:05d}" for name, i in examples], read, files=())
 
 
 def classes(config) -> Classes:
-    """The meaning of the labels, given by `config.variant`.
-
-    Raises:
-      UserError: an unknown variant.
-    """
+    """The meaning of the labels, for `config.variant`."""
     if check_choice("config.data.variant", config.variant, ("multiclass", "multilabel")) == "multilabel":
         return Classes("multilabel", SHAPES, PALETTE, channels=1)
     return Classes("multiclass", ("background", *SHAPES), ((0, 0, 0), *PALETTE), channels=1)

@@ -12,21 +12,13 @@ from unet_jax.errors import UserError, check_choice
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """The meaning of the labels; `classes.json` in a work directory.
+    """The meaning of the labels; `classes.json` in a work directory."""
 
-    Attributes:
-      task: `multiclass` (softmax), `binary` (two classes, one sigmoid) or `multilabel` (overlapping masks, K sigmoids).
-      names: one per class.
-      palette: one colour (red, green, blue) per class, 0..255.
-      channels: of the images, 1 or 3.
-      ignore_label: the label of pixels that are left out of the loss and the metrics.
-    """
-
-    task: str
-    names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
-    channels: int = 3
-    ignore_label: int = 255
+    task: str  # `multiclass` (softmax), `binary` (two classes, one sigmoid) or `multilabel` (K sigmoids, may overlap)
+    names: tuple[str, ...]  # one per class
+    palette: tuple[tuple[int, int, int], ...]  # one colour (red, green, blue) per class, 0..255
+    channels: int = 3  # of the images, 1 or 3
+    ignore_label: int = 255  # the label of pixels that are left out of the loss and the metrics
 
     @property
     def num_outputs(self) -> int:
@@ -41,10 +33,9 @@ class Classes:
     def from_json(cls, values: dict[str, Any]) -> "Classes":
         """The inverse of `to_json`, after a round trip through JSON, which has no tuples. Skips unknown fields."""
         check_choice("task", values["task"], ("multiclass", "binary", "multilabel"))
-        palette = tuple(tuple(int(part) for part in color) for color in values["palette"])
-        tuples = {"names": tuple(map(str, values["names"])), "palette": palette}
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in {**values, **tuples}.items() if name in known})
+        known = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
+        palette = tuple(tuple(map(int, color)) for color in values["palette"])
+        return cls(**{**known, "names": tuple(map(str, values["names"])), "palette": palette})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,34 +43,22 @@ class Source:
     """One split of a data set, in a fixed order.
 
     A source without `files` or `settings` is never cached: there would be no way to notice that its examples changed.
-
-    Attributes:
-      classes: the meaning of the labels.
-      ids: a unique name per example.
-      read: index -> image uint8 `[h, w, C]` and label uint8 `[h, w]`, or `[h, w, K]` for a multilabel task. Called from
-        several threads.
-      faults: one message for each problem with the files; training refuses a source that has any.
-      files: all files that the examples are read from, in a fixed order; empty if the examples are generated.
-      settings: everything else that determines the examples, as JSON values; set by `data.load`.
     """
 
     classes: Classes
-    ids: Sequence[str]
+    ids: Sequence[str]  # a unique name per example
+    # Index -> image uint8 [h, w, C] and label uint8 [h, w], or [h, w, K] if multilabel. Called from several threads.
     read: Callable[[int], tuple[np.ndarray, np.ndarray]]
-    faults: tuple[str, ...] = ()
-    files: tuple[epath.PathLike, ...] | None = None
-    settings: Mapping[str, Any] | None = None
+    faults: tuple[str, ...] = ()  # one message for each problem with the files; training refuses a source that has any
+    files: tuple[epath.PathLike, ...] | None = None  # all that are read, in a fixed order; () for generated examples
+    settings: Mapping[str, Any] | None = None  # all else that determines the examples, JSON values; from `data.load`
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 def check_label(label: np.ndarray, num_classes: int, file: str) -> None:
-    """Checks that every value of a label, as read from a file, is a class.
-
-    Raises:
-      UserError: some are not; names the file, the values and their usual cause.
-    """
+    """Raises a `UserError`, with the usual cause, if a value of a label, as read from `file`, is not a class."""
     values = np.unique(label).tolist()
     wrong = [value for value in values if not 0 <= value < num_classes]
     if not wrong:
@@ -91,20 +70,20 @@ def check_label(label: np.ndarray, num_classes: int, file: str) -> None:
     else:
         hint = (
             "Is this a coloured mask, a mask with the class ids in another channel (alpha is 255 in RGBA), or a mask "
-            "of another class table?"
         )
+        hint += "of another class table?"
     raise UserError(
         f"{file}: label {wrong[0]} is not in 0..{num_classes - 1} ({num_classes} classes). "
         f"Values found: {shorten(values)}. {hint}"
     )
 
 
-def shorten(values: Sequence, limit: int = 8) -> str:
-    """The first `limit` values on one line, with dots if there are more."""
-    return ", ".join(map(str, values[:limit])) + (", ..." if len(values) > limit else "")
+def shorten(values: Sequence) -> str:
+    """The first eight values on one line, with dots if there are more."""
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
 
 
-def bullets(faults: Sequence[str], limit: int = 10) -> str:
-    """The first `limit` faults, each on an indented line of its own, and how many more there are."""
-    more = [f"and {len(faults) - limit} more"] if len(faults) > limit else []
-    return "".join(f"\n  {line}" for line in [*faults[:limit], *more])
+def bullets(faults: Sequence[str]) -> str:
+    """The first ten faults, each on an indented line of its own, and how many more there are."""
+    more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
+    return "".join(f"\n  {line}" for line in [*faults[:10], *more])

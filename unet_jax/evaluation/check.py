@@ -35,10 +35,7 @@ class Example(NamedTuple):
 
 
 def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
-    """Prints what a training with `config` would find, and draws a contact sheet to the PNG file `sheet`.
-
-    Returns:
-      whether there are no faults.
+    """Prints what a training with `config` would find, and draws the PNG `sheet`; returns whether there are no faults.
 
     Raises:
       UserError: there are no images, the configuration does not fit them, or the sheet cannot be written.

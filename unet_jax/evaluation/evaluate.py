@@ -29,11 +29,7 @@ class Evaluation(NamedTuple):
 
 
 def check(settings: Mapping, classes: data.Classes) -> None:
-    """Checks `config.eval`.
-
-    Raises:
-      UserError: an unknown `tta` or `best_metric`, or `em_scores` of other than two classes.
-    """
+    """Raises a `UserError` for an unknown `tta` or `best_metric`, or `em_scores` of other than two classes."""
     check_choice("config.eval.tta", settings["tta"], forward.TTA)
     if settings["em_scores"] and (len(classes.names) != 2 or classes.task == "multilabel"):
         raise UserError(f"config.eval.em_scores is for two classes, background and cells, not for {classes.names}")

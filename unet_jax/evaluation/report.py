@@ -116,23 +116,17 @@ def _recall(network: trained.Trained, path: epath.Path) -> page.Results:
         expected = {"step": network.step, "split": "validation", "data_root": network.config.data.root}
         if expected.items() <= held.items():
             origin = f"eval.json, {held['images']} validation images, test-time augmentation {held['tta']}"
-            nested = {key: value for key, value in held.items() if isinstance(value, dict)}
-            values = held | {f"{key}/{name}": x for key, by_name in nested.items() for name, x in by_name.items()}
-            return page.Results(origin, held.get("loss"), _fill(described, values), np.array(held["confusion"]))
+            records = [dataclasses.replace(record, value=held.get(record.key, record.value)) for record in described]
+            return page.Results(origin, held.get("loss"), records, np.array(held["confusion"]))
     for row in metrics_log.read(path):
         if row["step"] == network.step and "val/loss" in row:
-            values = {key.removeprefix("val/"): value for key, value in row.items()}
             origin = "the validation split, as scored during training"
-            return page.Results(origin, row["val/loss"], _fill(described, values))
+            return page.Results(origin, row["val/loss"], [_as_logged(record, row) for record in described])
     return page.Results("", None, [])
 
 
-def _fill(records: Sequence[metrics.Record], values: Mapping[str, float]) -> list[metrics.Record]:
-    """The records with the values of their flattened keys, see `metrics.flatten`; None for a missing key."""
-
-    def value(record):
-        if record.per_class:
-            return {name: values.get(f"{record.key}/{name}") for name in record.value}
-        return values.get(record.key)
-
-    return [dataclasses.replace(record, value=value(record)) for record in records]
+def _as_logged(record: metrics.Record, row: Mapping[str, float]) -> metrics.Record:
+    """The record with its value in a line of `metrics.jsonl`; None for a missing key."""
+    key = f"val/{record.key}"
+    value = {name: row.get(f"{key}/{name}") for name in record.value} if record.per_class else row.get(key)
+    return dataclasses.replace(record, value=value)

@@ -138,11 +138,7 @@ class Network:
 def create_network(
     settings: Mapping[str, Any], classes: Classes, mesh: jax.sharding.Mesh, normalization: Normalization | None = None
 ) -> Network:
-    """The network of `config.model` for `classes`, in the form that suits the devices of `mesh`.
-
-    Raises:
-      UserError: an invalid setting.
-    """
+    """The network of `config.model` for `classes`, in the form that suits the devices of `mesh`."""
     conv_impl = "cpu" if sharding.is_one_cpu(mesh) else "plain"
     model = models.create(num_outputs=classes.num_outputs, conv_impl=conv_impl, **settings)
     return Network(model, classes, mesh, normalization or Normalization())

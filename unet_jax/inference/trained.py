@@ -98,16 +98,12 @@ def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh 
 
 
 def evaluated_variables(saved: dict[str, Any]) -> dict[str, Any]:
-    """Of the variables of a checkpoint those that a network is evaluated with: EMA weights if it has them."""
+    """Of the variables of a checkpoint those that a network is evaluated with: the EMA weights if there are any."""
     return {"params": saved.get("ema", saved["params"]), "batch_stats": saved.get("batch_stats", {})}
 
 
 def check_source(path: epath.PathLike, classes: data.Classes, source: data.Source) -> None:
-    """Checks that the network of a work directory is for images like those of `source`.
-
-    Raises:
-      UserError: it is for another task, number of classes, or number of channels.
-    """
+    """Raises a `UserError` if a network is for another task, or number of classes or channels, than the images."""
     kinds = [(c.task, len(c.names), c.channels) for c in (classes, source.classes)]
     if kinds[0] != kinds[1]:
         given, held = (f"{task} task of {count} classes, {channels} channel(s)" for task, count, channels in kinds)

@@ -2,13 +2,14 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from unet_jax import data, models
 from unet_jax.data import colors
@@ -18,38 +19,20 @@ from unet_jax.interop import foreign_formats, weight_files
 from unet_jax.training import state
 from unet_jax.workdir import checkpoints, files
 
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
-TASKS = ("multiclass", "binary", "multilabel")
-
 
 class Network(NamedTuple):
-    """Our U-Net with the weights of a file.
+    """Our U-Net with the weights of a file."""
 
-    Attributes:
-      source: name of the foreign network, for messages.
-      settings: `config.model`.
-      num_outputs: channels of the logits.
-      channels: channels of the images.
-      activation: of the last layer, if the file specifies it: `sigmoid`, `softmax` or `linear`; else empty.
-      variables: float32 `params` and `batch_stats`.
-    """
-
-    source: str
-    settings: dict[str, Any]
-    num_outputs: int
-    channels: int
-    activation: str
-    variables: dict[str, Any]
+    source: str  # name of the foreign network, for messages
+    settings: dict[str, Any]  # `config.model`
+    num_outputs: int  # channels of the logits
+    channels: int  # channels of the images
+    activation: str  # of the last layer, if the file specifies it: `sigmoid`, `softmax` or `linear`; else empty
+    variables: dict[str, Any]  # float32 `params` and `batch_stats`
 
 
 def convert(
-    file: str | pathlib.Path,
-    path: epath.PathLike,
-    config: "ConfigDict",
-    class_names: Sequence[str] = (),
-    task: str = "",
+    file: str | pathlib.Path, path: epath.PathLike, config: ConfigDict, class_names: Sequence[str] = (), task: str = ""
 ) -> tuple[Network, data.Classes]:
     """Writes a new work directory with the weights of a file as step 0.
 
@@ -77,20 +60,15 @@ def convert(
     files.check(path, config)
     files.claim(path, config, {**classes.to_json(), "normalization": Normalization().to_json()})
     writer = checkpoints.CheckpointWriter(path)
-    imported = state.TrainState(
-        step=jnp.zeros((), jnp.int32), **jax.tree.map(jnp.asarray, network.variables), opt_state={}, ema=None
-    )
+    variables = jax.tree.map(jnp.asarray, network.variables)
+    imported = state.TrainState(step=jnp.zeros((), jnp.int32), **variables, opt_state={}, ema=None)
     writer.save(0, imported, {}, None)
     writer.close()
     return network, classes
 
 
 def read_network(file: str | pathlib.Path) -> Network:
-    """Recognises the network of a file and converts its weights to ours.
-
-    Raises:
-      UserError: see `convert`.
-    """
+    """Recognises the network of a file and converts its weights to ours; the errors are those of `convert`."""
     weights = weight_files.read(file)
     arrays, foreign_format = weights.arrays, foreign_formats.recognise(weights, str(file))
     needed = {source for source, _ in foreign_format.table.values()}
@@ -130,7 +108,6 @@ def make_classes(network: Network, names: Sequence[str], task: str, file: str) -
     """The meaning of the outputs of a network.
 
     Args:
-      network: from `read_network`.
       names: of the classes; empty: default names.
       task: `multiclass`, `binary` or `multilabel`. Empty: `binary` for a single output; for several, `multilabel` if
         the file specifies a sigmoid, else `multiclass`.
@@ -143,14 +120,13 @@ def make_classes(network: Network, names: Sequence[str], task: str, file: str) -
     if not task:
         several = "multilabel" if network.activation == "sigmoid" else "multiclass"
         task = "binary" if outputs == 1 else several
-    check_choice("task", task, TASKS)
+    check_choice("task", task, ("multiclass", "binary", "multilabel"))
     if (task == "binary" and outputs > 1) or (task == "multiclass" and outputs == 1):
         raise UserError(f"{file} has {outputs} output(s), too {'many' if outputs > 1 else 'few'} for a {task} task")
     if task == "multilabel" and network.activation == "softmax":
         raise UserError(f"{file} ends in a softmax, so its classes do not overlap: the task is not multilabel")
-    count = 2 if task == "binary" else outputs
-    default_names = ("background", "foreground") if task == "binary" else tuple(f"class {i}" for i in range(count))
-    names = tuple(names) or default_names
+    default_names = ("background", "foreground") if task == "binary" else tuple(f"class {i}" for i in range(outputs))
+    count, names = len(default_names), tuple(names) or default_names
     if len(names) != count or len(set(names)) != count or not all(names):
         raise UserError(f"{file} has {count} classes ({task}), but the given names are {', '.join(names)}")
     return data.Classes(task, names, colors.distinct_colors(count), network.channels)

@@ -6,7 +6,8 @@ image        uint8 `[b, h, w, C]`
 label        uint8 `[b, h, w]`, the most probable class (binary: 0 or 1); multilabel: `[b, h, w, K]`, each 0 or 1
 probability  float32 `[b, h, w, K]`, for thresholds other than 0.5; K = 1 for a binary task
 
-They include normalisation, mirrored margins and cropping, so that a caller cannot get any of these wrong.
+They include normalisation, mirrored margins and cropping, so that a caller cannot get any of these wrong. Each export
+raises a `UserError` if a package that it needs is not installed.
 """
 
 import dataclasses
@@ -35,11 +36,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")  # that a StableHLO file can run on
 
 
 def optional(name: str):
-    """Imports a package of the `export` extra.
-
-    Raises:
-      UserError: it is not installed.
-    """
+    """Imports a package of the `export` extra; a `UserError` if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -49,21 +46,16 @@ def optional(name: str):
 
 def metadata(trained: Trained) -> dict[str, str]:
     """Describes the weights: `config`, `classes` and `normalization` as JSON objects, and `step`."""
-    values = {
-        "config": json.loads(trained.config.to_json()),
-        "classes": trained.classes.to_json(),
-        "normalization": trained.network.normalization.to_json(),
-        "step": trained.step,
+    return {
+        "config": trained.config.to_json(),
+        "classes": json.dumps(trained.classes.to_json()),
+        "normalization": json.dumps(trained.network.normalization.to_json()),
+        "step": str(trained.step),
     }
-    return {name: json.dumps(value) for name, value in values.items()}
 
 
 def to_safetensors(trained: Trained) -> bytes:
-    """The weights by their paths, such as `params/head/kernel`, with `metadata` in the header.
-
-    Raises:
-      UserError: safetensors is not installed.
-    """
+    """The weights by their paths, such as `params/head/kernel`, with `metadata` in the header."""
     weights = {path: np.ascontiguousarray(value) for path, value in _weights(trained).items()}
     return optional("safetensors.numpy").save(weights, metadata(trained))
 
@@ -77,20 +69,15 @@ def to_stablehlo(trained: Trained) -> bytes:
 
     `jax.export.deserialize(data).call(image)` returns (label, probability) as described above, and compiles once per
     shape. JAX guarantees that the file can be read for six months.
-
-    Raises:
-      UserError: flatbuffers, which `jax.export` needs, is not installed.
     """
-    optional("flatbuffers")
-    network = dataclasses.replace(
-        trained.network,
-        model=trained.model.clone(conv_impl="plain"),  # the other implementation is slow on other devices
-        mesh=sharding.create_mesh(1, 1, jax.devices()[:1]),
-    )
+    optional("flatbuffers")  # which `jax.export` needs
+    model = trained.model.clone(conv_impl="plain")  # the other implementation is slow on other devices
+    mesh = sharding.create_mesh(1, 1, jax.devices()[:1])
+    network = dataclasses.replace(trained.network, model=model, mesh=mesh)
     variables = jax.device_get(trained.variables)
 
     def run(image):
-        logits = network.window_logits(variables, reflect_pad(network.model, image), image.shape[1:3])
+        logits = network.window_logits(variables, reflect_pad(model, image), image.shape[1:3])
         return confusion.predict_label(logits, network.task), forward.to_probability(logits, network.task)
 
     shape = (*export.symbolic_shape("b, h, w"), trained.classes.channels)
@@ -99,13 +86,10 @@ def to_stablehlo(trained: Trained) -> bytes:
 
 
 def geometry(model: nn.Module) -> list[tuple[int, int, int]]:
-    """The margins of a network in closed form, for symbolic image sizes.
+    """The margins in closed form, for symbolic image sizes: (before, smallest, covered) for the height and the width.
 
     Output lengths grow by `stride` as input lengths do, so n pixels need an input of
     `smallest + ceil((n - covered) / stride) * stride` pixels, of which `before` precede the n.
-
-    Returns:
-      (before, smallest, covered) for the height and for the width.
     """
     smallest = model.smallest_input
     before = (before for before, _ in model.margins((1, 1)))
@@ -125,11 +109,7 @@ def reflect_pad(model: nn.Module, image: jax.Array) -> jax.Array:
 
 
 def to_onnx(trained: Trained) -> "onnx.ModelProto":
-    """The network as an ONNX model in float32, with `metadata` in its `metadata_props`.
-
-    Raises:
-      UserError: the network is not a U-Net, or onnx is not installed.
-    """
+    """A U-Net as an ONNX model in float32, with `metadata` in its `metadata_props`; a `UserError` for other networks."""
     if not isinstance(trained.model, UNet):
         name = type(trained.model).__name__
         raise UserError(f"ONNX is written only for config.model.name = 'unet', not for {name}; use StableHLO instead")
@@ -162,13 +142,10 @@ def to_onnx(trained: Trained) -> "onnx.ModelProto":
     image = tensor("image", "UINT8", trained.classes.channels)
     label = tensor("label", "UINT8", *([outputs] if task == "multilabel" else []))
     probability = tensor("probability", "FLOAT", outputs)
-    proto = onnx.helper.make_model(
-        onnx.helper.make_graph(graph.nodes, "unet", [image], [label, probability], graph.constants),
-        # Versions of 2022, which are sufficient: older runtimes reject newer ones.
-        opset_imports=[onnx.helper.make_opsetid("", 17)],
-        ir_version=8,
-        producer_name="unet_jax",
-    )
+    network = onnx.helper.make_graph(graph.nodes, "unet", [image], [label, probability], graph.constants)
+    # Versions of 2022, which are sufficient: older runtimes reject newer ones.
+    versions = dict(opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    proto = onnx.helper.make_model(network, **versions, producer_name="unet_jax")
     onnx.helper.set_model_props(proto, metadata(trained))
     return proto
 

@@ -7,6 +7,7 @@ transposes it to our layout. It also determines the settings of the network, exc
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,34 +53,29 @@ LETTERS = (
     ("M", "TensorFlowOpLayer", {}),  # tf.concat in TensorFlow 2.1
 )
 
-ToOurLayout = Callable[[np.ndarray], np.ndarray]
+ToOurLayout = Callable[[np.ndarray], np.ndarray]  # kernels become [height, width, in, out]
+Table = dict[str, tuple[str, ToOurLayout]]  # path of our variable -> (name of the array in the file, its transposition)
+_unchanged = lambda array: array
+_torch_conv = lambda kernel: kernel.transpose(2, 3, 1, 0)  # from [out, in, height, width]
+_torch_transposed = lambda kernel: kernel.transpose(2, 3, 0, 1)[::-1, ::-1]  # from [in, out, height, width]
+_keras_transposed = lambda kernel: kernel.transpose(0, 1, 3, 2)[::-1, ::-1]  # from [height, width, out, in]
 
 
 class ForeignFormat(NamedTuple):
-    """The format of a file, as recognised by `recognise`.
+    """The format of a file, as recognised by `recognise`."""
 
-    Attributes:
-      name: of the network it comes from, for messages.
-      levels: number of resolutions.
-      settings: `config.model` without the widths.
-      table: path of our variable -> (name of the array in the file, function to our layout).
-      ignored: arrays that are not needed.
-      activation: of the last layer, if the file specifies it: `sigmoid`, `softmax` or `linear`; else empty.
-    """
-
-    name: str
-    levels: int
-    settings: dict[str, Any]
-    table: dict[str, tuple[str, ToOurLayout]]
-    ignored: frozenset[str] = frozenset()
-    activation: str = ""
+    name: str  # of the network it comes from, for messages
+    levels: int  # number of resolutions
+    settings: dict[str, Any]  # `config.model` without the widths
+    table: Table
+    ignored: frozenset[str] = frozenset()  # arrays that are not needed
+    activation: str = ""  # of the last layer, if the file specifies it: `sigmoid`, `softmax` or `linear`; else empty
 
 
 def recognise(weights: Weights, file: str) -> ForeignFormat:
     """Recognises the format of a file from the names of its arrays.
 
-    Raises:
-      UserError: an unknown format, or a variant that our U-Net has no settings for.
+    An unknown format, or a variant that our U-Net has no settings for, is a `UserError`.
     """
     if weights.layers is not None:
         return _keras(weights.layers, file)
@@ -96,29 +92,13 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _unchanged(array: np.ndarray) -> np.ndarray:
-    return array
-
-
-def _torch_conv(kernel: np.ndarray) -> np.ndarray:  # from [out, in, height, width]
-    return kernel.transpose(2, 3, 1, 0)
-
-
-def _torch_transposed(kernel: np.ndarray) -> np.ndarray:  # from [in, out, height, width]
-    return kernel.transpose(2, 3, 0, 1)[::-1, ::-1]
-
-
-def _keras_transposed(kernel: np.ndarray) -> np.ndarray:  # from [height, width, out, in]
-    return kernel.transpose(0, 1, 3, 2)[::-1, ::-1]
-
-
 def _skip_first(to_our_layout: ToOurLayout, kernel: np.ndarray) -> np.ndarray:
     """For networks that concatenate [skip, up], each half of the channels: reorders them as in ours, [up, skip]."""
     kernel = to_our_layout(kernel)
     return np.roll(kernel, kernel.shape[2] // 2, axis=2)
 
 
-def _torch_layer(ours: str, theirs: str, kernel: ToOurLayout = _torch_conv) -> dict[str, tuple[str, ToOurLayout]]:
+def _torch_layer(ours: str, theirs: str, kernel: ToOurLayout = _torch_conv) -> Table:
     """The table entries of a layer with kernel and bias."""
     return {
         f"params/{ours}/kernel": (f"{theirs}.weight", kernel),
@@ -128,9 +108,7 @@ def _torch_layer(ours: str, theirs: str, kernel: ToOurLayout = _torch_conv) -> d
 
 def _pytorch(arrays: Mapping[str, np.ndarray]) -> ForeignFormat:
     """A PyTorch U-Net with encoder layers e<level><conv>, then upconv<n> and d<n><conv> from the lowest level up."""
-    levels = 1
-    while f"e{levels + 1}1.weight" in arrays:
-        levels += 1
+    levels = next(n for n in count(1) if f"e{n + 1}1.weight" not in arrays)
     table = _torch_layer("head", "outconv")
     for level in range(levels):
         for conv in (0, 1):
@@ -150,9 +128,7 @@ def _milesial(arrays: Mapping[str, np.ndarray], file: str) -> ForeignFormat:
             f"{file} is the bilinear variant of milesial/Pytorch-UNet, which up-samples with aligned corners and "
             "without a convolution. That is not supported; only UNet(..., bilinear=False) can be imported"
         )
-    levels = 1
-    while f"down{levels}.maxpool_conv.1.double_conv.0.weight" in arrays:
-        levels += 1
+    levels = next(n for n in count(1) if f"down{n}.maxpool_conv.1.double_conv.0.weight" not in arrays)
     table, ignored = _torch_layer("head", "outc.conv"), set()
 
     def add_block(ours: str, theirs: str, first_kernel: ToOurLayout) -> None:
@@ -224,16 +200,10 @@ def _letter(layer: KerasLayer, file: str) -> str:
     )
 
 
-def _check_connections(
-    layers: Sequence[KerasLayer], letters: str, has_dropout: bool, file: str
-) -> tuple[set[str], bool]:
+def _check_connections(layers, letters: str, has_dropout: bool, file: str) -> tuple[set[str], bool]:
     """Checks that each layer takes the previous one as input, and each concatenation also the skip of its level.
 
-    Returns:
-      The convolutions that take [skip, up], in this order; and whether the lowest skip is taken after its dropout.
-
-    Raises:
-      UserError: a layer has other inputs.
+    Returns the convolutions that take [skip, up] in this order, and whether the lowest skip is taken after its dropout.
     """
     ends = [i - 1 for i, letter in enumerate(letters) if letter == "P"]  # the last layer of each encoder block
     skips = [{layers[end].name} for end in ends]

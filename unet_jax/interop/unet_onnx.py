@@ -15,16 +15,11 @@ from unet_jax.models.unet import UNet
 
 
 class Graph:
-    """A graph under construction; its values are the names of node outputs.
-
-    Attributes:
-      nodes: in order of execution.
-      constants: the arrays among their inputs.
-    """
+    """A graph under construction; its values are the names of node outputs."""
 
     def __init__(self):
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
+        self.nodes: list[onnx.NodeProto] = []  # in order of execution
+        self.constants: list[onnx.TensorProto] = []  # the arrays among their inputs
 
     def add(self, operator: str, *inputs: str | np.ndarray, output: str = "", **attributes) -> str:
         """Appends a node and returns the name of its output, by default a new one; arrays become constants."""
@@ -40,16 +35,11 @@ class Graph:
 
 
 def add_unet(graph: Graph, model: UNet, weights: dict[str, np.ndarray], image: str) -> str:
-    """Appends the nodes of the network to `graph`.
+    """Appends the nodes of the network to `graph`, and returns its logits, float32 `[B, num_outputs, H', W']`.
 
     Args:
-      graph: the graph.
-      model: the network.
       weights: arrays by path, such as `params/head/kernel`.
       image: float32 `[B, C, H, W]`, of a size that `model.output_size` accepts.
-
-    Returns:
-      float32 logits `[B, num_outputs, H', W']`.
     """
     padding = 1 if model.padding == "same" else 0
     shrinkage = 4 * (1 - padding)  # of the height and width, by two convolutions

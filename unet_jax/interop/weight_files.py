@@ -10,7 +10,7 @@ import pathlib
 import pickle
 import pickletools
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -52,15 +52,10 @@ class Storage(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The contents of a file.
+    """The contents of a file."""
 
-    Attributes:
-      arrays: by name; `<layer>/kernel` and `<layer>/bias` for Keras. Some are strided views.
-      layers: those of a Keras model, in order; None for a state dict.
-    """
-
-    arrays: dict[str, np.ndarray]
-    layers: tuple[KerasLayer, ...] | None
+    arrays: dict[str, np.ndarray]  # by name; `<layer>/kernel` and `<layer>/bias` for Keras. Some are strided views
+    layers: tuple[KerasLayer, ...] | None  # those of a Keras model, in order; None for a state dict
 
 
 def read(file: str | pathlib.Path) -> Weights:
@@ -190,18 +185,15 @@ def _read_keras(file: pathlib.Path) -> Weights:
         layers = _keras_layers(json.loads(archive.read("config.json")))
         hdf5 = archive.read("model.weights.h5")
     datasets = _read_datasets(io.BytesIO(hdf5), len(hdf5), "layers/", file)[0]
-    arrays, seen = {}, Counter()
-    for layer in layers:
-        folder = {"Conv2D": "conv2d", "Conv2DTranspose": "conv2d_transpose"}.get(layer.class_name)
-        if folder is None:
-            continue
+    arrays = {}
+    for class_name, folder in (("Conv2D", "conv2d"), ("Conv2DTranspose", "conv2d_transpose")):
         # The file names weights by class and position, not by the name of the layer.
-        position = f"_{seen[folder]}" if seen[folder] else ""
-        seen[folder] += 1
-        for index, name in enumerate(("kernel", "bias")):
-            array = datasets.pop(f"layers/{folder}{position}/vars/{index}", None)
-            if array is not None:
-                arrays[f"{layer.name}/{name}"] = array
+        for n, layer in enumerate(layer for layer in layers if layer.class_name == class_name):
+            position = f"_{n}" if n else ""
+            for index, name in enumerate(("kernel", "bias")):
+                path = f"layers/{folder}{position}/vars/{index}"
+                if path in datasets:
+                    arrays[f"{layer.name}/{name}"] = datasets.pop(path)
     return Weights(arrays | datasets, layers)
 
 
@@ -215,9 +207,7 @@ def _read_h5(file: pathlib.Path) -> Weights:
     return Weights(arrays, _keras_layers(json.loads(model)))
 
 
-def _read_datasets(
-    opened: io.BytesIO | pathlib.Path, size: int, prefix: str, file: pathlib.Path
-) -> tuple[dict[str, np.ndarray], str | None]:
+def _read_datasets(hdf5, size: int, prefix: str, file: pathlib.Path) -> tuple[dict[str, np.ndarray], str | None]:
     """The float arrays of an HDF5 file of `size` bytes whose names start with `prefix`, and its `model_config`."""
     import h5py
 
@@ -227,26 +217,22 @@ def _read_datasets(
         if isinstance(item, h5py.Dataset) and name.startswith(prefix):
             datasets[name] = item
 
-    with h5py.File(opened, "r") as hdf5:
-        hdf5.visititems(collect)
+    with h5py.File(hdf5, "r") as opened:
+        opened.visititems(collect)
         if any(dataset.external or dataset.is_virtual for dataset in datasets.values()):
             raise UserError(f"{file} is refused: it refers to weights in other files. Save the model again")
         if sum(dataset.nbytes for dataset in datasets.values()) > size:
             raise UserError(f"{file} is refused: {OVERSIZED}. Save the model again")
         floats = {name: dataset for name, dataset in datasets.items() if dataset.dtype.kind == "f"}
-        return {name: dataset[()] for name, dataset in floats.items()}, hdf5.attrs.get("model_config")
+        return {name: dataset[()] for name, dataset in floats.items()}, opened.attrs.get("model_config")
 
 
 def _keras_layers(model: dict[str, Any]) -> tuple[KerasLayer, ...]:
-    return tuple(
-        KerasLayer(
-            str(layer["class_name"]),
-            str(layer.get("name", layer["config"]["name"])),
-            dict(layer["config"]),
-            tuple(_input_names(layer["inbound_nodes"])),
-        )
-        for layer in model["config"]["layers"]
-    )
+    layers = []
+    for layer in model["config"]["layers"]:
+        name, inputs = layer.get("name", layer["config"]["name"]), _input_names(layer["inbound_nodes"])
+        layers.append(KerasLayer(str(layer["class_name"]), str(name), dict(layer["config"]), tuple(inputs)))
+    return tuple(layers)
 
 
 def _input_names(nodes: Any) -> list[str]:

@@ -16,15 +16,11 @@ __all__ = ["METRICS", "Counts", "Record", "describe", "flatten", "records", "val
 
 
 class Counts(NamedTuple):
-    """What metrics are computed from.
-
-    Attributes:
-      cells: for the scores of ISBI 2012, (probability of cells `[H, W]`, label `[H, W]`) of each slice; None if they
-        are off.
-    """
+    """What metrics are computed from."""
 
     confusion: np.ndarray  # int64 `[K, K]`, or `[K, 2, 2]` for overlapping masks; rows are the ground truth
     names: Sequence[str]  # of the K classes
+    # For the scores of ISBI 2012: probability of cells `[H, W]` and label `[H, W]` of each slice; None if they are off.
     cells: Sequence[tuple[np.ndarray, np.ndarray]] | None = None
     ignore_label: int = 255  # of the labels in `cells`
 
@@ -48,9 +44,7 @@ def records(counts: Counts) -> list[Record]:
 def describe(names: Sequence[str], cells: bool = False) -> list[Record]:
     """The records that an evaluation will have, without values: keys, titles and directions.
 
-    Args:
-      names: of the classes.
-      cells: whether the scores of ISBI 2012 are on.
+    `names` are those of the classes; `cells` is for the scores of ISBI 2012.
     """
     size = len(names)
     return records(Counts(np.zeros((size, size), np.int64), names, [] if cells else None))

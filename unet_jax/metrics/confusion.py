@@ -27,8 +27,6 @@ def confusion(prediction: jax.Array, label: jax.Array, mask: jax.Array, task: st
       prediction: integer, the shape of `label`.
       label: integer `[B, H, W]`, or `[B, H, W, K]` for a multilabel task.
       mask: bool, the shape of `label`: which pixels count.
-      task: `multiclass`, `binary` or `multilabel`.
-      num_classes: K.
 
     Returns:
       int32 `[B, K, K]`; for a multilabel task `[B, K, 2, 2]`, one matrix per class.
@@ -45,15 +43,10 @@ def confusion(prediction: jax.Array, label: jax.Array, mask: jax.Array, task: st
 
 
 def records(counts: np.ndarray, names: Sequence[str]) -> list[Record]:
-    """Scores from summed confusion counts.
+    """Scores of the classes `names` from summed confusion counts `[K, K]` or `[K, 2, 2]`, rows are the ground truth.
 
-    Args:
-      counts: integer `[K, K]` or `[K, 2, 2]`, rows are the ground truth.
-      names: of the K classes.
-
-    Returns:
-      pixel accuracy (for a multilabel task over pixels and masks), mean IoU and mean Dice (over the classes present in
-      the ground truth), IoU and Dice per class. The IoU and Dice of an absent class are None, as are means of nothing.
+    Pixel accuracy (for a multilabel task over pixels and masks), mean IoU and mean Dice (over the classes present in
+    the ground truth), IoU and Dice per class. The IoU and Dice of an absent class are None, as are means of nothing.
     """
     counts = np.asarray(counts, np.int64)
     if counts.ndim == 3:

@@ -20,17 +20,14 @@ THRESHOLDS = tuple(k / 10 for k in range(11))
 
 
 def records(cells: Sequence[tuple[np.ndarray, np.ndarray]], ignore_label: int) -> list[Record]:
-    """Scores of a stack.
+    """V_rand, V_info and pixel error of a stack, each at its best threshold.
+
+    Their details are the `threshold`, and the `sweep`: the mean over the slices at each of `THRESHOLDS`. Slices without
+    cells count in the pixel error alone; a score in which no slice counts is None.
 
     Args:
-      cells: of each slice, the probability of cells, float `[H, W]`, and the label `[H, W]`: 1 cell, 0 membrane, or
-        the ignore label.
+      cells: of each slice, the probability of cells, float `[H, W]`, and the label `[H, W]`: 1 cell, 0 membrane.
       ignore_label: pixels with this label count nowhere.
-
-    Returns:
-      V_rand, V_info and pixel error, each at its best threshold; as details the `threshold`, and the `sweep`: the mean
-      over the slices at each of `THRESHOLDS`. Slices without cells count in the pixel error alone. What no slice counts
-      in is None.
     """
     components = [ndimage.label(label == 1)[0] for _, label in cells]
     sweeps: dict[str, list] = {"v_rand": [], "v_info": [], "pixel_error": []}
@@ -80,12 +77,8 @@ def compare(segmentation: np.ndarray, reference: np.ndarray) -> tuple[float, flo
     """V_rand and V_info (alpha = 1/2) of a segmentation, over the pixels where `reference` is not 0.
 
     V_rand = sum p_ij^2 / (1/2 sum s_i^2 + 1/2 sum t_j^2), V_info = I(S; T) / (1/2 H(S) + 1/2 H(T)), where p_ij is the
-    share of pixels in segment i and true segment j, s_i and t_j its sums. Pixels where `segmentation` is 0 are segments
-    of one pixel each.
-
-    Args:
-      segmentation: integer `[H, W]`, 0 on lines.
-      reference: integer `[H, W]`.
+    share of pixels in segment i and true segment j, s_i and t_j its sums. Both are integer `[H, W]`; pixels where
+    `segmentation` is 0, the lines, are segments of one pixel each.
 
     Raises:
       ValueError: nothing in the reference.

@@ -7,19 +7,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One score, with all that a log, a table or a page has to know of it.
-
-    Attributes:
-      value: a number, or one per class by its name; None where there is nothing to measure.
-      details: what belongs to it in `eval.json`, as `<key>_<name>`.
-    """
+    """One score, with all that a log, a table or a page has to know of it."""
 
     key: str  # in `metrics.jsonl`, behind `val/`, and in `eval.json`
     title: str  # for people
-    value: float | None | dict[str, float | None]
+    value: float | None | dict[str, float | None]  # or one per class by its name; None if there is nothing to measure
     higher_is_better: bool = True  # or else lower is
     note: str = ""  # printed below the table, if any
-    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # also in `eval.json`, as `<key>_<name>`
 
     @property
     def per_class(self) -> bool:

@@ -26,16 +26,13 @@ NAMES = ("unet",)
 
 
 def create(name: str, num_outputs: int, *, conv_impl: str = "plain", **settings) -> nn.Module:
-    """The network of `config.model`.
+    """The network of `config.model`; a `UserError` for an unknown name or an invalid setting.
 
     Args:
       name: one of `NAMES`.
       num_outputs: channels of the logits.
       conv_impl: `plain`, or `cpu` for a single CPU device: another form of the convolution, with the same result.
       **settings: the other fields of `config.model`; a network ignores those of other networks.
-
-    Raises:
-      UserError: an unknown name, or an invalid setting.
     """
     check_choice("config.model.name", name, NAMES)
     return importlib.import_module(f"unet_jax.models.{name}").create(num_outputs, conv_impl=conv_impl, **settings)

@@ -20,10 +20,7 @@ def conv_3x3_on_cpu(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
     arXiv:1509.09308, section 4.1), also in the gradient of the image. The gradient of the kernel pads the image first
     if the batch is small: XLA's own is up to five times slower then.
 
-    Args:
-      x: `[B, H, W, C]`.
-      kernel: `[3, 3, C, F]`.
-      padding: `SAME` or `VALID`.
+    `x` is `[B, H, W, C]`, `kernel` `[3, 3, C, F]`, `padding` `SAME` or `VALID`.
     """
     border = _BORDER[padding]
     if _winograd_pays(x, kernel, border):
@@ -96,10 +93,8 @@ def _winograd(x, transformed, border, contracted):
 
     def convolve(x):
         """`[b, 2 * rows + 2, ...]` -> `[b, 2 * rows, ...]`."""
-        members = [
-            [x[:, i : i + 2 * rows - 1 : 2, j : j + 2 * tiles_across - 1 : 2] for j in range(4)] for i in range(4)
-        ]
-        tiles = _both(_transform_input, members)
+        member = lambda i, j: x[:, i : i + 2 * rows - 1 : 2, j : j + 2 * tiles_across - 1 : 2]
+        tiles = _both(_transform_input, [[member(i, j) for j in range(4)] for i in range(4)])
         multiply = lambda tile, kernel: lax.dot_general(tile, kernel, (((3,), (contracted,)), ((), ())))
         y = _both(_transform_output, [list(map(multiply, *pair)) for pair in zip(tiles, transformed, strict=True)])
         return _depth_to_space(jnp.stack([member for row in y for member in row], axis=3))
@@ -180,19 +175,14 @@ def conv_transpose_2x(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Equal to `flax.linen.ConvTranspose` (kernel not transposed). Output row 2i+a depends on one or two input rows by as
     many kernel rows, so each of the four phases (a, b) is a small dense convolution; depth-to-space interleaves them.
 
-    Args:
-      x: `[B, H, W, C]`.
-      kernel: `[k, k, C, F]`, k = 2 or 3.
-
-    Returns:
-      `[B, 2H, 2W, F]`.
+    `x` `[B, H, W, C]`, `kernel` `[k, k, C, F]` -> `[B, 2H, 2W, F]`.
     """
     if kernel.shape[0] == 2:  # row 2i+a takes x[i] by kernel row 1-a
         b, h, w, channels = x.shape
         taps = jnp.flip(kernel, (0, 1)).transpose(2, 0, 1, 3)  # one product for all phases
         return _depth_to_space((x @ taps.reshape(channels, -1)).reshape(b, h, w, 4, -1))
     if kernel.shape[0] != 3:
-        raise ValueError(f"kernel size {kernel.shape[0]}: only 2 and 3 are known")
+        raise ValueError(f"kernel size {kernel.shape[0]}: only 2 and 3 are supported")
     # Row 2i takes x[i-1] by kernel row 0 and x[i] by row 2; row 2i+1 takes x[i] by row 1.
     taps, before = (slice(0, 3, 2), slice(1, 2)), (1, 0)
     phases = [
@@ -234,12 +224,9 @@ def _resize_axis(x: jax.Array, axis: int) -> jax.Array:
 
 
 def dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
-    """Inverted dropout with one random key per example, so that no draw depends on who else is in the batch.
+    """Inverted dropout with one random key per example, so that no draw depends on the rest of the batch.
 
-    Args:
-      x: `[B, ...]`.
-      keys: `[B]` random keys.
-      rate: probability that a value is set to zero.
+    `rate` is the probability that a value of `x` `[B, ...]` is set to zero; `keys` is `[B]`.
     """
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), 0)

@@ -26,30 +26,24 @@ INIT = {  # of the 3x3 convolutions, the up-sampling and the head
 
 
 class UNet(nn.Module):
-    """Maps images to logits; meets the protocol of `unet_jax.models`.
-
-    Attributes:
-      features: width of each level, top to bottom; one level fewer is pooled and up-sampled again.
-      upsample: `transposed_2x2` or `transposed_3x3` (a transposed convolution without activation); `nearest` or
-        `bilinear` (a resize, then a 3x3 convolution with activation).
-      kernel_init: `he` (truncated He-normal; Glorot-uniform where no ReLU follows) or `paper` (N(0, sqrt(2/N))
-        everywhere).
-      remat: levels, 0 is the top, whose blocks are rematerialised: they keep no activations and recompute them in the
-        backward pass (Chen et al. 2016, arXiv:1604.06174); the result is the same.
-      conv_impl: `plain`, or `cpu` on a single CPU device (see `ops.conv_3x3_on_cpu`); the result is the same.
-    """
+    """Maps images to logits; meets the protocol of `unet_jax.models`."""
 
     num_outputs: int  # channels of the logits: the number of classes, or 1 for a binary task
-    features: Sequence[int] = (64, 128, 256, 512, 1024)
+    features: Sequence[int] = (64, 128, 256, 512, 1024)  # width of each level, top to bottom; the last is not pooled
     padding: str = "same"  # of the 3x3 convolutions, `same` or `valid`; `valid` crops the skips and shrinks the output
+    # `transposed_2x2` or `transposed_3x3` (a transposed convolution without activation); `nearest` or `bilinear` (a
+    # resize, then a 3x3 convolution with activation).
     upsample: str = "transposed_2x2"
     dropout: float = 0.0  # rate at the end of the two lowest encoder blocks; 0 is none
     dropout_on_skip: bool = False  # whether the lowest skip is taken after its dropout (CARLA) or before (Keras ISBI)
     norm: str = "none"  # `none`, `batch` or `group`, before each activation
     extra_conv: bool = False  # whether one more 3x3 convolution stands before the head
+    # `he` (truncated He-normal; Glorot-uniform where no ReLU follows) or `paper` (N(0, sqrt(2/N)) everywhere).
     kernel_init: str = "he"
+    # Levels, 0 is the top, whose blocks are rematerialised: they keep no activations and recompute them in the backward
+    # pass (Chen et al. 2016, arXiv:1604.06174); the result is the same.
     remat: Sequence[int] = ()
-    conv_impl: str = "plain"
+    conv_impl: str = "plain"  # or `cpu`, on a single CPU device (see `ops.conv_3x3_on_cpu`); the result is the same
     dtype: str = "float32"  # of the computation; parameters, normalisation statistics and logits stay float32
 
     def setup(self):
@@ -77,15 +71,10 @@ class UNet(nn.Module):
         self.head = nn.Conv(self.num_outputs, (1, 1), kernel_init=head_init, dtype=self.dtype)
 
     def __call__(self, image: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Computes logits; in training mode when `keys` are given.
+        """float `[B, H, W, C]` -> float32 logits `[B, H', W', num_outputs]`, (H', W') = `output_size((H, W))`.
 
-        Args:
-          image: `[B, H, W, C]` float, H and W as `output_size` accepts them.
-          keys: `[B]` random keys for dropout, one per example; `None` at evaluation: no dropout, and the running
-            averages of batch normalisation.
-
-        Returns:
-          `[B, H', W', num_outputs]` float32 logits, (H', W') = `output_size((H, W))`.
+        `keys` `[B]` are random keys for dropout; None at evaluation: no dropout, and the running averages of batch
+        normalisation.
         """
         x, skips = self.encode(image.astype(self.dtype), keys)
         logits = self.decode(x, skips, train=keys is not None)
@@ -140,12 +129,12 @@ class UNet(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Of the lowest level: sizes that the network takes differ by multiples of it."""
+        """Pixels between neighbours of the lowest level: accepted sizes differ by multiples of it."""
         return 2 ** (len(self.features) - 1)
 
     @property
     def is_local(self) -> bool:
-        """Whether an output pixel depends on nothing but its surroundings: tiles then predict what the whole would."""
+        """Whether an output pixel depends only on its surroundings: tiles then predict what the whole image would."""
         return self.padding == "valid" and self.upsample == "transposed_2x2" and self.norm != "group"
 
     @property
@@ -155,12 +144,9 @@ class UNet(nn.Module):
         return 1 + sum(height), 1 + sum(width)
 
     def margins(self, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """How many pixels an image of (height, width) `size` needs around it so that every pixel of it is predicted.
+        """(above, below), (left, right): pixels that an image of `size` needs around it for all of it to be predicted.
 
         The prediction begins at the first pixel; its `size` is the first part of the output.
-
-        Returns:
-          (above, below), (left, right); all zero where the network takes and covers `size` as it is.
         """
         return tuple(self._margin(length) for length in size)
 
@@ -189,9 +175,9 @@ class UNet(nn.Module):
         return length if length >= 1 else None
 
     def _nearest_lengths(self, length: int) -> str:
-        below = next((n for n in range(length, 0, -1) if self._output_length(n)), None)
         above = next(n for n in range(max(length, 1), length + 4096) if self._output_length(n))
-        return " or ".join(str(n) for n in sorted({below or above, above}))
+        below = next((n for n in range(length, 0, -1) if self._output_length(n)), above)
+        return " or ".join(str(n) for n in sorted({below, above}))
 
 
 class ConvBlock(nn.Module):
@@ -233,11 +219,7 @@ class TransposedConv(nn.Module):
 
 
 def create(num_outputs: int, **settings) -> UNet:
-    """The U-Net of `config.model`.
-
-    Raises:
-      UserError: an invalid setting; names it and what it can be.
-    """
+    """The U-Net of `config.model`; a `UserError` names an invalid setting and what it can be."""
     check_choice("config.model.padding", settings["padding"], ("same", "valid"))
     check_choice("config.model.upsample", settings["upsample"], UPSAMPLE)
     check_choice("config.model.norm", settings["norm"], ("none", "batch", "group"))

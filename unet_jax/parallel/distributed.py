@@ -45,9 +45,8 @@ def initialized(coordinator: str | None, num_processes: int | None, process_id: 
     and all of them exit with its exit code.
 
     Args:
-      coordinator: `host:port` of process 0; if this and the others are None, JAX detects the cluster.
-      num_processes: number of processes.
-      process_id: index of this process.
+      coordinator: `host:port` of process 0; if all three are None, JAX detects the cluster.
+      num_processes, process_id: their number, and the index of this one.
 
     Raises:
       UserError: only some of the arguments are given, or invalid ones; or the cluster cannot be detected.
@@ -155,10 +154,7 @@ def _watch(state, done: threading.Event) -> None:
 
 
 def _read_failure(state) -> dict[str, Any] | None:
-    """The `process`, `text` and exit `code` of the first failure; None if there is none.
-
-    Only a `text` if the key-value store does not answer.
-    """
+    """The `process`, `text` and exit `code` of the first failure, if any; only `text` if the store does not answer."""
     try:
         return json.loads(state.client.key_value_try_get(_FAILURE))
     except Exception as error:  # JAX has no exception types for these
@@ -195,9 +191,7 @@ def _end(state, text: str, code: int) -> None:
             state.client.key_value_set(f"{_ENDED}/{state.process_id}", "")
         else:
             until = time.monotonic() + END_TIMEOUT
-            while len(state.client.key_value_dir_get(_ENDED)) < state.num_processes - 1:
-                if time.monotonic() > until:
-                    break
+            while len(state.client.key_value_dir_get(_ENDED)) < state.num_processes - 1 and time.monotonic() < until:
                 time.sleep(0.1)
             time.sleep(0.5)
     _exit("", code)

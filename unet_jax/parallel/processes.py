@@ -44,12 +44,9 @@ def main_first(name: str) -> Iterator[None]:
 
 def broadcast_from_main(function: Callable[..., int | None], *args) -> int | None:
     """Calls `function(*args)` on the main process only and returns its result, an int >= 0 or None, on all of them."""
-    import jax
     import numpy as np
     from jax.experimental import multihost_utils
 
-    if jax.process_count() == 1:
-        return function(*args)
     value = function(*args) if is_main() else None
     received = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if value is None else value)))
     return None if received == -1 else received
@@ -57,29 +54,22 @@ def broadcast_from_main(function: Callable[..., int | None], *args) -> int | Non
 
 def max_over_processes(value: int) -> int:
     """The maximum of `value` over all processes, returned on each of them."""
-    import jax
     import numpy as np
     from jax.experimental import multihost_utils
 
-    if jax.process_count() == 1:
-        return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def check_same(plan: Mapping[str, Any]) -> None:
-    """Checks that all processes were started with the same plan and the same package versions.
-
-    Args:
-      plan: what this process is about to do; JSON-serialisable.
+    """Checks that all processes are about to do the same (`plan`, JSON values) with the same package versions.
 
     Raises:
       UserError: they differ; the message is a diff against process 0.
     """
-    import jax
-
-    if jax.process_count() == 1:
+    state = distributed_state()
+    if state.num_processes == 1:
         return
-    store, process = distributed_state().client, jax.process_index()
+    store, process = state.client, state.process_id
     text = json.dumps({**plan, "versions": versions()}, indent=1, sort_keys=True)
     if process == 0:
         store.key_value_set(_PLAN, text)
@@ -92,16 +82,10 @@ def check_same(plan: Mapping[str, Any]) -> None:
 
 
 def wait_for_all(name: str, timeout: float) -> None:
-    """A barrier across processes that does not use their devices.
-
-    Args:
-      name: of the barrier; each name can be used once.
-      timeout: seconds.
-    """
-    import jax
-
-    if jax.process_count() > 1:
-        distributed_state().client.wait_at_barrier(name, round(timeout * 1000))
+    """A barrier across processes, of `timeout` seconds, that does not use their devices; each name works once."""
+    state = distributed_state()
+    if state.num_processes > 1:
+        state.client.wait_at_barrier(name, round(timeout * 1000))
 
 
 def versions() -> dict[str, str]:

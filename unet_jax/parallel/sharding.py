@@ -12,15 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from unet_jax.errors import UserError
 
-PyTree = Any
-
 
 def create_mesh(data: int, space: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes `data` (examples) and `space` (image height).
 
     Args:
-      data: number of devices along the batch; 0: all devices divided by `space`.
-      space: number of devices along the image height; 0: all devices divided by `data`.
+      data, space: number of devices along each axis; one may be 0, for all devices divided by the other.
       devices: None: all devices of all processes.
 
     Raises:
@@ -37,15 +34,13 @@ def create_mesh(data: int, space: int, devices: Sequence[jax.Device] | None = No
             f"config.mesh.data={data}, config.mesh.space={space} do not divide {count} devices: their product must be "
             f"{count}; one of them may be 0, for all devices that the other leaves"
         )
-    axis_types = (AxisType.Auto,) * 2
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axis_types, devices=devices)
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def create_eval_mesh(data: int, space: int) -> Mesh:
     """A mesh of all devices that splits images over as many devices as in training, if their number allows it.
 
-    Args:
-      data, space: `config.mesh` of the training run, which may have had other devices.
+    `data` and `space` are `config.mesh` of the training run, which may have had other devices.
     """
     count = jax.device_count()
     return create_mesh(0, math.gcd(space or max(count // data, 1), count))
@@ -57,21 +52,17 @@ def is_one_cpu(mesh: Mesh) -> bool:
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
-    """Checks that each microbatch can be divided evenly among the devices along `data`.
-
-    Args:
-      batch_size: of the global batch.
-      accumulate: number of microbatches per batch.
+    """Checks that each of the `accumulate` microbatches of a global batch divides evenly among the devices of `data`.
 
     Raises:
-      UserError: it cannot; the message names the nearest sizes that can.
+      UserError: it does not; the message names the nearest sizes that do.
     """
     if accumulate < 1:
         raise UserError(f"config.train.accumulate = {accumulate} must be 1 or more")
     ways = mesh.shape["data"] * accumulate
     if batch_size < 1 or batch_size % ways:
         below, above = batch_size // ways * ways, -(-max(batch_size, 1) // ways) * ways
-        nearest = " or ".join(str(n) for n in sorted({below, above}) if n > 0)
+        nearest = " or ".join(str(n) for n in (below, above) if n > 0)
         microbatches = f" in {accumulate} microbatches (config.train.accumulate)" if accumulate > 1 else ""
         raise UserError(
             f"config.train.batch_size = {batch_size} cannot be divided evenly among {mesh.shape['data']} devices"
@@ -80,11 +71,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
 
 
 def check_height(mesh: Mesh, height: int) -> None:
-    """Checks that the image height can be divided evenly among the devices along `space`.
-
-    Raises:
-      UserError: it cannot.
-    """
+    """Raises a `UserError` if the image height cannot be divided evenly among the devices along `space`."""
     ways = mesh.shape["space"]
     if height % ways:
         raise UserError(
@@ -123,8 +110,8 @@ def split_height(mesh: Mesh, image: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(image, NamedSharding(mesh, P(examples, "space")))
 
 
-def split_largest_axis(mesh: Mesh, tree: PyTree) -> PyTree:
-    """Shardings that split each array over `data`, along its largest axis that divides evenly.
+def split_largest_axis(mesh: Mesh, tree: Any) -> Any:
+    """Shardings that split each array of a pytree over `data`, along its largest axis that divides evenly.
 
     Arrays with no such axis are replicated: scalars and a few small arrays.
     """
@@ -163,10 +150,8 @@ def compiler_options(mesh: Mesh, remat: bool = False) -> dict[str, str] | None:
     On CPUs, XLA hands convolutions to YNNPACK, where they take up to twice as long as with Eigen (jaxlib 0.10.2,
     AVX-512); only reductions stay with YNNPACK.
 
-    Args:
-      mesh: the devices to compile for.
-      remat: whether `jax.checkpoint` must save memory. By default XLA for CPUs drops its optimisation barriers before
-        eliminating common sub-expressions, which merges the rematerialised operations with the original ones.
+    `remat` must be set for `jax.checkpoint` to save memory: by default XLA for CPUs drops its optimisation barriers
+    before eliminating common sub-expressions, which merges the rematerialised operations with the original ones.
     """
     if mesh.devices.flat[0].platform != "cpu":
         return None

@@ -20,13 +20,9 @@ def end_at_once() -> None:
 
 
 class Deferred:
-    """A context in which stop signals are recorded instead of obeyed; after the first one, further ones are ignored.
+    """A context in which stop signals are recorded instead of obeyed; after the first one, further ones are ignored."""
 
-    Attributes:
-      received: the number of the first signal; 0 until one arrives.
-    """
-
-    received = 0
+    received = 0  # the number of the first signal; 0 until one arrives
 
     def __enter__(self):
         self._previous_handlers = {}

@@ -25,11 +25,7 @@ LIMITS = {"rotate": 180, "scale": 0.9, "shift": 1, "brightness": 1, "contrast": 
 
 
 def check(settings: Mapping, size: Sequence[int]) -> tuple[int, int]:
-    """Checks `config.augment` for images of (height, width) `size`; returns the size of the window.
-
-    Raises:
-      UserError: a value out of its range.
-    """
+    """Checks the ranges of `config.augment` for images of (height, width) `size`; returns the size of the window."""
     for name, limit in {**LIMITS, "elastic": min(size)}.items():
         if not 0 <= settings[name] <= limit:
             raise UserError(f"config.augment.{name} = {settings[name]} is not in 0..{limit}")

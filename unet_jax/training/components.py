@@ -90,11 +90,7 @@ def _input_size(field: str, network: forward.Network, size: Sequence[int]) -> tu
 
 
 def count_steps(settings: Mapping, steps_per_epoch: float) -> Steps:
-    """The epochs of `config.train` as whole numbers of steps, each at least one.
-
-    Raises:
-      UserError: one is not positive.
-    """
+    """The epochs of `config.train`, which must be positive, as whole numbers of steps, each at least one."""
     counts = []
     for field in ("epochs", "eval_every_epochs", "checkpoint_every_epochs"):
         if not 0 < settings[field] < math.inf:

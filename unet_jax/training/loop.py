@@ -66,8 +66,7 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
 def log_step(run: setup.Run, step: int, step_metrics: dict) -> int:
     """Logs the metrics of a step; returns the signal that came with them, or 0.
 
-    Raises:
-      UserError: the training has diverged, before its state can replace a good one; or it cannot be saved.
+    Raises a `UserError` if the training has diverged, before its state can replace a good one, or cannot be saved.
     """
     stop_signal = run.log.add(step, step_metrics)
     run.writer.check()

@@ -75,10 +75,9 @@ def make_optimizer(settings: Mapping, schedule: optax.Schedule) -> optax.Gradien
 
 
 def check_frozen(frozen: Sequence[str], names: Collection[str]) -> None:
-    """Checks `config.optimizer.frozen`, against the `names` of all weights, such as `down_0/Conv_0/kernel`.
+    """Raises a `UserError` if one of `config.optimizer.frozen` is a prefix of none of the `names`, or nothing is left.
 
-    Raises:
-      UserError: one is a prefix of no name, or nothing is left to train.
+    The names are those of all weights, such as `down_0/Conv_0/kernel`.
     """
     blocks = sorted({name.split("/")[0] for name in names})
     for prefix in frozen:

@@ -68,19 +68,13 @@ def plan(config: "ConfigDict", memory_gib: float | None) -> None:
 
 
 def find_classes(settings: "ConfigDict") -> data.Classes:
-    """What the labels mean: from `config.data` alone, or from the files of a folder if labels or channels are not set.
-
-    Raises:
-      UserError: an invalid setting, or no files to infer the classes from.
-    """
+    """What the labels mean: from `config.data` alone, or from files if a folder's labels or channels are not set."""
     if settings.name == "folder" and not (settings.labels and settings.channels):
         try:
             data.infer_settings(settings, processes.print_on_main)
         except UserError as error:
-            raise UserError(
-                "config.data.labels and config.data.channels are not both set, so they have to be inferred from the "
-                f"images: {error}"
-            ) from error
+            why = "config.data.labels and config.data.channels are not both set, so they have to be inferred from the"
+            raise UserError(f"{why} images: {error}") from error
     return data.classes(settings)
 
 

@@ -105,11 +105,7 @@ class CheckpointWriter:
         processes.wait_for_all(key, timeout_ms / 1000)
 
     def restore(self, step: int, state) -> tuple[Any, dict[str, Any]]:
-        """The state and meta saved at `step`, sharded as the arrays of `state`, which is not changed.
-
-        Raises:
-          UserError: it holds another state.
-        """
+        """The state and meta saved at `step`, sharded as the arrays of `state`, which is not changed."""
         abstract = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
         variables, training = jax.tree.map(abstract, _items(state))
         items = ocp.args.Composite(
@@ -157,12 +153,7 @@ def read_meta(workdir: epath.PathLike, step: int) -> dict[str, Any]:
 def read_variables(
     workdir: epath.PathLike, step: int | None, sharding: jax.sharding.Sharding
 ) -> tuple[int, dict[str, PyTree]]:
-    """The step and the variables of one checkpoint: `params`, and `batch_stats` and `ema` if they were saved.
-
-    Args:
-      workdir: the work directory.
-      step: which; None is the best.
-      sharding: of every array.
+    """A step, None is the best, and its variables: `params`, and `batch_stats` and `ema` if they were saved.
 
     Raises:
       UserError: there is none, or it is damaged.

@@ -1,4 +1,7 @@
-"""The JSON files of a work directory: configuration, classes, environment."""
+"""The JSON files of a work directory: configuration, classes, environment.
+
+A file that is missing, damaged or cannot be written raises a `UserError` that names it.
+"""
 
 import json
 import pathlib
@@ -32,11 +35,7 @@ FREE_FIELDS = (
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-      UserError: it cannot be written.
-    """
+    """Writes a file whole or not at all."""
     partial = path.parent / f"{path.name}.partial"
     try:
         partial.write_text(text)
@@ -46,16 +45,12 @@ def write_text(path: epath.Path, text: str) -> None:
 
 
 def write_json(path: epath.Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file, see `write_text`."""
+    """Writes a JSON object whole or not at all."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      UserError: the file is missing or damaged; names it.
-    """
+    """Reads a JSON object."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -66,11 +61,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def check(workdir: epath.Path, config: "ConfigDict") -> None:
-    """Checks, before any work, that a run of `config` may write to a work directory.
-
-    Raises:
-      UserError: it cannot be written, is not a work directory, or belongs to another configuration.
-    """
+    """Raises a `UserError` if a folder cannot be written, or holds other files or a run of another configuration."""
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -91,11 +82,7 @@ def check(workdir: epath.Path, config: "ConfigDict") -> None:
 
 
 def check_shared(workdir: epath.Path) -> None:
-    """Checks that all processes see the same work directory.
-
-    Raises:
-      UserError: one does not.
-    """
+    """Raises a `UserError` unless all processes see the same work directory."""
     import jax
 
     if jax.process_count() == 1:
@@ -140,11 +127,7 @@ def _check_same(workdir: epath.Path, old: dict, new: dict) -> None:
 
 
 def read_config(workdir: epath.Path) -> "ConfigDict":
-    """The configuration of a work directory; runs no code of it.
-
-    Raises:
-      UserError: there is none.
-    """
+    """The configuration of a work directory; runs no code of it."""
     from ml_collections import ConfigDict, FrozenConfigDict
 
     path = workdir / "config.json"
@@ -165,15 +148,8 @@ def read_classes(workdir: epath.Path) -> dict[str, Any]:
 def record_environment(workdir: epath.Path, first_step: int, devices: str) -> None:
     """Adds the environment of a run to `environment.json`, unless the run before had the same.
 
-    It names no host, user or folder beside those in the command.
-
-    Args:
-      workdir: the work directory.
-      first_step: of the run; 0 for a new training.
-      devices: how many of which kind.
-
-    Raises:
-      UserError: the file cannot be read or written.
+    It names no host, user or folder beside those in the command. `first_step` is that of the run, 0 for a new training;
+    `devices` is how many of which kind.
     """
     runs = read_environment(workdir)
     run = {
@@ -189,11 +165,7 @@ def record_environment(workdir: epath.Path, first_step: int, devices: str) -> No
 
 
 def read_environment(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The environments of the runs of a training, first to last; empty if none was recorded.
-
-    Raises:
-      UserError: the file is damaged.
-    """
+    """The environments of the runs of a training, first to last; empty if none was recorded."""
     path = workdir / "environment.json"
     return read_json(path).get("runs", []) if path.exists() else []
 

@@ -63,10 +63,8 @@ def find_damage(workdir: epath.PathLike, step: int) -> str | None:
 def newest_good_step(workdir: epath.PathLike) -> int | None:
     """The step to resume from; None if there is none. Damaged steps are moved to `damaged/` in the work directory.
 
-    Prints each step that is damaged or unfinished. The main process looks, and broadcasts the result.
-
-    Raises:
-      UserError: there are steps, but all are damaged; nothing is moved then.
+    Prints each step that is damaged or unfinished. The main process looks, and broadcasts the result. If all steps are
+    damaged, nothing is moved, and a `UserError` names them.
     """
     return processes.broadcast_from_main(_newest_good_step, workdir)
 
@@ -99,7 +97,7 @@ def _newest_good_step(workdir: epath.PathLike) -> int | None:
 
 
 def best_step(workdir: epath.PathLike) -> int:
-    """The intact step with the highest score, or else the newest intact one; prints those that are damaged.
+    """The intact step with the highest score, or else the newest; prints those that are damaged.
 
     Raises:
       UserError: there is none.

@@ -1,4 +1,7 @@
-"""`metrics.jsonl` of a work directory: one JSON object a line."""
+"""`metrics.jsonl` of a work directory: one JSON object a line.
+
+A file that is damaged or cannot be written raises a `UserError` that names it.
+"""
 
 import json
 from typing import Any
@@ -10,11 +13,7 @@ from unet_jax.workdir import files
 
 
 def append(workdir: epath.Path, row: dict[str, Any]) -> None:
-    """Adds a line to `metrics.jsonl`.
-
-    Raises:
-      UserError: it cannot be written.
-    """
+    """Adds a line."""
     path = workdir / "metrics.jsonl"
     try:
         with path.open("a") as file:
@@ -24,11 +23,7 @@ def append(workdir: epath.Path, row: dict[str, Any]) -> None:
 
 
 def read(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line torn by a crash is dropped.
-
-    Raises:
-      UserError: another line is not JSON.
-    """
+    """All lines; a last line torn by a crash is dropped."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
@@ -38,11 +33,7 @@ def read(workdir: epath.Path) -> list[dict[str, Any]]:
 
 
 def rewind(workdir: epath.Path, step: int, evaluated: bool) -> None:
-    """Drops the lines that a run resumed from `step` writes again; also the evaluation at `step` if not `evaluated`.
-
-    Raises:
-      UserError: the file cannot be read or written.
-    """
+    """Drops the lines that a run resumed from `step` writes again; also the evaluation at `step` if not `evaluated`."""
     rows = [row for row in read(workdir) if row["step"] <= step]
     if not evaluated:
         rows = [row for row in rows if row["step"] < step or "val/loss" not in row]
