@@ -448,7 +448,7 @@ def test_slurm_dry_run_bad_usage_and_what_is_asked_for(tmp_path):
     result = slurm.run("--config=x.py")
     assert result.returncode == 1 and "scripts/install.sh cuda12" in result.stderr
     slurm.environment["SLURM_SUBMIT_DIR"] = str(tmp_path)
-    assert "call sbatch there" in slurm.run("--config=x.py").stderr
+    assert "call sbatch from there" in slurm.run("--config=x.py").stderr
     assert not slurm.calls_file.exists()
     # sbatch reads its options up to the first command.
     head = (SCRIPTS / "slurm.sbatch").read_text().partition("\nset -euo")[0]

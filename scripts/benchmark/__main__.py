@@ -289,7 +289,7 @@ def draw(result: Mapping[str, Any], file: pathlib.Path) -> str:
         ax.margins(x=0.3)
         ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
         ax.set_title(f"{suite}: {SUITES[suite][0]}", loc="left", fontsize=10)
-        ax.set_xlabel("cost, x 1 is 1" if suite == "scaling" else "speed, the faster of PyTorch is 1", fontsize=9)
+        ax.set_xlabel("cost, the base is 1" if suite == "scaling" else "speed, the faster of PyTorch is 1", fontsize=9)
     figure.savefig(file, dpi=110)
     return f" and {file}"
 

@@ -116,7 +116,10 @@ def _recall(network: trained.Trained, path: epath.Path) -> page.Results:
         expected = {"step": network.step, "split": "validation", "data_root": network.config.data.root}
         if expected.items() <= held.items():
             origin = f"eval.json, {held['images']} validation images, test-time augmentation {held['tta']}"
-            records = [dataclasses.replace(record, value=held.get(record.key, record.value)) for record in described]
+            records = [
+                dataclasses.replace(r, value={**r.value, **held.get(r.key, {})} if r.per_class else held.get(r.key))
+                for r in described
+            ]
             return page.Results(origin, held.get("loss"), records, np.array(held["confusion"]))
     for row in metrics_log.read(path):
         if row["step"] == network.step and "val/loss" in row:

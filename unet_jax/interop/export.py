@@ -109,7 +109,7 @@ def reflect_pad(model: nn.Module, image: jax.Array) -> jax.Array:
 
 
 def to_onnx(trained: Trained) -> "onnx.ModelProto":
-    """A U-Net as an ONNX model in float32, with `metadata` in its `metadata_props`; a `UserError` for other networks."""
+    """A U-Net as a float32 ONNX model, with `metadata` in its `metadata_props`; a `UserError` for other networks."""
     if not isinstance(trained.model, UNet):
         name = type(trained.model).__name__
         raise UserError(f"ONNX is written only for config.model.name = 'unet', not for {name}; use StableHLO instead")
