@@ -51,10 +51,10 @@ def add_field(tmp_path, monkeypatch):
 
     def add(name, default):
         text = (ROOT / "configs" / "default.py").read_text()
-        file = tmp_path / "default.py"
         end = "    return config.lock()"
-        file.write_text(text.replace(end, f"    config.{name} = {default!r}\n{end}"))
-        monkeypatch.setattr(defaults, "_file", lambda: file)
+        (tmp_path / "configs").mkdir()
+        (tmp_path / "configs" / "default.py").write_text(text.replace(end, f"    config.{name} = {default!r}\n{end}"))
+        monkeypatch.setattr(defaults, "__file__", str(tmp_path / "unet_jax" / "defaults.py"))
         defaults.fields.cache_clear()
         assert name in defaults.fields()
 

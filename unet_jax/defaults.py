@@ -1,7 +1,7 @@
 """The default of every configuration field: `configs/default.py`, in a checkout or installed with the package.
 
-One rule rests on them: a field at its default is as good as absent. So a field that is added later changes neither the
-key of a cached data set nor a work directory written before it existed, as long as its default means "as before".
+One rule rests on them: a field at its default is treated as if it were missing. So a field that is added later changes
+neither the key of a cached data set nor a work directory written before it existed, if its default means "as before".
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 def fields() -> Mapping[str, Any]:
     """Dotted name -> default, as JSON has it: `{"seed": 0, "train.batch_size": 16, "data.size": [96, 96], ...}`."""
     package = pathlib.Path(__file__).parent
-    places = [folder / "configs" / "default.py" for folder in (package.parent, package)]
+    places = [folder / "configs" / "default.py" for folder in (package, package.parent)]  # installed, or a checkout
     file = next(place for place in places if place.exists())
     return flatten(json.loads(runpy.run_path(str(file))["get_config"]().to_json()))
 

@@ -122,7 +122,7 @@ def _shares(counts: np.ndarray) -> list[float | None]:
 
 
 def _card(picture: Picture, classes: Classes) -> dict[str, Any]:
-    """An image with the layers to show over it, and what its caption says."""
+    """An image with the layers to show over it, and the values of its caption."""
     height, width = picture.label.shape[:2]
     is_small = width < SMALL
     errors = pictures.error_map(picture.label, picture.prediction, classes)

@@ -100,10 +100,8 @@ def _skip_first(to_our_layout: ToOurLayout, kernel: np.ndarray) -> np.ndarray:
 
 def _torch_layer(ours: str, theirs: str, kernel: ToOurLayout = _torch_conv) -> Table:
     """The table entries of a layer with kernel and bias."""
-    return {
-        f"params/{ours}/kernel": (f"{theirs}.weight", kernel),
-        f"params/{ours}/bias": (f"{theirs}.bias", _unchanged),
-    }
+    weight, bias = (f"{theirs}.weight", kernel), (f"{theirs}.bias", _unchanged)
+    return {f"params/{ours}/kernel": weight, f"params/{ours}/bias": bias}
 
 
 def _pytorch(arrays: Mapping[str, np.ndarray]) -> ForeignFormat:

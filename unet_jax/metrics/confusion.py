@@ -33,8 +33,8 @@ def confusion(prediction: jax.Array, label: jax.Array, mask: jax.Array, task: st
     """
     label, prediction = (jnp.where(mask, x, 0).astype(jnp.int32) for x in (label, prediction))
     if task == "multilabel":
-        both = [((label == truth) & (prediction == guess) & mask).sum((1, 2)) for truth in (0, 1) for guess in (0, 1)]
-        return jnp.stack(both, -1).reshape(-1, num_classes, 2, 2)
+        cells = [((label == row) & (prediction == column) & mask).sum((1, 2)) for row in (0, 1) for column in (0, 1)]
+        return jnp.stack(cells, -1).reshape(-1, num_classes, 2, 2)
 
     def count(index, counted):  # of one example, so that the batch stays sharded
         return jnp.zeros(num_classes**2, jnp.int32).at[index.ravel()].add(counted.ravel().astype(jnp.int32))

@@ -2,7 +2,7 @@
 
 Arganda-Carreras et al. 2015, doi:10.3389/fnana.2015.00142. A threshold turns a map of cell probability into cells; a
 watershed thins the membranes between them to lines of one pixel; cells are compared with the 4-connected components of
-the ground truth, over its cell pixels. The score of a threshold is the mean over slices, that of a method the best
+the ground truth, over its cell pixels. Scores are averaged over the slices; a method has the score of its best
 threshold.
 
 Line pixels, which belong to no cell of the prediction, are each a segment of their own, as in the challenge's own code.

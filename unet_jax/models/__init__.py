@@ -8,7 +8,7 @@ To add one: a file in this folder and its name in `NAMES`. What the rest of the 
 `output_size(size)`           height and width of the logits; raises a `UserError` for a size that it cannot take
 `smallest_input`              height and width of the smallest image that it takes
 `stride`                      input sizes are `smallest_input` plus multiples of it; tiles begin at multiples of it
-`is_local`                    whether an output pixel depends on nothing but its surroundings: tiles then have no seams
+`is_local`                    whether an output pixel depends only on its neighbourhood: tiles then have no seams
 `remat`, `conv_impl`          fields: levels that are rematerialised; `plain`, or `cpu` for a single CPU device
 `head`                        the name of the last layer, whose shape depends on the number of classes
 """

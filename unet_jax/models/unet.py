@@ -134,7 +134,7 @@ class UNet(nn.Module):
 
     @property
     def is_local(self) -> bool:
-        """Whether an output pixel depends only on its surroundings: tiles then predict what the whole image would."""
+        """Whether an output pixel depends only on its neighbourhood: tiles then predict what the whole image would."""
         return self.padding == "valid" and self.upsample == "transposed_2x2" and self.norm != "group"
 
     @property
@@ -158,7 +158,7 @@ class UNet(nn.Module):
         return before, needed - length - before
 
     def _output_length(self, length: int) -> int | None:
-        """One side of the output, or None where the geometry does not come out even."""
+        """One side of the output; None if the network cannot take an input of that length."""
         border = 4 if self.padding == "valid" else 0  # two 3x3 convolutions
         poolings = len(self.features) - 1
         for _ in range(poolings):

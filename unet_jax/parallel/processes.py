@@ -63,8 +63,7 @@ def max_over_processes(value: int) -> int:
 def check_same(plan: Mapping[str, Any]) -> None:
     """Checks that all processes are about to do the same (`plan`, JSON values) with the same package versions.
 
-    Raises:
-      UserError: they differ; the message is a diff against process 0.
+    If not, a `UserError` shows the difference from process 0.
     """
     state = distributed_state()
     if state.num_processes == 1:

@@ -14,11 +14,9 @@ from unet_jax.errors import UserError
 
 
 def create_mesh(data: int, space: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data` (examples) and `space` (image height).
+    """A mesh with the axes `data` (examples) and `space` (image height), by default of all devices of all processes.
 
-    Args:
-      data, space: number of devices along each axis; one may be 0, for all devices divided by the other.
-      devices: None: all devices of all processes.
+    One of `data` and `space` may be 0, for all devices divided by the other.
 
     Raises:
       UserError: `data * space` is not the number of devices.
@@ -54,8 +52,7 @@ def is_one_cpu(mesh: Mesh) -> bool:
 def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Checks that each of the `accumulate` microbatches of a global batch divides evenly among the devices of `data`.
 
-    Raises:
-      UserError: it does not; the message names the nearest sizes that do.
+    If it does not, a `UserError` names the nearest sizes that do.
     """
     if accumulate < 1:
         raise UserError(f"config.train.accumulate = {accumulate} must be 1 or more")
@@ -174,10 +171,7 @@ def use_deterministic_kernels() -> None:
     """Makes XLA compile deterministic GPU kernels, so that a run can be repeated bit by bit.
 
     It then uses neither autotuning, whose choice may differ between runs, nor kernels that add in arbitrary order. No
-    effect on other devices, which are always deterministic.
-
-    Raises:
-      UserError: JAX has already started a GPU backend, so it is too late.
+    effect on other devices, which are always deterministic. A `UserError` if JAX has already started a GPU backend.
     """
     flag = "--xla_gpu_deterministic_ops=true"
     flags = os.environ.get("XLA_FLAGS", "").split()

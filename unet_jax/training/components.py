@@ -1,4 +1,4 @@
-"""What a configuration describes, beside images and state: network, loss, optimizer, sizes and steps."""
+"""What a configuration describes beside images and state: network, loss, optimizer, sizes and steps."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +37,7 @@ class Steps(NamedTuple):
 
 
 class Components(NamedTuple):
-    """What a configuration describes, beside images and state; sizes are (height, width)."""
+    """What a configuration describes beside images and state; sizes are (height, width)."""
 
     network: forward.Network  # on its mesh
     loss: losses.Loss  # of the training and the evaluation

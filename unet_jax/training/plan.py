@@ -1,4 +1,4 @@
-"""What a training step needs on the devices at hand, before any image is read: memory, FLOPs and traffic."""
+"""What a training step needs on the available devices, before any image is read: memory, FLOPs and traffic."""
 
 import collections
 import dataclasses
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 
 
 def plan(config: "ConfigDict", memory_gib: float | None) -> None:
-    """Compiles the training step for the devices at hand, and prints what it needs and the largest batch that fits.
+    """Compiles the training step for the available devices; prints what it needs, and the largest batch that fits.
 
     Args:
       config: as in `configs/default.py`.

@@ -111,7 +111,7 @@ def claim(workdir: epath.Path, config: "ConfigDict", classes: dict[str, Any]) ->
 
 
 def _check_same(workdir: epath.Path, old: dict, new: dict) -> None:
-    """Compares two configurations field by field; a field at its default is as good as absent."""
+    """Compares two configurations field by field; a field at its default is treated as missing."""
     old, new = (defaults.differing(defaults.flatten(values)) for values in (old, new))
     value = lambda values, field: values.get(field, defaults.fields().get(field, "absent"))
     differing = [
@@ -128,7 +128,7 @@ def _check_same(workdir: epath.Path, old: dict, new: dict) -> None:
 
 def read_config(workdir: epath.Path) -> "ConfigDict":
     """The configuration of a work directory; runs no code of it."""
-    from ml_collections import ConfigDict, FrozenConfigDict
+    from ml_collections import ConfigDict
 
     path = workdir / "config.json"
     if not path.exists():
@@ -137,7 +137,7 @@ def read_config(workdir: epath.Path) -> "ConfigDict":
     for name, default in defaults.fields().items():  # fields that were added later
         group, _, field = name.rpartition(".")
         (values.setdefault(group, {}) if group else values).setdefault(field, default)
-    return ConfigDict(FrozenConfigDict(values))  # frozen: lists become tuples again
+    return ConfigDict(values)
 
 
 def read_classes(workdir: epath.Path) -> dict[str, Any]:
