@@ -328,7 +328,7 @@ def test_resizing(tmp_path):
     "folder, variant, size, train, validation",
     [
         ("carla", "carla23", (480, 640), 24, 6),
-        ("carla_320x240", "carla23", (240, 320), 527, 149),
+        pytest.param("carla_320x240", "carla23", (240, 320), 527, 149, marks=pytest.mark.slow),
         ("lyft", "lyft13", (600, 800), 4, 1),
     ],
 )

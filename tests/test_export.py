@@ -169,6 +169,7 @@ def test_stablehlo_agrees_without_flax_on_real_images_of_any_size(networks, imag
     _compare(networks[name], images, stablehlo, name, "stablehlo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["trained", *VARIANTS])
 def test_onnx_agrees_without_flax_on_real_images_of_any_size(networks, images, onnx_files, name):
     _compare(networks[name], images, onnx_files, name, "onnx")

@@ -18,6 +18,7 @@ def _params(path, step=None):
     return jax.tree.map(np.asarray, unet_jax.load(path, step).variables["params"])
 
 
+@pytest.mark.slow
 def test_the_first_step_starts_from_the_other_weights(trained, config, tmp_path, capsys):
     config.init_from = str(trained)
     config.optimizer.learning_rate, config.optimizer.ema = 1e-30, 0.0

@@ -102,6 +102,7 @@ def test_the_program_uses_huge_pages_unless_glibc_is_configured_otherwise(tmp_pa
     assert result.stderr.strip().endswith(f"{config}: ValueError: {given or 'glibc.malloc.hugetlb=1'}")
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_in_the_cache_folder_of_the_user_and_found_again(tmp_path):
     hidden = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}

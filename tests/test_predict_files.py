@@ -82,6 +82,7 @@ def test_overlapping_masks_are_written_one_file_each(tmp_path):
     assert json.loads((tmp_path / "out/predictions.json").read_text())["threshold"] == threshold
 
 
+@pytest.mark.slow
 def test_a_binary_network_on_a_folder_of_16_bit_images(tmp_path, capsys):
     config = folder.get_config()
     config.data.root, config.data.size, config.data.variant = str(tmp_path / "data"), (32, 32), "binary"

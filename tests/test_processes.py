@@ -200,6 +200,7 @@ def test_evaluation_splits_images_if_its_devices_allow_it(data, space, expected)
     assert tuple(sharding.create_eval_mesh(data, space).shape.values()) == expected
 
 
+@pytest.mark.slow
 def test_a_work_directory_that_is_not_shared_is_an_error(tmp_path):
     cluster = commands.start_cluster(
         *commands.training("run"),

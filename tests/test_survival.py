@@ -274,7 +274,7 @@ def test_a_save_that_failed_in_the_background_is_an_error_before_the_next_one(co
     assert helpers.metric_rows(tmp_path / "run")[-1]["step"] < 100
 
 
-@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+@pytest.mark.parametrize("nonfinite", ["stop", pytest.param("skip", marks=pytest.mark.slow)])
 def test_an_excessive_learning_rate_is_an_error(config, tmp_path, nonfinite, capsys):
     config = config.copy_and_resolve_references()
     config.train.nonfinite, config.train.epochs = nonfinite, 8.0

@@ -74,7 +74,8 @@ def test_convolutions_for_one_cpu_train_the_same(config, features):
     chex.assert_trees_all_close(results[0][0].params, results[1][0].params, atol=1e-5)
 
 
-@pytest.mark.parametrize("padding", [pytest.param("same", marks=pytest.mark.slow), "valid"])
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["same", "valid"])
 def test_images_of_any_size_are_mirrored_as_needed_and_every_pixel_is_scored(config, tmp_path, padding, capsys):
     config.data.size, config.augment.crop, config.model.padding = (50, 53), (49, 51), padding
     config.model.extra_conv, config.train.epochs = True, 1.0
