@@ -12,6 +12,7 @@ import chex
 import jax
 import numpy as np
 from commands import ROOT
+from etils import epath
 from PIL import Image
 
 from unet_jax import data
@@ -145,6 +146,18 @@ def edited_json(path):
     values = json.loads(path.read_text())
     yield values
     path.write_text(json.dumps(values))
+
+
+def save_untrained(path, config):
+    """Makes a work directory whose only checkpoint, of step 1, holds initial weights; returns the path."""
+    path = epath.Path(path)
+    built, untrained = build(config, sharding.create_mesh(0, 1))
+    path.mkdir(parents=True, exist_ok=True)
+    files.claim(path, config, built.network.classes.to_json())
+    writer = checkpoints.CheckpointWriter(path)
+    writer.save(1, untrained, {}, None)
+    writer.close()
+    return path
 
 
 def metric_rows(path):

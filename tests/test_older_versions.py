@@ -58,6 +58,7 @@ def test_it_predicts_files(old, tmp_path):
     assert read_image(tmp_path / "masks" / "a.png").shape == (48, 64)
 
 
+@pytest.mark.slow
 def test_it_is_resumed_to_the_same_end(old, capsys):
     path, expected = old
     loop.train(tiny.get_config(), path)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tifffile
-import tiny
 from helpers import read_image, save_image
 from PIL import Image
 
@@ -20,15 +19,6 @@ from unet_jax.inference import predict, tiles
 from unet_jax.training import loop
 
 RNG = np.random.default_rng(0)
-
-
-def _train(path, variant, size=(48, 48)):
-    config = tiny.get_config()
-    config.data.variant = variant
-    config.data.size = size
-    config.train.epochs = 1.0
-    loop.train(config, path)
-    return path
 
 
 def test_a_folder_of_many_sizes(trained, tmp_path):
@@ -71,8 +61,9 @@ def test_images_at_the_scale_of_the_training_are_tiled(trained, tmp_path, capsys
     np.testing.assert_allclose(circle, expected[..., 2], atol=1e-5)
 
 
-def test_overlapping_masks_are_written_one_file_each(tmp_path):
-    path = _train(tmp_path / "run", "multilabel")
+def test_overlapping_masks_are_written_one_file_each(config, tmp_path):
+    config.data.variant = "multilabel"
+    path = helpers.save_untrained(tmp_path / "run", config)
     picture = save_image(RNG.integers(0, 256, (48, 48), np.uint8), tmp_path / "a.png")
     probability = np.asarray(unet_jax.load(path).predict(picture[None, ..., None])[0])
     threshold = float(np.median(probability[..., 1]))

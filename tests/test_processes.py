@@ -82,6 +82,7 @@ def test_training_resumes_on_one_device_then_four_then_two_processes(steady, tmp
     assert len(files.read_environment(path)) == 4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_restored_on_other_devices_is_bit_equal(steady):
     config = files.read_config(steady)
     found = []

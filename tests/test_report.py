@@ -8,7 +8,6 @@ import helpers
 import numpy as np
 import pytest
 import tiny
-from etils import epath
 
 from unet_jax import metrics
 from unet_jax.data import pipeline
@@ -16,8 +15,7 @@ from unet_jax.data.source import Classes
 from unet_jax.errors import UserError
 from unet_jax.evaluation import evaluate, page, report
 from unet_jax.inference import trained as trained_network
-from unet_jax.parallel import sharding
-from unet_jax.workdir import checkpoints, files, metrics_log
+from unet_jax.workdir import files, metrics_log
 
 NASTY = '<b>&"x"</b>$title'
 
@@ -77,14 +75,8 @@ def test_its_scores_are_those_of_eval_mode(copy):
 
 
 def test_overlapping_masks_have_a_report(config, tmp_path):
-    path = epath.Path(tmp_path)
     config.data.variant, config.data.shapes_validation, config.model.features = "multilabel", 3, (4, 8)
-    built, untrained = helpers.build(config, sharding.create_mesh(0, 1))
-    files.claim(path, config, built.network.classes.to_json())
-    writer = checkpoints.CheckpointWriter(path)
-    writer.save(1, untrained, {}, None)
-    writer.close()
-    text = report.write(path).read_text()
+    text = report.write(helpers.save_untrained(tmp_path, config)).read_text()
     assert "False alarm" in text and text.count('<article class="card"') == 3
     assert "Curves" not in text  # there was no training
 

@@ -201,7 +201,14 @@ def damage(folder, how):
         folder.mkdir()
 
 
-@pytest.mark.parametrize("how", ["truncated", "one bit flipped", "a file deleted", "checksums deleted", "empty"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "one bit flipped",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("truncated", "a file deleted", "checksums deleted")),
+        pytest.param("empty", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_step_is_named_and_the_one_before_used(config, finished, tmp_path, how, capsys):
     path = tmp_path / "run"
     shutil.copytree(finished, path)
@@ -216,6 +223,7 @@ def test_a_damaged_step_is_named_and_the_one_before_used(config, finished, tmp_p
     helpers.assert_same_run(path, finished)
 
 
+@pytest.mark.slow
 def test_an_unfinished_step_is_named_and_ignored(config, finished, tmp_path, capsys):
     path = tmp_path / "run"
     shutil.copytree(finished, path)
@@ -241,6 +249,7 @@ def test_without_an_intact_checkpoint_it_never_starts_from_scratch(config, finis
         evaluate.evaluate_workdir(path, 10, None, "validation")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_the_previous_step_stays(finished, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(finished, path)

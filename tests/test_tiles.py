@@ -45,7 +45,8 @@ def _whole(network, variables, image, tta="none"):
 
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
-    "size", [pytest.param((97, 131), marks=pytest.mark.slow), (40, 201), (64, 64), (33, 17), (3, 150)]
+    "size",
+    [*(pytest.param(size, marks=pytest.mark.slow) for size in ((97, 131), (40, 201))), (64, 64), (33, 17), (3, 150)],
 )
 @pytest.mark.parametrize("extra_conv", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tiles_of_a_valid_network_equal_the_whole_image(size, extra_conv):

@@ -210,18 +210,15 @@ def test_a_work_directory_without_the_fields_at_their_defaults_is_resumed_and_sc
     evaluate.evaluate_workdir(path, None, None, "validation", None)
 
 
-def test_examples_that_changed_are_refused(config, tmp_path):
-    config.train.epochs = 0.4
-    loop.train(config, tmp_path / "run")
-    with helpers.edited_json(tmp_path / "run" / "config.json") as values:
-        values["train"]["epochs"] = config.train.epochs = 0.8  # a run that is not finished yet
-    source = data.load(config.data, "validation")
-    with pytest.MonkeyPatch.context() as patch:
-        load = data.load
-        other = dataclasses.replace(source, ids=["other"] * 10)
-        patch.setattr(data, "load", lambda settings, split: load(settings, split) if split == "train" else other)
-        with pytest.raises(UserError, match="was trained on other examples"):
-            loop.train(config, tmp_path / "run")
+def test_examples_that_changed_are_refused(finished, tmp_path, monkeypatch):
+    path, config = finished
+    shutil.copytree(path, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "10")  # so that there are steps left to train
+    load = data.load
+    other = dataclasses.replace(load(config.data, "validation"), ids=["other"] * 10)
+    monkeypatch.setattr(data, "load", lambda settings, split: load(settings, split) if split == "train" else other)
+    with pytest.raises(UserError, match="was trained on other examples"):
+        loop.train(config, tmp_path / "run")
 
 
 @pytest.mark.slow
