@@ -201,13 +201,11 @@ def damage(folder, how):
         folder.mkdir()
 
 
+SLOW_DAMAGES = ("truncated", "a file deleted", "checksums deleted", "empty")
+
+
 @pytest.mark.parametrize(
-    "how",
-    [
-        "one bit flipped",
-        *(pytest.param(how, marks=pytest.mark.slow) for how in ("truncated", "a file deleted", "checksums deleted")),
-        pytest.param("empty", marks=pytest.mark.slow),
-    ],
+    "how", ["one bit flipped", *(pytest.param(how, marks=pytest.mark.slow) for how in SLOW_DAMAGES)]
 )
 def test_a_damaged_step_is_named_and_the_one_before_used(config, finished, tmp_path, how, capsys):
     path = tmp_path / "run"
