@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -172,11 +173,7 @@ def measure_startup(folder: pathlib.Path) -> list[Row]:
 
 
 def seconds_until(line: str, flags: Sequence[str], folder: pathlib.Path) -> float:
-    """Seconds that `python -m unet_jax.main` takes to print a line that starts with `line`; if that is empty, to end.
-
-    Raises:
-      ChildProcessError: it ended without that line.
-    """
+    """Seconds until `python -m unet_jax.main` prints a line that starts with `line`, or ends if that is empty."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
@@ -184,11 +181,15 @@ def seconds_until(line: str, flags: Sequence[str], folder: pathlib.Path) -> floa
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started, output = time.perf_counter(), [""]
         with subprocess.Popen(command, env=environment, cwd=workdir, **pipes) as process:
+            watchdog = threading.Timer(measure.ROUND_TIMEOUT, process.kill)  # it may hang
+            watchdog.daemon = True
+            watchdog.start()
             for text in process.stdout:
                 output.append(text)
                 if line and text.startswith(line):
                     break
             seconds = time.perf_counter() - started
+            watchdog.cancel()
             process.kill()
     if not output[-1].startswith(line):
         raise ChildProcessError(f"it ended before its first step: {''.join(output[-5:]).strip()[-300:]}")

@@ -97,10 +97,9 @@ class Worker:
         other_end.close()  # so that an ended process is noticed
 
     def answer(self, timeout: float) -> dict[str, Any]:
-        """Waits for an answer; the first one is what it knows of its task.
+        """Waits for an answer, the first of which is what it knows of its task.
 
-        Raises:
-          ChildProcessError: none came in time, the process ended, or it reports an error.
+        Raises `ChildProcessError` if none comes in time, the process has ended, or it reports an error.
         """
         answer = {"error": f"no answer in {timeout:.0f} s"}
         try:
@@ -134,9 +133,8 @@ class Worker:
 def interleave(tasks: Mapping[Any, Task], settings: Settings) -> dict[Any, dict[str, Any]]:
     """Measures tasks round by round.
 
-    Returns:
-      for each task what is known of it, `steps` in a round, `times_s` of a step in each round, other values of the
-      rounds, `memory_bytes`; or `error`.
+    Returns for each task what is known of it, `steps` in a round, `times_s` of a step in each round, other values of
+    the rounds, `memory_bytes`; or `error`.
     """
     workers, results, order = {}, {}, random.Random(0)
 

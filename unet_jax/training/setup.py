@@ -52,7 +52,8 @@ def open_run(config: "ConfigDict", path: epath.Path) -> Run | None:
     """Opens a new run, or resumes the one in the work directory `path`; None if that is finished.
 
     Raises:
-      UserError: anything that the user can put right; nothing was written then.
+      UserError: anything that the user can put right. Only images that cannot be read are found after `config.json`
+        and `classes.json` were written.
     """
     config = config.copy_and_resolve_references()
     if config.deterministic:
@@ -92,7 +93,8 @@ def open_run(config: "ConfigDict", path: epath.Path) -> Run | None:
         _finish_again(path, config, classes, resumed)
         return None
 
-    # State.
+    # Images, decoded here if they are not cached, and state.
+    images = {name: evaluate.open_images(source, config, classes) for name, source in sources.items()}
     state = train_state.create(
         seed=config.seed,
         model=built.network.model,
@@ -115,7 +117,6 @@ def open_run(config: "ConfigDict", path: epath.Path) -> Run | None:
         files.record_environment(path, first_step, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
 
     # Batches and compiled steps.
-    images = {name: evaluate.open_images(source, config, classes) for name, source in sources.items()}
     rows = sharding.process_rows(mesh, batch_size)
     batches = images["train"].train_batches(batch_size, config.seed, first_step, rows)
     _print_summary(config, built, steps, images, state)
