@@ -98,6 +98,7 @@ def test_the_networks_are_the_same_function(work):
 
 
 @pytest.mark.parametrize("work", SMALL, ids=lambda work: work.name)
+@pytest.mark.slow
 def test_the_steps_are_the_same(work):
     """Images, mirrored borders, loss and Adam: the losses of four steps agree, without dropout."""
     torch = pytest.importorskip("torch")

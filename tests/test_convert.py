@@ -497,6 +497,7 @@ def test_parameter_counts_of_full_size_keras_networks(monkeypatch, keras, build,
     assert _count_parameters(monkeypatch, shapes, layers) == count
 
 
+@pytest.mark.slow
 def test_imported_weights_can_be_evaluated_and_fine_tuned_but_not_resumed(tmp_path, config, capsys):
     torch.save(_randomize(TorchUNet(1, (4, 6), 7)).state_dict(), tmp_path / "unet.pth")
     run = tmp_path / "run"
@@ -512,6 +513,7 @@ def test_imported_weights_can_be_evaluated_and_fine_tuned_but_not_resumed(tmp_pa
     assert f"Starting from the weights of {run}, step 0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     file, run = tmp_path / "unet.pth", tmp_path / "run"
     torch.save(Milesial(3, (4, 6), 7).state_dict(), file)

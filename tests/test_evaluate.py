@@ -95,6 +95,7 @@ def test_absent_classes_are_shown_as_absent():
     assert "over 2 classes present" in table
 
 
+@pytest.mark.slow
 def test_the_best_survives_nan_and_never_displaces_the_latest(config, tmp_path):
     _, state = helpers.build(config, sharding.create_mesh(0, 1))
     writer = checkpoints.CheckpointWriter(tmp_path)

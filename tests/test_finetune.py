@@ -29,6 +29,7 @@ def test_the_first_step_starts_from_the_other_weights(trained, config, tmp_path,
         np.testing.assert_allclose(old, new, atol=1e-20)
 
 
+@pytest.mark.slow
 def test_another_number_of_classes_replaces_the_head(trained, config, tmp_path, capsys):
     config.init_from = str(trained)
     config.data.variant = "multilabel"

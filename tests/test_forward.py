@@ -87,7 +87,7 @@ def test_a_threshold_applies_to_sigmoids():
     assert forward.to_label(probability[..., None], "binary", 0.55).tolist() == [[0, 0, 1]]
 
 
-@pytest.mark.parametrize("tta", ["none", "flips", "rotations"])
+@pytest.mark.parametrize("tta", ["none", "flips", pytest.param("rotations", marks=pytest.mark.slow)])
 def test_normalisation_is_part_of_the_forward_pass(tta):
     """Mean and scale per channel, in pixel values; the margins of test-time augmentation are normalised too."""
     mean, scale = (100.0, 120.0, 140.0), (40.0, 50.0, 60.0)
@@ -132,7 +132,9 @@ class Blur(UNet):
         return ((2, 2), (2, 2))
 
 
-@pytest.mark.parametrize("tta, tolerance", [("flips", 1e-6), ("dihedral", 1e-6), ("rotations", 0.02)])
+@pytest.mark.parametrize(
+    "tta, tolerance", [("flips", 1e-6), ("dihedral", 1e-6), pytest.param("rotations", 0.02, marks=pytest.mark.slow)]
+)
 def test_test_time_augmentation_maps_every_view_back(tta, tolerance):
     network = forward.Network(Blur(2, features=(1, 1)), _classes("multiclass", 2), sharding.create_mesh(0, 1))
     image = np.uint8(ndimage.gaussian_filter(_image(61, 84)[..., 0].astype(float), 2))[..., None]
@@ -145,7 +147,9 @@ def test_test_time_augmentation_maps_every_view_back(tta, tolerance):
     np.testing.assert_allclose(tiled, plain, atol=tolerance)
 
 
-@pytest.mark.parametrize("tta, views", [("flips", 4), ("dihedral", 8), ("rotations", 7)])
+@pytest.mark.parametrize(
+    "tta, views", [("flips", 4), ("dihedral", 8), pytest.param("rotations", 7, marks=pytest.mark.slow)]
+)
 def test_test_time_augmentation_averages_the_probabilities_of_its_views(monkeypatch, tta, views):
     network, variables = _network("binary")
     seen = []

@@ -229,6 +229,7 @@ def test_settings_that_do_not_fit_the_data_are_named(config, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_real_slices(config, real_data, tmp_path):
     source = data.load(_config(config, real_data / "isbi2012"), "validation")
     assert list(source.ids) == ["18", "19", "20", "21", "22"]

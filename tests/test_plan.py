@@ -70,6 +70,7 @@ def test_flops_of_training_equal_the_known_numbers(settings, image, outputs, exp
     assert training / 1e9 == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.slow
 def test_rematerialised_work_is_counted(plain):
     stored = plan.flops(plain, _compile(plain))
     plain.model.remat = (0, 1, 2)
@@ -149,6 +150,7 @@ def test_devices_that_share_images_exchange_borders(plain):
     assert params <= _sizes(traffic["all-reduce"]) <= 2 * params + 100
 
 
+@pytest.mark.slow
 def test_a_sharded_optimizer_takes_an_eighth_and_only_weights_are_gathered(plain):
     plain.model.features = (8, 8, 16)  # divisible by eight, but for the input of the first kernel
     whole = _compile(plain)

@@ -149,6 +149,7 @@ def test_a_killed_process_ends_the_other_with_a_reason(tmp_path, killed):
     assert "another task died" in left.output or "If another process has ended, that is the cause" in left.output
 
 
+@pytest.mark.slow
 def test_processes_that_were_started_differently_print_the_difference(tmp_path):
     each = ["--config.optimizer.learning_rate=0.01", "--config.optimizer.learning_rate=0.02"]
     cluster = commands.start_cluster(

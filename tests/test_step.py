@@ -43,6 +43,7 @@ def test_steps_with_microbatches_compile_once(gradient_config, monkeypatch):
     assert [function._cache_size() for function in made] == [1]
 
 
+@pytest.mark.slow
 def test_rematerialised_activations_change_nothing(gradient_config):
     config = gradient_config
     stored, _ = helpers.run_steps(config, helpers.two_devices(), steps=1)

@@ -60,6 +60,7 @@ def test_twenty_kills_at_random_moments(tmp_path):
     helpers.assert_same_run(path, tmp_path / "reference")
 
 
+@pytest.mark.slow
 def test_sigterm_twice_saves_once_and_the_same_command_resumes(finished, tmp_path):
     path = tmp_path / "run"
     command = commands.Command(*commands.training(path), folder=tmp_path)
@@ -96,9 +97,8 @@ def test_libraries_that_catch_exceptions_do_not_swallow_a_signal(config, finishe
         loop.train(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    "at", ["step", *(pytest.param(at, marks=pytest.mark.slow) for at in ("evaluation", "last evaluation"))]
-)
+@pytest.mark.parametrize("at", ["step", "evaluation", "last evaluation"])
+@pytest.mark.slow
 def test_a_signal_loses_no_step_and_no_evaluation(config, finished, tmp_path, monkeypatch, at):
     path = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -281,7 +281,8 @@ def test_a_save_that_failed_in_the_background_is_an_error_before_the_next_one(co
     assert helpers.metric_rows(tmp_path / "run")[-1]["step"] < 100
 
 
-@pytest.mark.parametrize("nonfinite", ["stop", pytest.param("skip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
 def test_an_excessive_learning_rate_is_an_error(config, tmp_path, nonfinite, capsys):
     config = config.copy_and_resolve_references()
     config.train.nonfinite, config.train.epochs = nonfinite, 8.0

@@ -46,7 +46,7 @@ def _whole(network, variables, image, tta="none"):
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     "size",
-    [*(pytest.param(size, marks=pytest.mark.slow) for size in ((97, 131), (40, 201))), (64, 64), (33, 17), (3, 150)],
+    [(64, 64), (33, 17), *(pytest.param(size, marks=pytest.mark.slow) for size in ((97, 131), (40, 201), (3, 150)))],
 )
 @pytest.mark.parametrize("extra_conv", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tiles_of_a_valid_network_equal_the_whole_image(size, extra_conv):
@@ -79,7 +79,7 @@ def test_tiles_of_other_networks_are_blended_smoothly_and_almost_equal_the_whole
         np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("tta", ["flips", "dihedral"])
+@pytest.mark.parametrize("tta", ["flips", pytest.param("dihedral", marks=pytest.mark.slow)])
 def test_flips_and_quarter_turns_keep_tiles_exact(tta):
     network, variables = _network(**VALID)
     image = _image(97, 130)

@@ -39,12 +39,10 @@ def test_golden_step(config):
 GOLDEN = [2.078961, 1.308313, 2.061543, 736.96637]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "space, variant, norm, name, rate",
-    [
-        (1, "multiclass", "batch", "sgd", 0.05),
-        pytest.param(2, "multilabel", "none", "adam", 1e-3, marks=pytest.mark.slow),
-    ],
+    [(1, "multiclass", "batch", "sgd", 0.05), (2, "multilabel", "none", "adam", 1e-3)],
 )
 def test_one_device_equals_eight(config, space, variant, norm, name, rate):
     # Not Adam with a normalisation: Adam divides each gradient by its magnitude, and some gradients of weights before a
@@ -61,10 +59,8 @@ def test_one_device_equals_eight(config, space, variant, norm, name, rate):
     assert one.step == eight.step == 5
 
 
-@pytest.mark.parametrize(
-    "features",
-    [(4, 8, 8), pytest.param((64, 128), marks=pytest.mark.slow)],  # the wide one uses Winograd convolutions
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [(4, 8, 8), (64, 128)])  # the wide one uses Winograd convolutions
 def test_convolutions_for_one_cpu_train_the_same(config, features):
     config.model.features = features
     config.model.norm, config.optimizer.name, config.optimizer.learning_rate = "none", "sgd", 0.05

@@ -61,7 +61,7 @@ def test_the_network_of_the_paper_has_23_convolutions_and_its_sizes():
         dict(padding="valid"),
         dict(upsample="transposed_3x3", extra_conv=True),
         dict(upsample="nearest", norm="batch"),
-        dict(upsample="bilinear", norm="group"),
+        pytest.param(dict(upsample="bilinear", norm="group"), marks=pytest.mark.slow),
         dict(padding="valid", upsample="nearest"),
     ],
     ids=str,

@@ -7,6 +7,7 @@ checkpoints/<step>/variables   weights, EMA weights, batch statistics: all that 
                    checksums.json  SHA-256 of every file of these: Orbax restores a flipped bit silently
 """
 
+import logging
 import sys
 from typing import Any
 
@@ -29,6 +30,7 @@ class CheckpointWriter:
         """The steps on disk must be intact, see `integrity.newest_good_step`."""
         self._path, self._saving, self._failure = integrity.checkpoints_dir(workdir), 0, None
         self._hook, sys.unraisablehook = sys.unraisablehook, self._without_echoes
+        logging.getLogger("asyncio").addFilter(_is_no_echo)
         score = integrity.finite_score  # a NaN must not become the best
         best = checkpoint_managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -91,6 +93,7 @@ class CheckpointWriter:
         except Exception as error:
             raise self._not_saved(error) from error
         sys.unraisablehook = self._hook
+        logging.getLogger("asyncio").removeFilter(_is_no_echo)
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
         """Where processes wait for each other while they save, in a thread of Orbax.
@@ -143,6 +146,11 @@ class CheckpointWriter:
         """Called by Orbax just before it commits a step by renaming it; in a bucket nothing is renamed."""
         unfinished = list(self._path.glob(f"{self._saving}{integrity.UNFINISHED}*"))
         integrity.write_checksums(unfinished[0] if unfinished else self._path / str(self._saving))
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    """A failed save is reported once: Orbax writes its files concurrently and waits for the first failure only."""
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def read_meta(workdir: epath.PathLike, step: int) -> dict[str, Any]:
