@@ -94,7 +94,9 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.best_metric = "miou"  # picks the best checkpoint: a key of metrics.jsonl without val/, as iou/road
     config.eval.em_scores = False  # two classes: V_rand, V_info and pixel error of the ISBI 2012 challenge as well
-    config.eval.tta = "none"  # none | flips | dihedral | rotations: averaged by --mode=eval, never while it trains
+    # Views averaged by --mode=eval, report and predict, never while it trains: auto (those that training drew, the best
+    # choice) | none | horizontal | vertical | flips | turns | dihedral | rotations; see VIEWS of inference/forward.py
+    config.eval.tta = "none"
 
     config.mesh = ConfigDict()
     config.mesh.data = 0  # devices that share the batch; 0: all devices divided by space

@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for configs/, and in case unet_jax is not installed
 
 from unet_jax.errors import UserError  # noqa: E402
+from unet_jax.parallel.streams import guard  # noqa: E402
 
 
 def main() -> None:
@@ -83,4 +84,5 @@ def _read_config(file: str):
 
 
 if __name__ == "__main__":
+    guard()
     main()

@@ -4,9 +4,10 @@
 Installs what is missing, then trains with N processes on this machine that talk over loopback, as those of N hosts
 would: to try on CPUs what will run on many machines. Without --config or --mode it is configs/shapes.py.
 
-Every line of output starts with its process, "[0] ". SIGTERM and SIGINT (Ctrl-C) go to all processes, which save and
-end. The exit code is the first one that is not 0: 143 after SIGTERM, 130 after SIGINT. If a process dies, the others
-end by themselves within a minute; what is left after LOCAL_CLUSTER_GRACE seconds (90) is killed.
+Every line of output starts with its process, "[0] ". SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) go to all
+processes, which save and end. The exit code is the first one that is not 0: 143 after SIGTERM, 130 after SIGINT, 129
+after SIGHUP. If a process dies, the others end by themselves within a minute; what is left after LOCAL_CLUSTER_GRACE
+seconds (90) is killed.
 JAX_NUM_CPU_DEVICES=4 gives each process four devices; JAX_PLATFORMS is cpu unless set.
 --dry-run prints the commands.
 """
@@ -22,6 +23,9 @@ import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from unet_jax.parallel import streams  # noqa: E402 (needs nothing that is yet to be installed)
 
 
 def main(arguments):
@@ -38,9 +42,8 @@ def main(arguments):
     received, port = set(), "PORT"
     if "--dry-run" not in arguments:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            sent = signal.SIGTERM if number == signal.SIGHUP else number
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                signal.signal(number, lambda _, frame, sent=sent: received.add(sent))
+                signal.signal(number, lambda number, frame: received.add(number))
         code = subprocess.run([ROOT / "scripts" / "install.sh"]).returncode
         if code or received:
             return 128 + max(received) if received else abs(code)
@@ -62,7 +65,7 @@ def run(commands, environment, grace, received):
     """Runs processes to their end, passing on the signals that were `received`; returns the exit code."""
     processes, readers = {}, []
     for i, command in enumerate(commands):
-        # In sessions of their own: a Ctrl-C in a terminal reaches this program alone, which passes it on once.
+        # In sessions of their own: what a terminal sends reaches this program alone, which passes it on once.
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         unbuffered = {**os.environ, **environment, "PYTHONUNBUFFERED": "1"}  # a pipe would hold lines back
         processes[i] = subprocess.Popen(command, env=unbuffered, start_new_session=True, **pipes)
@@ -73,7 +76,7 @@ def run(commands, environment, grace, received):
         while received:
             number = received.pop()
             for process in processes.values():
-                process.send_signal(number)  # to Python, which train.sh becomes
+                os.killpg(process.pid, number)  # as a terminal does: also to install.sh, while train.sh waits for it
         for i in [i for i, process in processes.items() if process.poll() is not None]:
             code = processes.pop(i).returncode
             if code and not first:
@@ -99,4 +102,5 @@ def copy_lines(stream, prefix):
 
 
 if __name__ == "__main__":
+    streams.guard()  # it outlives the terminal, until all have saved
     sys.exit(main(sys.argv[1:]))

@@ -5,9 +5,9 @@
 #
 # Trains on all hosts of a Cloud TPU node: creates the node if it does not exist, copies the last commit of this checkout,
 # installs it, and runs python -m unet_jax.main on every worker. A preempted node is deleted and created again, and the
-# training resumes from the same work directory. The script ends with the exit code of the training. Ctrl-C or SIGTERM
-# makes the workers save and exit. Called again, it resumes on the existing node. The folder unet_jax of the workers is
-# replaced.
+# training resumes from the same work directory. The script ends with the exit code of the training. Ctrl-C, SIGTERM and
+# SIGHUP (a closed terminal) make the workers save and exit. Called again, it resumes on the existing node. The folder
+# unet_jax of the workers is replaced.
 #
 #   --name=unet-jax             of the node
 #   --type=v6e-16               accelerator type; v6e-16 are 4 hosts of 4 chips
@@ -23,9 +23,14 @@
 # every worker can see. It has to keep its connections open: start it in tmux, on a machine that stays on.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
+trap '' PIPE
+
+say() { # whether anybody still reads it or not
+  echo "$*" >&2 || true
+}
 
 fail() {
-  echo "error: $*" >&2
+  say "error: $*"
   exit 1
 }
 
@@ -143,6 +148,8 @@ fi
 scripts/install.sh tpu'
 }
 
+# The connection to the workers is in a process group of its own, which Ctrl-C and a closed terminal do not reach: they
+# would cut it while the workers save.
 train() { # FLAG ...
   local pid code=0 command
   command="cd unet_jax && exec .venv/bin/python -u -m unet_jax.main $(quote "$@")"
@@ -150,27 +157,40 @@ train() { # FLAG ...
     on_workers "$command"
     return
   fi
-  # In the background, out of reach of Ctrl-C, which would cut the connections to workers that are saving.
-  trap 'stopped=yes' INT TERM HUP
+  trap 'stop INT' INT
+  trap 'stop TERM' TERM
+  trap 'stop HUP' HUP
+  set -m
   on_workers "$command" </dev/null &
+  set +m
   pid=$!
-  wait "$pid" || code=$?
-  if [ -n "$stopped" ]; then
-    echo "Stopping the workers, which save first ..." >&2
-    on_workers "pkill -TERM -f '[u]net_jax[.]main'" || true
-    code=0
-    wait "$pid" || code=$?
-  fi
-  trap - INT TERM HUP
+  wait "$pid" || true
+  while kill -0 "$pid" 2>/dev/null; do # it was a signal that ended the wait
+    wait "$pid" || true
+  done
+  wait "$pid" || code=$? # bash remembers it
+  trap - INT TERM
+  [ -n "$stopped" ] || trap - HUP # which shells repeat
   return "$code"
+}
+
+# shellcheck disable=SC2329 # called by traps
+stop() { # SIGNAL
+  stopped=$1
+  say "Stopping the workers, which save first ..."
+  # In a subshell, which leaves $! alone; also in a group of its own.
+  (
+    set -m
+    on_workers "pkill -$1 -f '[u]net_jax[.]main' || true" </dev/null &
+  )
 }
 
 end() { # CODE
   if [ -n "$delete" ]; then
     delete
   else
-    echo "The node $name still exists, and is billed. To delete it:" >&2
-    dry_run=yes delete >&2
+    say "The node $name still exists, and is billed. To delete it:"
+    dry_run=yes delete >&2 || true
   fi
   exit "$1"
 }
@@ -189,7 +209,7 @@ if [ -n "$dry_run" ]; then
 fi
 
 if [ -n "$(git -C "$root" status --porcelain)" ]; then
-  echo "Uncommitted changes are not copied; the workers get the last commit." >&2
+  say "Uncommitted changes are not copied; the workers get the last commit."
 fi
 archive=$(mktemp)
 trap 'rm -f "$archive"' EXIT
@@ -202,7 +222,7 @@ while true; do
   case $state in
     READY) ;;
     PREEMPTED | TERMINATED) # final: such a node can only be deleted
-      echo "The node $name is $state and is created again." >&2
+      say "The node $name is $state and is created again."
       delete || sleep "$poll"
       ours=yes
       continue
@@ -211,14 +231,14 @@ while true; do
       if ! create; then
         # A node that could be created once lacks capacity now; the first time it may be the settings.
         [ -n "$ours" ] || fail "the node could not be created, see above"
-        echo "No node yet; trying again." >&2
+        say "No node yet; trying again."
         sleep "$poll"
         continue
       fi
       ours=yes
       ;;
     CREATING | STARTING | RESTARTING | REPAIRING | REIMAGING | DELETING)
-      echo "The node $name is $state; waiting." >&2
+      say "The node $name is $state; waiting."
       sleep "$poll"
       continue
       ;;
@@ -240,8 +260,8 @@ while true; do
     fi
   done
   if [ -z "$lost" ] && [ "$code" -ne 143 ]; then
-    echo "error: the training ended with exit code $code; once that is fixed, the same command resumes it" >&2
+    say "error: the training ended with exit code $code; once that is fixed, the same command resumes it"
     end "$code"
   fi
-  echo "The training was interrupted and is resumed." >&2
+  say "The training was interrupted and is resumed."
 done

@@ -4,6 +4,7 @@ That process never starts a JAX backend, so each command has its own, with as ma
 """
 
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import pathlib
@@ -13,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.py"
@@ -38,6 +40,8 @@ class Command:
 
     Attributes:
       output: what it has printed so far to either stream.
+      flags: as it was started with.
+      pid: its process id.
     """
 
     def __init__(
@@ -48,6 +52,9 @@ class Command:
         file_size: int = 0,
         fills_cache: bool = True,
         log_compiles: bool = False,
+        streams: Mapping[int, str] | None = None,
+        ignored: Sequence[signal.Signals] = (),
+        constants: Mapping[str, float] | None = None,
     ):
         """Starts `python -m unet_jax.main FLAGS` with `devices` virtual devices.
 
@@ -56,14 +63,22 @@ class Command:
           file_size: no file may grow beyond this many bytes; 0 is no limit.
           fills_cache: whether it adds to the shared compilation cache, where a kill could leave half a file.
           log_compiles: whether JAX logs what it compiles.
+          streams: descriptor -> what it is instead of the output file: "closed", "no reader" (a pipe whose reader has
+            left), or a path; a terminal becomes the controlling one.
+          ignored: signals that are ignored from the start.
+          constants: other values of module constants, such as those of timeouts.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        self.flags = flags
         self._file = folder / f"output_{time.monotonic_ns()}.txt"
         settings = {"jax_num_cpu_devices": devices, "jax_log_compiles": log_compiles}
         if not fills_cache:
             settings["jax_persistent_cache_min_compile_time_secs"] = 1e9
-        self._process = _context.Process(target=_run, args=(flags, str(self._file), settings, file_size))
+        self._process = _context.Process(
+            target=_run, args=(flags, str(self._file), settings, file_size, streams or {}, ignored, constants or {})
+        )
         self._process.start()
+        self.pid = self._process.pid
 
     @property
     def output(self) -> str:
@@ -87,7 +102,7 @@ class Command:
             time.sleep(0.01)
 
     def send(self, number: signal.Signals) -> None:
-        os.kill(self._process.pid, number)
+        os.kill(self.pid, number)
 
     def resident_bytes(self) -> int:
         """Its resident memory."""
@@ -123,7 +138,7 @@ def succeed_together(*flags: str, **settings) -> list[str]:
     return [command.output for command in cluster]
 
 
-def _run(flags, file, settings, file_size):
+def _run(flags, file, settings, file_size, streams, ignored, constants):
     os.chdir(os.path.dirname(file))
     opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(opened, 1)
@@ -132,11 +147,34 @@ def _run(flags, file, settings, file_size):
         stream.reconfigure(line_buffering=True)
     faulthandler.register(signal.SIGUSR1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # children of multiprocessing ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as does what runs under nohup
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     import jax
 
     for name, value in settings.items():
         jax.config.update(name, value)
+    for name, value in constants.items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, value)
+    if streams:
+        os.setsid()
+    for descriptor, target in streams.items():
+        _redirect(descriptor, target)
     sys.argv = [str(ROOT / "unet_jax" / "main.py"), *flags]
     runpy.run_module("unet_jax.main", run_name="__main__", alter_sys=True)
+
+
+def _redirect(descriptor, target):
+    if target == "closed":
+        os.close(descriptor)
+        return
+    if target == "no reader":
+        reader, opened = os.pipe()
+        os.close(reader)
+    else:
+        opened = os.open(target, os.O_RDWR)  # only so does a terminal become the controlling one
+    os.dup2(opened, descriptor)
+    os.close(opened)

@@ -148,14 +148,16 @@ def edited_json(path):
     path.write_text(json.dumps(values))
 
 
-def save_untrained(path, config):
-    """Makes a work directory whose only checkpoint, of step 1, holds initial weights; returns the path."""
+def save_untrained(path, config, change=lambda params: params):
+    """Makes a work directory whose only checkpoint, of step 1, holds initial weights, changed; returns the path."""
     path = epath.Path(path)
     built, untrained = build(config, sharding.create_mesh(0, 1))
+    untrained = untrained.replace(params=change(untrained.params))
     path.mkdir(parents=True, exist_ok=True)
     files.claim(path, config, built.network.classes.to_json())
     writer = checkpoints.CheckpointWriter(path)
-    writer.save(1, untrained, {}, None)
+    examples = {"train": data.load(config.data, "train").ids_digest()}
+    writer.save(1, untrained, {"examples": examples}, None)
     writer.close()
     return path
 
@@ -178,6 +180,8 @@ def assert_same_run(path, reference):
     """Weights, optimizer, EMA weights, statistics, what the log resumes from, and all metrics, bit for bit."""
     (found, meta), (expected, expected_meta) = final_state(path), final_state(reference)
     chex.assert_trees_all_equal(found, expected)
+    for record in (meta, expected_meta):
+        record.pop("config", None)  # it may have been saved at other steps
     assert meta == expected_meta and metric_rows(path) == metric_rows(reference)
 
 

@@ -1,6 +1,7 @@
 """The cache of decoded images is never stale, never used when damaged, and never stops a run."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import shutil
@@ -34,8 +35,8 @@ def read(index):
     time.sleep(delay)
     print("read", index, flush=True)
     return {"image": np.full((10, 100), index, np.uint8)}
-arrays = cache.load_or_write({"key": "the same"}, ["image"], 10, read, 1e6)
-print("sum", None if arrays is None else int(arrays["image"].sum()), flush=True)
+examples = cache.load_or_write({"key": "the same"}, ["image"], 10, read, 1e6)
+print("sum", None if examples is None else int(examples.take(np.arange(10))["image"].sum()), flush=True)
 """
 
 
@@ -92,7 +93,7 @@ def _assert_equal(batches, others):
 
 
 def _cache_megabytes(name, megabytes, limit=3.0):
-    """The arrays of an entry of that many megabytes; None if it is not cached."""
+    """The examples of an entry of that many megabytes; None if it is not cached."""
     return cache.load_or_write(
         {"key": name}, ["image"], 1, lambda _: {"image": np.zeros(megabytes * 10**6, "u1")}, limit * 1e6
     )
@@ -226,17 +227,68 @@ def test_the_leftovers_of_a_killed_process_are_never_used(entries):
     assert {path.suffix for path in entries.iterdir()} == {""}
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
-def test_a_damaged_entry_is_replaced(config, reads, entries, damage):
+@pytest.mark.parametrize("name", ["image", "label", "crc32"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "of another type"])
+def test_a_damaged_entry_is_replaced(config, reads, entries, name, damage, capsys):
     expected = _batches(_open(config))
-    (file,) = entries.glob("*/label.npy")
+    (file,) = entries.glob(f"*/{name}.npy")
+    whole = file.read_bytes()
     if damage == "missing":
         file.unlink()
     else:
-        file.write_bytes(b"" if damage == "empty" else file.read_bytes()[:-1])
+        bad = {"truncated": whole[:-1], "empty": b"", "of another type": whole.replace(b"u", b"f", 1)}
+        file.write_bytes(bad[damage])
     reads.clear()
     _assert_equal(_batches(_open(config)), expected)
-    assert len(reads) >= 6 and len(list(entries.iterdir())) == 1
+    assert len(reads) >= 6 and len(list(entries.iterdir())) == 1 and file.read_bytes() == whole
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1 and f"{file.parent} is damaged and is written anew" in output
+
+
+def _flip(entries, name, position, bits=255):
+    """Flips bits of a byte of a file of the only entry, also for those who have mapped it."""
+    (path,) = entries.glob(f"*/{name}.npy")
+    with path.open("r+b") as file:
+        file.seek(position, os.SEEK_SET if position >= 0 else os.SEEK_END)
+        value = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([value ^ bits]))
+
+
+@pytest.mark.parametrize("name", ["image", "label", "weight", "crc32"])
+@pytest.mark.parametrize("is_open", [True, False])
+def test_flipped_bits_never_reach_a_batch(config, reads, entries, name, is_open, capsys):
+    open_again = lambda gib=1.0: _open(config, gib, border.BorderWeights(10.0, 5.0, 255))
+    streamed, cached = open_again(gib=0.0), open_again()
+    train = lambda opened: list(itertools.islice(opened.train_batches(4, 7, 0, np.arange(4)), 6))
+    expected = train(streamed), _batches(streamed), [streamed.read(5)]
+    for position, bits in ((-1, 1), (-2, 128)):  # of the last example
+        _flip(entries, name, position, bits)
+    damaged = cached if is_open else open_again()
+    reads.clear()
+    for found, batches in zip((train(damaged), _batches(damaged), [damaged.read(5)]), expected, strict=True):
+        _assert_equal(found, batches)
+    assert set(reads) == {"5"}  # again whenever it is needed, and no other
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1 and "is damaged, first seen at example 5" in output
+    assert not list(entries.iterdir())  # so the next start writes it anew
+    _assert_equal(train(open_again()), expected[0])
+    reads.clear()
+    _assert_equal(_batches(open_again()), expected[1])
+    assert not reads and not capsys.readouterr().out
+
+
+def test_no_byte_of_an_entry_is_trusted(entries):
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5), np.uint8)
+    open_again = lambda: cache.load_or_write({}, ["image"], 3, lambda i: {"image": images[i]}, 1e6, str)
+    open_again()
+    for name, size in (("image", 128 + 60), ("crc32", 128 + 12)):
+        for position in range(name == "crc32", size, 6):
+            _flip(entries, name, position, 1 << position % 8)
+            found = open_again().take(np.array([2, 0, 0, 1]))["image"]
+            assert found.dtype == np.uint8
+            np.testing.assert_array_equal(found, images[[2, 0, 0, 1]])
+            open_again()
 
 
 def test_the_least_recently_used_entries_make_room(entries):

@@ -36,6 +36,8 @@ def _broken_folder(root):
     faults["images/truncated.png"] = "not a readable image"
     save("text")[0].write_text("this is no image")
     faults["images/text.png"] = "not a readable image"
+    save("\x1b[2Jclears the screen")[0].write_text("this is no image")
+    faults["images/\\x1b[2Jclears the screen.png"] = "not a readable image"
     save("empty")[1].write_bytes(b"")
     faults["masks/empty.png"] = "not a readable image"
     save("size", mask=np.zeros((30, 20), np.uint8))
@@ -83,6 +85,7 @@ def test_every_fault_is_named(tmp_path):
         workdir=tmp_path / "run",
     )
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "\x1b" not in result.stdout
     shown = [line for line in result.stdout.splitlines() if line.startswith("FAULT")]
     for file, message in faults.items():
         assert any(file in line and message in line for line in shown), (file, message, shown)

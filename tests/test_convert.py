@@ -156,7 +156,7 @@ def _check_logits(workdir, images, expected):
     difference = np.abs(logits - expected).max()
     print(f"largest difference of the logits {difference:.1e}, of a standard deviation of {expected.std():.2f}")
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
-    probability = np.asarray(trained.predict(images))
+    probability = np.asarray(jax.jit(trained.network.probability)(trained.variables, images))
     if trained.classes.task == "multiclass":
         exponential = np.exp(expected - expected.max(-1, keepdims=True))
         np.testing.assert_allclose(probability, exponential / exponential.sum(-1, keepdims=True), rtol=0, atol=1e-4)
@@ -522,7 +522,7 @@ def test_command(tmp_path):
     assert done.returncode == 0, done.stderr
     for part in ("milesial/Pytorch-UNet", "widths    4, 6", "7 (multiclass)", "--mode=eval", "init_from"):
         assert part in done.stdout
-    assert unet_jax.load(run).predict(_images(3)).shape == (2, *SIZE, 7)
+    assert unet_jax.load(run).predict_image(_images(3)[0]).shape == (*SIZE, 7)
     torch.save(Foreign(tmp_path / "marker"), tmp_path / "foreign.pth")
     for flags, message in [
         ((file, f"--workdir={run}"), "not empty"),

@@ -122,6 +122,33 @@ def test_carla_without_drives_holds_out_one_block_of_frame_numbers(tmp_path):
     assert [pair.id for pair in splits["validation"]] == ["20", "100"]
 
 
+def test_carla_frames_and_folders_of_any_name(config, tmp_path, monkeypatch):
+    root = tmp_path / "data\udce9 [1]"  # not UTF-8, and to a shell a pattern
+    for folder in ("a", "b"):
+        make_frames(root / folder, range(2))
+    for place in ("CameraRGB", "CameraMask"):
+        (root / "a" / place / "000001.png").rename(root / "a" / place / "line\nbreak \udce9 9.png")
+    monkeypatch.chdir(root)
+    expected = ["a/000000", "a/line\nbreak \udce9 9", "b/000000", "b/000001"]
+    for path in (root, "."):
+        assert [pair.id for pair in carla.find_pairs(str(path))] == expected
+    config.data.validation = 0.5
+    assert data.load(_config(config, root), "validation").ids == expected[2:]
+    (root / "a/CameraRGB/000000.PNG").write_bytes(b"")
+    with pytest.raises(UserError, match=r"has the same name; remove or rename one"):
+        carla.find_pairs(str(root))
+
+
+def test_isbi_slices_and_folders_of_any_name(config, tmp_path):
+    for name in ("1", "²", "10", "\udce9", "-", "._1"):
+        for place, pixels in (("image", np.zeros), ("label", np.ones)):
+            file = tmp_path / "stack[1]/train" / place / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels((4, 4), np.uint8)).save(file)
+    settings = _config(config, tmp_path / "stack[1]", "multiclass", "isbi2012")
+    assert data.load(settings, "all").ids == ["1", "10", "-", "²", "\udce9"]
+
+
 def _break(root: pathlib.Path, fault: str) -> str:
     """Breaks one file; returns a part of the expected error message."""
     image, mask = root / "CameraRGB/000002.png", root / "CameraMask/000002.png"
@@ -243,7 +270,7 @@ def test_pets_from_an_unpacked_folder(config, tmp_path):
     assert source.files and all(file.exists() for file in source.files)
     assert source.classes.names == ("pet", "background", "border")
     image, label = source.read(0)
-    assert image.shape == (20, 16, 3) and label.shape == (20, 16)
+    assert image.shape == (20, 16, 3) and label.shape == (20, 16) and source.size_range() == ((20, 16), (20, 16))
     assert (label[0, 0], label[4, 4], label[8, 8]) == (1, 2, 0)
     settings.variant = "binary"
     source = data.load(settings, "validation")
@@ -310,6 +337,9 @@ def test_classes_survive_json():
 
     classes = Classes("multilabel", ("a", "b"), ((1, 2, 3), (4, 5, 6)), channels=1)
     assert Classes.from_json(json.loads(json.dumps(classes.to_json()))) == classes
+    for name in ("\x1b[2J", "a\nb", "\x9b", "\ud800"):
+        with pytest.raises(UserError, match="cannot be the name of a class: it holds control characters"):
+            Classes.from_json(classes.to_json() | {"names": ("é 車", name)})
 
 
 def test_resizing(tmp_path):

@@ -1,6 +1,9 @@
 """Scoring a split and a work directory: exact, from the work directory alone, and with errors that name the file."""
 
+import csv
+import io
 import json
+import re
 import shutil
 
 import helpers
@@ -8,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 
+import unet_jax
 from unet_jax import data, losses, metrics
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
-from unet_jax.evaluation import evaluate
-from unet_jax.inference import forward
+from unet_jax.evaluation import evaluate, report, scores
+from unet_jax.inference import forward, predict
 from unet_jax.parallel import sharding
 from unet_jax.workdir import checkpoints, integrity, metrics_log
 
@@ -66,9 +70,117 @@ def test_eval_mode_needs_the_work_directory_alone(trained, capsys, tmp_path):
         assert written["step"] == best["step"] and written["miou"] == best["val/miou"]
         assert written["loss"] == pytest.approx(best["val/loss"], rel=1e-6)
         evaluate.evaluate_workdir(moved, None, None, "train", None)
-        assert "train split of shapes: 20 images" in capsys.readouterr().out
+        assert "train split of shapes: 20 images of 40" in capsys.readouterr().out
     finally:
         moved.rename(trained)
+
+
+def _save_cars(root, names):
+    """Photographs with a car, and its masks; the last one is empty."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        mask = np.zeros((16, 24), np.uint8)
+        mask[4:10, 5:15] = 0 if name == names[-1] else 255
+        helpers.save_image(rng.integers(0, 255, (16, 24, 3), np.uint8), root / "images" / f"{name}.png")
+        helpers.save_image(mask, root / "masks" / f"{name}.png")
+
+
+@pytest.fixture
+def cars(config, tmp_path):
+    """The work directory of an untrained network for `tmp_path / "cars"`."""
+    _save_cars(tmp_path / "cars", [f"car{i}" for i in range(5)])
+    config.data.update(name="folder", variant="binary", root=str(tmp_path / "cars"), size=(16, 24), channels=3)
+    config.data.labels, config.model.features = ("0 background", "255 -> 1 car"), (2, 4)
+    config.augment.flip_horizontal, config.augment.rotate = True, 10.0
+    return helpers.save_untrained(tmp_path / "run", config)
+
+
+def test_other_images_are_all_scored_and_no_scores_land_over_others(cars, tmp_path, capsys):
+    _save_cars(tmp_path / "unseen", ["=1+1", "a,b", "c", "d"])
+    _save_cars(tmp_path / "other/cars", [f"car{i}" for i in range(5)])
+    evaluate.evaluate_workdir(cars, None, None)
+    assert f"validation split of {tmp_path}/cars: 1 image of 5;" in capsys.readouterr().out
+    unseen = str(tmp_path / "unseen")
+    result = evaluate.evaluate_workdir(cars, None, unseen)
+    out = capsys.readouterr().out
+    assert f"all images of {unseen}: 4 images of 4;" in out and "warning" not in out
+    assert len(result.confusion) == 4
+    evaluate.evaluate_workdir(cars, None, unseen, "validation")
+    assert f"validation split of {unseen}: 1 image of 4;" in capsys.readouterr().out
+    evaluate.evaluate_workdir(cars, None, str(tmp_path / "other/cars"))
+    out = capsys.readouterr().out
+    assert "5 images of 5" in out and "have the names of those of the training" in out and "--split=validation" in out
+
+    stems = [
+        "cars-validation-1-none",
+        "cars_HASH-all-1-none",
+        "unseen_HASH-all-1-none",
+        "unseen_HASH-validation-1-none",
+    ]
+    found = {re.sub("_[0-9a-f]{8}-", "_HASH-", file.name): file for file in (cars / "eval").iterdir()}
+    assert sorted(found) == sorted(f"{stem}.{suffix}" for stem in stems for suffix in ("csv", "json"))
+    written = json.loads(found["unseen_HASH-all-1-none.json"].read_text())
+    scored = {"step": 1, "split": "all", "data_root": unseen, "images": 4, "tta": "none"}
+    assert scored.items() <= written.items() and written["dice"] == result.records[0].value
+    latest, last = (cars / file for file in ("eval.json", found["cars_HASH-all-1-none.json"]))
+    assert latest.read_text() == last.read_text()
+
+    lines = list(csv.DictReader(io.StringIO(found["unseen_HASH-all-1-none.csv"].read_text())))
+    assert [line["id"] for line in lines] == ["'=1+1", "a,b", "c", "d"]
+    for line, counts in zip(lines, result.confusion, strict=True):
+        alone = metrics.flatten(metrics.records(metrics.Counts(counts, result.names)))
+        assert {key: float(line[key]) if line[key] else None for key in alone} == alone
+    assert lines[-1]["dice/car"] == lines[-1]["iou/car"] == "" and lines[-1]["pixels"] == "384"
+    assert np.mean([float(line["loss"]) for line in lines]) == pytest.approx(result.loss)  # images of one size
+
+    text = report.write(cars, data_dir=unseen).read_text()
+    assert f"all 4 images of 16x24 in {unseen}" in text
+    assert text.index("<dt>Dice of car</dt>") < text.index("<dt>mean IoU</dt>")
+    shutil.rmtree(unseen)
+    # The latest scores are of other images, but a report finds those of these.
+    kept = f"eval/{found['unseen_HASH-all-1-none.json'].name}, 4 images, test-time augmentation none"
+    assert kept in report.write(cars, data_dir=unseen).read_text()
+
+
+def test_files_of_scores_have_short_safe_names_and_one_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = lambda root: scores.data_name(root, "data/cars", "folder")
+    assert name("data/cars") == name(str(tmp_path / "data/cars")) == name("data/../data/cars/") == "cars"
+    assert scores.data_name("", "", "shapes") == "shapes"
+    roots = ["cars", "x/cars", "gs://bucket/cars", "/", "", "a b/[1e-3]", "..", "n" * 300, "é", "\udce9", "cars.zip"]
+    names = [name(root) for root in roots]
+    assert len(set(names)) == len(names) and "cars" not in names
+    assert all(re.fullmatch(r"[\w-][\w.-]*_[0-9a-f]{8}", one, re.ASCII) and len(one) < 60 for one in names)
+
+
+def test_every_way_in_takes_the_views_of_the_training_and_warns_of_others(cars, tmp_path, capsys):
+    with helpers.edited_json(cars / "config.json") as values:
+        values["eval"]["tta"] = "auto"
+    warning = "warning: test-time augmentation 'flips' averages over views that training never drew "
+    warning += "(turned by 180 degrees, flipped vertically), which can make it worse; here 'auto' means 'horizontal'"
+    image, network = np.zeros((1, 16, 24, 3), np.uint8), unet_jax.load(cars)
+    evaluate.evaluate_workdir(cars, None, None)
+    assert network.resolve_tta() == "horizontal"
+    assert (network.predict(image, tta="auto") == network.predict(image, tta="horizontal")).all()
+    assert "warning: test-time" not in capsys.readouterr().out
+    ways = {
+        "eval": lambda: evaluate.evaluate_workdir(cars, None, None, tta="flips"),
+        "predict": lambda: predict.predict_files(cars, str(tmp_path / "cars"), tmp_path / "out", tta="flips"),
+        "load": lambda: [network.predict_image(image[0], tta="flips") for _ in range(2)],
+        "report": lambda: report.write(cars),
+    }
+    for name, way in ways.items():
+        if name == "report":
+            with helpers.edited_json(cars / "config.json") as values:
+                values["eval"]["tta"] = "flips"
+        way()
+        assert capsys.readouterr().out.count(warning) == 1, name
+    assert json.loads((tmp_path / "out/predictions.json").read_text())["tta"] == "flips"
+    assert {file.stem for file in (cars / "eval").iterdir()} == {
+        f"cars-validation-1-{x}" for x in ("horizontal", "flips")
+    }
+    with pytest.raises(UserError, match="--tta = 'flip'.*Did you mean 'flips'"):
+        evaluate.evaluate_workdir(cars, None, None, tta="flip")
 
 
 def test_errors_name_what_is_missing(trained, tmp_path):
@@ -89,8 +201,8 @@ def test_errors_name_what_is_missing(trained, tmp_path):
 
 def test_absent_classes_are_shown_as_absent():
     names, counts = ("a", "b", "dog"), np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
-    result = evaluate.Evaluation(0.5, metrics.records(metrics.Counts(counts, names)), counts[None], names)
-    table = evaluate.format_table(result)
+    result = scores.Evaluation(0.5, metrics.records(metrics.Counts(counts, names)), counts[None], names, [0.5])
+    table = scores.format_table(result.loss, result.records, result.pixels)
     assert [line.split() for line in table.splitlines() if line.startswith("dog")] == [["dog", "absent", "absent"]]
     assert "over 2 classes present" in table
 
@@ -133,9 +245,8 @@ def test_a_flipped_bit_and_a_missing_file_are_named_with_another_step(trained, t
     evaluate.evaluate_workdir(copy, 4, None, "validation", None)
 
 
-def test_images_of_another_task_are_refused(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    with helpers.edited_json(tmp_path / "run/config.json") as config:
-        config["data"]["variant"] = "multilabel"
+def test_images_of_another_task_are_refused(trained):
+    network = unet_jax.load(trained)
+    network.config.data.variant = "multilabel"
     with pytest.raises(UserError, match="for a multiclass task of 7 classes.* are for a multilabel task of 6"):
-        evaluate.evaluate_workdir(tmp_path / "run", None, None, "validation", None)
+        evaluate.open_split(network, trained, "validation")

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 
@@ -12,13 +14,16 @@ import pytest
 import tiny
 from flax import linen as nn
 from flax import traverse_util
-from helpers import ROOT, run
+from helpers import ROOT, edited_json, read_image, run, save_untrained
 from PIL import Image
 
 import unet_jax
+from configs import default
 from unet_jax import data, models
+from unet_jax.data import images as images_of_data
 from unet_jax.errors import UserError
-from unet_jax.inference import forward, trained
+from unet_jax.evaluation import evaluate
+from unet_jax.inference import forward, predict, resize, trained
 from unet_jax.interop import export
 from unet_jax.parallel import sharding
 
@@ -91,7 +96,8 @@ def _network(images, task="multiclass", normalization=None, **settings):
     logits = jax.jit(network.logits)(variables, images[:2, 240:277, 200:253])
     mean, deviation, head = logits.mean((0, 1, 2)), logits.std((0, 1, 2)), variables["params"]["head"]
     head.update(kernel=head["kernel"] / deviation, bias=(head["bias"] - mean) / deviation)
-    return trained.Trained(config, classes, network, variables, 7)
+    not_resized = (tuple(config.data.size),) * 2
+    return trained.Trained(config, classes, network, variables, 7, not_resized)
 
 
 @pytest.fixture(scope="module")
@@ -142,25 +148,30 @@ def onnx_files(networks, folder):
     return _run_without_project("onnx", folder)
 
 
+def _agree(network, label, probability, expected, tolerance):
+    """Asserts probabilities within the tolerance, and equal labels where that decides them; returns their share."""
+    assert probability.shape == expected.shape and probability.dtype == np.float32
+    np.testing.assert_allclose(probability, expected, rtol=0, atol=tolerance)
+    if network.classes.task == "multiclass":
+        decided = expected.max(-1) - np.sort(expected, -1)[..., -2] > 2 * tolerance
+    else:
+        decided = np.abs(expected - 0.5) > tolerance
+    decided = decided[..., 0] if network.classes.task == "binary" else decided
+    expected_label = forward.to_label(expected, network.classes.task)
+    assert label.shape == expected_label.shape and label.dtype == np.uint8
+    assert (label == expected_label)[decided].all()
+    return decided.mean()
+
+
 def _compare(network, images, folder, name, kind):
     for i, (b, h, w) in enumerate(json.loads((folder / f"{name}.sizes").read_text())):
         found = np.load(folder / f"{name}.{kind}.{i}.npz")
         expected = np.asarray(network.predict(images[:b, 240 : 240 + h, 200 : 200 + w, : network.classes.channels]))
-        assert found["probability"].shape == expected.shape and found["probability"].dtype == np.float32
         # float32 sums in another order. With group norm, the network is 4e-5 from float64, the ONNX graph 2e-5.
         tolerance = 1e-4 if network.model.norm == "group" else 1e-5
-        np.testing.assert_allclose(found["probability"], expected, atol=tolerance)
-        if network.classes.task == "multiclass":
-            label, second = expected.argmax(-1), np.sort(expected, -1)[..., -2]
-            decided = expected.max(-1) - second > 2 * tolerance
-        else:
-            label, decided = expected > 0.5, np.abs(expected - 0.5) > tolerance
-        if network.classes.task == "binary":
-            label, decided = label[..., 0], decided[..., 0]
-        assert found["label"].shape == label.shape and found["label"].dtype == np.uint8
-        assert (found["label"] == label)[decided].all() and decided.mean() > 0.99
+        assert _agree(network, found["label"], found["probability"], expected, tolerance) > 0.99
         if h > 30:  # not trivial: no class covers nearly everything
-            assert max(np.bincount(found["label"].ravel()) / label.size) < 0.98, np.bincount(found["label"].ravel())
+            assert max(np.bincount(found["label"].ravel()) / found["label"].size) < 0.98
 
 
 @pytest.mark.slow
@@ -226,7 +237,10 @@ with safe_open("w.safetensors", "numpy") as file:
 def test_onnx_files_hold_the_metadata(networks):
     pytest.importorskip("onnx")
     found = {entry.key: entry.value for entry in export.to_onnx(networks["binary"]).metadata_props}
-    assert json.loads(found["classes"])["names"] == ["road", "sky"] and found == export.metadata(networks["binary"])
+    assert json.loads(found["classes"])["names"] == ["road", "sky"] and found == export.graph_metadata(
+        networks["binary"]
+    )
+    assert "not resized" in found["input"]
 
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch, networks):
@@ -235,28 +249,161 @@ def test_a_missing_package_is_named_with_the_remedy(monkeypatch, networks):
         export.to_onnx(networks["binary"])
 
 
+# One way in and another: photographs, resized in training, at three sizes.
+
+PHOTOS = ("British_Shorthair_102", "great_pyrenees_175", "Maine_Coon_204")  # 333x500, 375x500, 500x389
+
+
+@pytest.fixture(scope="module")
+def resized(real_data, tmp_path_factory):
+    """The work directory of a network for cats and dogs that are resized; `PHOTOS` are held out."""
+    root = tmp_path_factory.mktemp("pets")
+    config = default.get_config()
+    config.data.update({"name": "folder", "root": str(root), "size": (70, 102), "channels": 3})
+    config.data.update({"lists": ("train.txt", "validation.txt"), "value_range": (0, 65535)})
+    config.data.labels = ("1 -> 0 pet", "2 -> 1 background", "3 -> 2 border")
+    config.model.update({"features": (4, 6, 8), "padding": "valid", "kernel_init": "paper"})
+    names = ("Bengal_185", "Bombay_182", "Maine_Coon_203", "British_Shorthair_104")  # 303x455 to 475x700, and upright
+    for folder, files, suffix in (("images", "images", "jpg"), ("masks", "annotations/trimaps", "png")):
+        (root / folder).mkdir()
+        for name in names + PHOTOS:
+            shutil.copy(real_data / "pets" / files / f"{name}.{suffix}", root / folder)
+    (root / "train.txt").write_text("\n".join(names))
+    (root / "validation.txt").write_text("\n".join(PHOTOS))
+    sharper = lambda params: {**params, "head": jax.tree.map(lambda x: 5 * x, params["head"])}  # decides most pixels
+    path = save_untrained(root / "run", config, sharper)
+    with edited_json(path / "classes.json") as classes:
+        classes["image_sizes"] = data.load(config.data, "train").size_range()
+    return path
+
+
+# A few pixels of a resized image are a grey level off where Pillow rounds otherwise, see test_resize.py.
+GREY_LEVEL = 2e-3
+
+
+def _graphs(network, **settings):
+    """What the exported graphs make of a batch: label and probability."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(export.to_onnx(network, **settings).SerializeToString())
+    exported = jax.export.deserialize(export.to_stablehlo(network, **settings))
+    return [lambda image: session.run(["label", "probability"], {"image": image}), exported.call]
+
+
+@pytest.mark.slow
+def test_all_ways_in_agree_on_every_pixel_of_unseen_photographs_of_three_sizes(resized, tmp_path):
+    network = unet_jax.load(resized)
+    assert network.source_sizes == ((303, 327), (500, 700))
+    graphs = _graphs(network)
+    files = {name: resized.parent / "images" / f"{name}.jpg" for name in PHOTOS}
+    for file in files.values():
+        shutil.copy(file, tmp_path)
+    predict.predict_files(resized, str(tmp_path / "*.jpg"), tmp_path / "out", probabilities="npy")
+    split = evaluate.open_split(network, resized, "validation")
+    labels = jax.jit(network.network.labels)
+    shown = set()
+    for index, (name, file) in enumerate(files.items()):
+        image, label = read_image(file), read_image(tmp_path / f"out/{name}.png")
+        expected = np.load(tmp_path / f"out/{name}_probability.npy")
+        assert expected.shape == (*image.shape[:2], 3)
+        np.testing.assert_array_equal(label, forward.to_label(expected, "multiclass"))
+        shown |= set(np.unique(label).tolist())
+
+        for given in (file, image):
+            np.testing.assert_array_equal(network.predict_image(given), expected)
+
+        # What is scored, at the size of the training, is what is resized to the size of the photograph.
+        assert split.images.source.ids[index] == name
+        scored = split.images.read(index)["image"][None]
+        small = np.asarray(network.predict(scored))
+        _agree(network, np.asarray(labels(network.variables, scored)), small, small, 1e-5)
+        bands = resize.resize_bands([(slice(0, 70), small[0])], (70, 102), image.shape[:2], "bilinear")
+        np.testing.assert_allclose(np.concatenate([band for _, band in bands]), expected, atol=1e-6)
+
+        for call in graphs:
+            found = (np.asarray(value)[0] for value in call(image[None]))
+            assert _agree(network, *found, expected, GREY_LEVEL) > 0.9
+    assert len(shown) > 1
+
+
+@pytest.mark.parametrize("name, method", [("binary", "nearest"), ("multilabel", "bilinear")])
+def test_graphs_of_every_task_resize_in_and_back(networks, images, name, method):
+    config = networks[name].config.copy_and_resolve_references()
+    config.data.resize = method
+    network = dataclasses.replace(networks[name], config=config, source_sizes=None)
+    image = images[0, 240:381, 200:310]
+    for call in _graphs(network):
+        found = (np.asarray(value)[0] for value in call(image[None]))
+        tolerance = GREY_LEVEL if method == "bilinear" else 1e-5
+        assert _agree(network, *found, network.predict_image(image), tolerance) > 0.9
+
+
+def test_a_graph_fits_what_is_predicted_in_tiles_and_says_so(resized):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    network = unet_jax.load(resized)
+    image = np.asarray(Image.open(resized.parent / "images" / f"{PHOTOS[0]}.jpg").resize((1500, 900)))
+    proto = export.to_onnx(network)
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    fitted = network.predict_image(image, scale="fit")
+    _agree(network, *(found[0] for found in session.run(None, {"image": image[None]})), fitted, GREY_LEVEL)
+    assert network.predicted_size(image.shape[:2], "train") == (126, 219)
+    assert np.abs(network.predict_image(image) - fitted).max() > 0.1
+    said = {entry.key: entry.value for entry in proto.metadata_props}
+    assert "of any size: resized to 70x102" in said["input"] and "303x327 to 500x700" in said["input"]
+    assert "prefer --mode=predict" in said["input"] and json.loads(said["image_sizes"]) == [[303, 327], [500, 700]]
+    with pytest.raises(UserError, match=r"900x1500 pixels.*resized to 70x102: use predict_image"):
+        network.predict(image[None])
+
+
 def _script(*flags, cwd):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return run(sys.executable, ROOT / "scripts" / "export.py", *flags, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("kind", ["stablehlo", "onnx", "safetensors"])
-def test_the_command_writes_checks_and_prints_how_to_read_it(trained, tmp_path, kind):
+def _run_printed_lines(printed, folder):
+    """Runs the lines that the command printed, without this project; returns `label` and `probability`."""
+    lines = printed.partition("is installed:\n")[2]
+    program = PROGRAM.split("import numpy as np\n")[0] + lines + "\nimport numpy as np"
+    program += '\nnp.savez("result.npz", label=np.asarray(label), probability=np.asarray(probability))'
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, cwd=folder)
+    result = np.load(folder / "result.npz")
+    return [result[name][0] for name in ("label", "probability")]
+
+
+@pytest.mark.parametrize("kind", [pytest.param("stablehlo", marks=pytest.mark.slow), "onnx", "safetensors"])
+def test_the_command_writes_checks_and_prints_how_to_read_it(resized, tmp_path, kind):
     for package in {"onnx": ("onnx", "onnxruntime"), "safetensors": ("safetensors",)}.get(kind, ()):
         pytest.importorskip(package)
-    flags = f"--workdir={trained}", f"--format={kind}", "--output=file"
+    flags = f"--workdir={resized}", f"--format={kind}", "--output=file"
     result = _script(*flags, cwd=tmp_path)
     assert result.returncode == 0 and not result.stderr, result.stderr
-    assert "100.000% of the labels" in result.stdout and "'file'" in result.stdout
+    assert "of the labels equal the network's" in result.stdout and "'file'" in result.stdout
     assert (tmp_path / "file.json").exists() == (kind == "stablehlo")
+    if kind != "safetensors":
+        assert "of any size: resized to 70x102" in result.stdout
+        photo = shutil.copy(resized.parent / "images" / f"{PHOTOS[0]}.jpg", tmp_path / "photo.jpg")
+        network = unet_jax.load(resized)
+        _agree(network, *_run_printed_lines(result.stdout, tmp_path), network.predict_image(photo), GREY_LEVEL)
     again = _script(*flags, cwd=tmp_path)
     assert again.returncode == 1 and again.stderr.startswith("error: file exists and is not overwritten")
+
+
+def test_lines_of_a_graph_that_does_not_resize_do_it(resized, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    script = runpy.run_path(str(ROOT / "scripts" / "export.py"))
+    script["_export"](resized, "onnx", tmp_path / "file", None, resize=False)
+    printed = capsys.readouterr().out
+    assert "must be resized to 70x102" in printed
+    photo = shutil.copy(resized.parent / "images" / f"{PHOTOS[0]}.jpg", tmp_path / "photo.jpg")
+    network = unet_jax.load(resized)
+    small = images_of_data.resize_image(read_image(photo), (70, 102), "bilinear")
+    _agree(network, *_run_printed_lines(printed, tmp_path), np.asarray(network.predict(small[None]))[0], GREY_LEVEL)
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--format=onxx"], "Did you mean 'onnx'?"),
+        (["--format=safetensors", "--no-resize"], "--no-resize is for stablehlo and onnx"),
         (["--output=nowhere/file"], "there is no folder nowhere"),
         (["--workdir=nowhere"], "--workdir=nowhere has no config.json"),
         (["--step=99"], "has no step 99; it has"),

@@ -1,5 +1,7 @@
 """Folders of images and masks: pairing, label maps, 16-bit images, splits."""
 
+import os
+
 import numpy as np
 import pytest
 import tifffile
@@ -128,6 +130,7 @@ def test_label_entries_are_parsed():
         (("0 a", "1 2 3 b"), "mixes numbers and colours"),
         (("0 a", "1 a"), "uses a name twice"),
         ((0, 255), "is not a valid entry"),
+        (("0 a", "1 \x1b[31mred"), r"'1 \\x1b\[31mred' is not a valid entry"),
     ],
 )
 def test_invalid_labels_are_refused(entries, message):
@@ -214,6 +217,8 @@ def test_lists_name_the_splits(tmp_path):
     assert list(data.load(config, "all").ids) == ["0", "1", "2", "5"]
     with pytest.raises(UserError, match="names no file for test"):
         data.load(config, "test")
+    _fill(tmp_path / "other", 3)  # other images to score need no lists
+    assert len(data.load(_config(tmp_path / "other", lists=config.lists, labels=config.labels, channels=3), "all")) == 3
     (tmp_path / "val.txt").write_text("5\n7.png\n")
     with pytest.raises(UserError, match=r"val.txt, line 2: '7.png': no image with a mask has that name"):
         data.load(config, "validation")
@@ -283,16 +288,19 @@ def test_one_folder_of_images_and_masks_with_links_and_other_formats(tmp_path):
         ("/old/place/train/frame.001 /old/place/trainm/frame.001", ["train/frame.001"]),
         ("frame.001", ["train/frame.001"]),
         ("a b.png", ["train/a b"]),
+        ("c\\d.png trainm/c\\d.png", ["train/c\\d"]),
+        ("train/\udce9.png", ["train/\udce9"]),  # a byte that is not UTF-8
+        ("x\x85y", ["train/x\x85y"]),  # a character that `str.splitlines` takes for a line break
         ("train/9.png", "no image with a mask has that name"),  # never val/9
         ("0", "2 pairs have that name"),
     ],
 )
 def test_a_line_of_a_list_names_one_pair_or_is_a_fault(line, expected, tmp_path):
-    for folder, names in (("train", ("0", "frame.001", "a b")), ("val", ("0", "9"))):
+    for folder, names in (("train", ("0", "frame.001", "a b", "c\\d", "\udce9", "x\x85y")), ("val", ("0", "9"))):
         for name in names:
             save_image(_picture(), tmp_path / f"{folder}/{name}.png")
             save_image(_mask(), tmp_path / f"{folder}m/{name}.png")
-    (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
+    (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbf" + os.fsencode(line) + b"\r\n")
     (tmp_path / "val.txt").write_text("9\n")
     folders = dict(images=("train", "val"), masks=("trainm", "valm"), lists=("train.txt", "val.txt"))
     config = _config(tmp_path, **folders, labels=("0 a", "255 -> 1"), channels=3)

@@ -147,6 +147,48 @@ def test_test_time_augmentation_maps_every_view_back(tta, tolerance):
     np.testing.assert_allclose(tiled, plain, atol=tolerance)
 
 
+def test_views_are_those_that_their_names_say():
+    image = np.arange(24, dtype=np.int32).reshape(1, 4, 6, 1)
+    views = {
+        name: [np.asarray(forward._view(image, degrees // 90, mirrored)) for degrees, mirrored in forward.VIEWS[name]]
+        for name in forward.VIEWS
+        if name != "rotations"
+    }
+    across, down = image[:, :, ::-1], image[:, ::-1]
+    turned = [np.rot90(image, k, (1, 2)) for k in range(4)]
+    expected = {"none": [image], "horizontal": [image, across], "vertical": [image, down], "turns": turned}
+    expected["flips"] = [image, across, down, down[:, :, ::-1]]
+    expected["dihedral"] = [*turned, *(x[:, :, ::-1] for x in turned)]
+    as_set = lambda arrays: {(x.shape, x.tobytes()) for x in arrays}
+    assert {name: as_set(found) for name, found in views.items()} == {n: as_set(x) for n, x in expected.items()}
+    assert [len(found) for found in forward.VIEWS.values()] == [1, 2, 2, 4, 4, 8, 7]
+
+
+@pytest.mark.parametrize(
+    "horizontal, vertical, rotate, best, exact",
+    [
+        (False, False, 30, "none", "none"),
+        (True, False, 15, "horizontal", "none horizontal"),
+        (False, True, 0, "vertical", "none vertical"),
+        (True, True, 10, "flips", "none horizontal vertical flips"),
+        (True, True, 90, "dihedral", "none horizontal vertical flips turns dihedral rotations"),
+        (False, False, 180, "turns", "none turns rotations"),
+        (True, False, 180, "dihedral", "none horizontal vertical flips turns dihedral rotations"),
+    ],
+)
+def test_auto_is_the_most_views_that_training_drew(horizontal, vertical, rotate, best, exact):
+    augment = {"flip_horizontal": horizontal, "flip_vertical": vertical, "rotate": float(rotate)}
+    assert forward.best_tta(augment) == best
+    assert [name for name in forward.VIEWS if not forward.unseen_views(name, augment)] == exact.split()
+
+
+def test_unseen_views_are_named():
+    augment = {"flip_horizontal": True, "flip_vertical": False, "rotate": 120.0}
+    assert forward.unseen_views("flips", augment) == ["turned by 180 degrees", "flipped vertically"]
+    assert forward.unseen_views("dihedral", augment) == ["turned by 180 degrees", "flipped vertically"]
+    assert forward.unseen_views("rotations", augment) == ["turned by 154 degrees", "turned by 206 degrees"]
+
+
 @pytest.mark.parametrize(
     "tta, views", [("flips", 4), ("dihedral", 8), pytest.param("rotations", 7, marks=pytest.mark.slow)]
 )

@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a room (a package or a module) imports only from itself and from the floors below its own.
 FLOORS = (
     ("errors", "user_cache", "defaults"),
+    ("paths",),
     ("models", "data", "losses", "metrics", "parallel"),  # these do not know each other
     ("workdir",),
     ("inference",),

@@ -163,6 +163,7 @@ def test_the_error_for_missing_slices_says_what_to_put_there(config, tmp_path):
     write_stacks(tmp_path, *make_stack(2))
     with pytest.raises(UserError, match=r"validation = 0\.2 of 2 slices leaves none for validation"):
         data.load(_config(config, tmp_path), "train")
+    assert len(data.load(_config(config, tmp_path), "all")) == 2  # such as other slices to score
     with pytest.raises(UserError, match="--split = 'test'"):
         data.load(_config(config, tmp_path), "test")
 

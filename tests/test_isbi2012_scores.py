@@ -133,7 +133,7 @@ def test_each_score_is_that_of_the_best_threshold_of_the_mean_over_slices():
 
 
 def test_records_have_these_keys_and_titles_if_the_scores_are_on():
-    titles = {record.key: record.title for record in metrics.describe(("membrane", "cell"), True)}
+    titles = {record.key: record.title for record in metrics.describe(("membrane", "cell"), cells=True)}
     assert list(titles)[-3:] == ["v_rand", "v_info", "pixel_error"]
     assert [titles[key] for key in list(titles)[-3:]] == ["V_rand", "V_info", "pixel error"]
     assert "v_rand" not in {record.key for record in metrics.describe(("membrane", "cell"))}

@@ -2,12 +2,15 @@
 
 import os
 import pathlib
+import pty
 import re
+import select
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import ROOT, run
@@ -44,51 +47,114 @@ def test_a_dry_run_removes_and_starts_nothing(tmp_path):
         assert result.returncode == 0 and not result.stderr, result.stderr
 
 
-# ---- local_cluster.py
+class Terminal:
+    """A program in the foreground of a terminal of its own: as there, the kernel signals its whole process group.
+
+    Attributes:
+      output: what the terminal has shown.
+    """
+
+    def __init__(self, *command, **settings):
+        self.output = ""
+        self._main, self._other = pty.openpty()
+        # The first process of a session that opens a terminal gets it as its controlling one.
+        start = 'exec <>"$0" >&0 2>&0 && exec env --default-signal=HUP,INT "$@"'  # however pytest was started
+        start = ["bash", "-c", start, os.ttyname(self._other), *command]
+        self.process = subprocess.Popen(start, start_new_session=True, **settings)
+
+    def _read(self):
+        if self._main is None:
+            time.sleep(0.01)
+        elif select.select([self._main], [], [], 0.01)[0]:
+            self.output += os.read(self._main, 4096).decode()
+
+    def wait_for(self, condition):
+        until = time.monotonic() + 60
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < until, self.output
+            self._read()
+
+    def press_ctrl_c(self):
+        os.write(self._main, b"\x03")
+
+    def close(self):
+        os.close(self._main)
+        os.close(self._other)
+        self._main = None
+
+    def do(self, event):
+        """What a user does, by name."""
+        if event == "close":
+            self.close()
+        elif event == "terminate":
+            self.process.terminate()
+        else:
+            for press in range({"ctrl-c": 1, "ctrl-c twice": 2}[event]):
+                time.sleep(0.1 * press)
+                self.press_ctrl_c()
+
+    def wait(self):
+        """Waits for the end of the program; returns its exit code."""
+        until = time.monotonic() + 60
+        while self.process.poll() is None:
+            assert time.monotonic() < until, self.output
+            self._read()
+        if self._main is not None:
+            self.close()
+        return self.process.returncode
+
+
+# What a user does -> the exit code of a training that was stopped by it.
+EVENTS = {"ctrl-c": 130, "ctrl-c twice": 130, "close": 129, "terminate": 143}
+
+
+# ---- train.sh and local_cluster.py
 
 PROCESS = """
 import os, signal, sys, time
 flags = dict(argument[2:].partition("=")[::2] for argument in sys.argv[3:])
 print("flags", sys.argv[3:], flush=True)
-print("platforms", os.environ["JAX_PLATFORMS"], file=sys.stderr)
-action = flags["do"].split(",")[int(flags["process_id"])]
-if action == "wait":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-elif action == "deaf":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-elif action == "count":
-    received = []
-    signal.signal(signal.SIGINT, lambda *_: received.append(1))
+print("platforms", os.environ.get("JAX_PLATFORMS"), file=sys.stderr)
+index = flags.get("process_id", "0")
+action = flags["do"].split(",")[int(index)]
+received = []
+if action in ("save", "deaf"):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: received.append(number))
     print("ready", flush=True)
-    while not received:
+    while not received or action == "deaf":
         time.sleep(0.01)
-    time.sleep(1)
-    sys.exit(len(received))
-else:
-    sys.exit(int(action))
-print("ready", flush=True)
-try:
-    time.sleep(60)
-except KeyboardInterrupt:
-    sys.exit(130)
+    time.sleep(0.4)
+    with open(f"{os.path.dirname(__file__)}/saved_{index}", "w") as file:
+        print(*received, file=file)
+    sys.exit(128 + received[0])
+sys.exit(int(action))
 """
 
 
 @pytest.fixture
-def cluster(tmp_path):
-    """A copy of the project, in a folder with a space, whose Python is `PROCESS`; returns how to start it."""
+def project(tmp_path):
+    """A copy of the project, in a folder with a space, whose Python is `PROCESS`."""
     root = tmp_path / "my project"
     shutil.copytree(SCRIPTS, root / "scripts")
+    (root / "unet_jax").symlink_to(ROOT / "unet_jax")
     shutil.copy(ROOT / "setup.cfg", root / "setup.cfg")
     (root / "process.py").write_text(PROCESS)
     real = shlex.quote(sys.executable)
     _program(root / ".venv/bin/python", f'exec {real} "${{0%/.venv*}}/process.py" "$@"')
     shutil.copy(ROOT / "setup.cfg", root / ".venv/installed-base.cfg")  # nothing to install
+    return root
+
+
+@pytest.fixture
+def cluster(project):
+    """How to start `local_cluster.py`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
 
     def start(*flags, **variables):
         return subprocess.Popen(
-            [root / "scripts/local_cluster.py", *flags],
+            [project / "scripts/local_cluster.py", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -97,12 +163,6 @@ def cluster(tmp_path):
         )
 
     return start
-
-
-def _wait_until_ready(process, count):
-    for _ in range(count):
-        while "ready" not in (line := process.stdout.readline()):
-            assert line, process.communicate()
 
 
 def test_local_processes_share_a_coordinator_and_have_their_own_prefix(cluster):
@@ -117,22 +177,30 @@ def test_local_processes_share_a_coordinator_and_have_their_own_prefix(cluster):
         assert line == str([*expected, "--config=my config.py", "--do=0,0"])
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_local_processes_are_stopped_together(cluster, number, code):
-    process = cluster("3", "--do=wait,wait,wait")
-    _wait_until_ready(process, 3)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == code
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("launcher", [["train.sh"], ["local_cluster.py", "2"]], ids=lambda launcher: launcher[0])
+def test_what_happens_in_a_terminal_lets_all_processes_save(project, launcher, event):
+    script, *count = launcher
+    processes = int(*count or [1])
+    terminal = Terminal(project / "scripts" / script, *count, f"--do={','.join(['save'] * processes)}")
+    terminal.wait_for(lambda: terminal.output.count("ready") == processes)
+    terminal.do(event)
+    assert terminal.wait() == EVENTS[event], terminal.output
+    for index in range(processes):
+        first, *more = (project / f"saved_{index}").read_text().split()
+        assert int(first) == EVENTS[event] - 128
+        assert not more or event != "ctrl-c"  # the launcher passes on what its processes do not get themselves
 
 
-def test_ctrl_c_reaches_each_local_process_once(cluster):
-    """A terminal sends it to the whole foreground group."""
-    process = cluster("2", "--do=count,count")
-    _wait_until_ready(process, 2)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1, errors
+def test_under_nohup_the_local_processes_outlive_the_terminal(project):
+    terminal = Terminal("nohup", "scripts/local_cluster.py", "2", "--do=save,save", cwd=project)
+    output = project / "nohup.out"
+    terminal.wait_for(lambda: output.exists() and output.read_text().count("ready") == 2)
+    terminal.close()
+    with pytest.raises(subprocess.TimeoutExpired):
+        terminal.process.wait(0.5)
+    terminal.process.terminate()
+    assert terminal.wait() == 143 and (project / "saved_1").exists()
 
 
 def test_a_local_process_that_fails_gives_its_code_and_the_others_some_time(cluster):
@@ -162,15 +230,17 @@ def test_local_cluster_dry_run_and_bad_usage():
 @pytest.mark.slow
 def test_two_local_processes_train(tmp_path):
     """The real training; the project is copied only to have an installed Python where the script looks for it."""
-    shutil.copytree(SCRIPTS, tmp_path / "scripts")
-    shutil.copy(ROOT / "setup.cfg", tmp_path / "setup.cfg")
-    _program(tmp_path / ".venv/bin/python", f'exec {shlex.quote(sys.executable)} "$@"\n')
-    shutil.copy(ROOT / "setup.cfg", tmp_path / ".venv/installed-base.cfg")
+    project = tmp_path / "project"
+    shutil.copytree(SCRIPTS, project / "scripts")
+    shutil.copy(ROOT / "setup.cfg", project / "setup.cfg")
+    (project / "unet_jax").symlink_to(ROOT / "unet_jax")
+    _program(project / ".venv/bin/python", f'exec {shlex.quote(sys.executable)} "$@"\n')
+    shutil.copy(ROOT / "setup.cfg", project / ".venv/installed-base.cfg")
     settings = ["--config.data.size=(48,48)", "--config.data.shapes_train=16", "--config.data.shapes_validation=4"]
     settings += ["--config.model.features=(4,8)", "--config.train.batch_size=4", "--config.train.epochs=1"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     result = subprocess.run(
-        [tmp_path / "scripts/local_cluster.py", "2", f"--config={ROOT / 'configs' / 'shapes.py'}", *settings],
+        [project / "scripts/local_cluster.py", "2", f"--config={ROOT / 'configs' / 'shapes.py'}", *settings],
         cwd=tmp_path,
         env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -197,12 +267,15 @@ case $4 in
   scp) cp "$5" home/unet_jax.tar.gz ;;
   ssh)
     case "$*" in
-      *'pkill -TERM'*) touch told ;;
+      *'pkill -KILL'*) ;;
+      *'pkill -'*) touch told ;;
       *'exec .venv'*)
         read -r code state <<<"$(pop runs)"
         if [ "$state" = WAIT ]; then
           touch training
           for _ in $(seq 500); do [ ! -f told ] || break; sleep 0.02; done
+          sleep 0.3
+          touch saved
           state=READY
         fi
         echo "$state" >state
@@ -251,7 +324,14 @@ class Pod:
     @property
     def steps(self):
         """The same in one word each; what only looks is left out."""
-        words = {"pkill -KILL": "clean", "pkill -TERM": "stop", "install.sh": "install", "exec .venv": "train"}
+        words = {
+            "pkill -KILL": "clean",
+            "pkill -TERM": "TERM",
+            "pkill -INT": "INT",
+            "pkill -HUP": "HUP",
+            "install.sh": "install",
+            "exec .venv": "train",
+        }
         steps = []
         for verb, *rest in self.calls:
             if verb == "ssh":
@@ -300,18 +380,25 @@ def test_a_node_that_cannot_be_created_or_was_stopped_ends_it(pod):
     assert pod.steps == ["create"]
 
 
-def test_ctrl_c_lets_the_workers_save(pod):
-    (pod.fake / "runs").write_text("143 WAIT\n")
-    process = subprocess.Popen(list(map(str, pod.command(*WORKDIR))), env=pod.environment, stderr=subprocess.PIPE)
-    for _ in range(500):
-        if (pod.fake / "training").exists():
-            break
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.02)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert pod.steps == ["create", *RUN, "stop"]
+@pytest.mark.parametrize("event", EVENTS)
+def test_what_happens_in_a_terminal_lets_the_workers_save(pod, event):
+    (pod.fake / "runs").write_text(f"{EVENTS[event]} WAIT\n")
+    terminal = Terminal(*pod.command(*WORKDIR), env=pod.environment)
+    terminal.wait_for((pod.fake / "training").exists)
+    terminal.do(event)
+    assert terminal.wait() == EVENTS[event], terminal.output
+    assert (pod.fake / "saved").exists()
+    name = signal.Signals(EVENTS[event] - 128).name.removeprefix("SIG")
+    assert pod.steps[:5] == ["create", *RUN] and set(pod.steps[5:]) == {name}
+
+
+def test_messages_that_nobody_reads_do_not_end_the_launcher(pod):
+    reader, writer = os.pipe()
+    os.close(reader)
+    (pod.fake / "runs").write_text("1 PREEMPTED\n0 READY\n")
+    assert subprocess.run(pod.command(*WORKDIR), env=pod.environment, stderr=writer).returncode == 0
+    os.close(writer)
+    assert pod.steps == ["create", *RUN, "delete", "create", *RUN]
 
 
 def test_what_the_workers_run(pod, tmp_path):
@@ -378,18 +465,27 @@ def test_tpu_pod_bad_usage(flags, message):
 # ---- slurm.sbatch
 
 
+# As srun: its process is out of the terminal's reach, and is killed when srun is signalled.
+SRUN = """
+setsid bash -c 'trap "sleep 0.3; touch saved; exit 143" TERM; touch started; for _ in {1..3000}; do sleep 0.02; done' &
+echo $! >task
+trap 'kill -KILL $(cat task)' TERM HUP INT
+wait $!
+"""
+
+
 class Slurm:
     """A project in a folder with a space, and the programs of Slurm, recorded; srun does what `srun` says."""
 
     def __init__(self, folder, srun, state="RUNNING"):
-        self.root, self.calls_file = folder / "my project", folder / "calls"
-        self.started = folder / "started"
+        self.root, self.folder = folder / "my project", folder
         for path in ("unet_jax/main.py", ".venv/bin/python"):
             _program(self.root / path, "")
-        record = f"printf '%s\\037' \"${{0##*/}}\" \"$@\" >>'{self.calls_file}'; printf '\\036' >>'{self.calls_file}'\n"
-        _program(folder / "bin/srun", f"{record}touch '{self.started}'\n{srun}\n")
+        record = 'cd "${0%/*}/.."\n{ printf \'%s\\037\' "${0##*/}" "$@"; printf \'\\036\'; } >>calls\n'
+        _program(folder / "bin/srun", f"{record}{srun}\n")
         _program(folder / "bin/squeue", f"{record}echo {state}\n")
         _program(folder / "bin/scontrol", record)
+        _program(folder / "bin/scancel", f"{record}kill -TERM $(cat task)\n")
         # Slurm runs a copy of the script from its own folder.
         self.script = folder / "spool" / "slurm_script"
         self.script.parent.mkdir()
@@ -403,7 +499,8 @@ class Slurm:
 
     @property
     def calls(self):
-        return [call.split("\037")[:-1] for call in self.calls_file.read_text().split("\036")[:-1]]
+        file = self.folder / "calls"
+        return [call.split("\037")[:-1] for call in file.read_text().split("\036")[:-1]] if file.exists() else []
 
 
 @pytest.mark.parametrize(
@@ -422,17 +519,15 @@ def test_a_stopped_slurm_job_is_requeued(tmp_path, code, state, requeued):
     assert (["scontrol", "requeue", "17"] in others) == requeued
 
 
-def test_a_cancelled_slurm_job_lets_its_processes_save(tmp_path):
-    slurm = Slurm(tmp_path, "trap 'sleep 0.3; exit 143' TERM\nwhile :; do sleep 0.02; done", "COMPLETING")
-    process = subprocess.Popen(["bash", slurm.script, "--config=x.py"], env=slurm.environment)
-    while not slurm.started.exists():
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.02)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.1)  # the trap of srun is set
-    process.terminate()
-    assert process.wait(60) == 143
-    assert [call[0] for call in slurm.calls] == ["srun", "squeue"]
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_signalled_slurm_job_lets_its_processes_save_and_is_not_requeued(tmp_path, event):
+    slurm = Slurm(tmp_path, SRUN)
+    terminal = Terminal("bash", slurm.script, "--config=x.py", env=slurm.environment)
+    terminal.wait_for((tmp_path / "started").exists)
+    terminal.do(event)
+    assert terminal.wait() == EVENTS[event], terminal.output
+    assert (tmp_path / "saved").exists()
+    assert slurm.calls[1:] == [["scancel", "--signal=TERM", "17"]]
 
 
 def test_slurm_dry_run_bad_usage_and_what_is_asked_for(tmp_path):
@@ -449,7 +544,9 @@ def test_slurm_dry_run_bad_usage_and_what_is_asked_for(tmp_path):
     assert result.returncode == 1 and "scripts/install.sh cuda12" in result.stderr
     slurm.environment["SLURM_SUBMIT_DIR"] = str(tmp_path)
     assert "call sbatch from there" in slurm.run("--config=x.py").stderr
-    assert not slurm.calls_file.exists()
+    slurm.environment |= {"SLURM_SUBMIT_DIR": str(slurm.root), "SLURM_JOB_ID": ""}
+    assert "not in a job of Slurm" in slurm.run("--config=x.py").stderr
+    assert not slurm.calls
     # sbatch reads its options up to the first command.
     head = (SCRIPTS / "slurm.sbatch").read_text().partition("\nset -euo")[0]
     options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in re.findall("^#SBATCH.*", head, re.M))

@@ -42,7 +42,10 @@ BAD_INPUT = [
     (["--mode=check"], "--config is required"),
     (["--mode=check", "--config=configs/folder.py", "--config.data.root=/nowhere"], "'/nowhere' is not a folder"),
     (["--config=configs/shapes.py", "--config.init_from=/nowhere"], "has no config.json"),
-    (["--mode=report", "--workdir=/nowhere", "--split=test"], "--split is for --mode=eval, not for --mode=report"),
+    (
+        ["--mode=report", "--workdir=/nowhere", "--tta=flips"],
+        "--tta is for --mode=eval and --mode=predict, not for --mode=report",
+    ),
     (["--config=configs/shapes.py", "train"], "unexpected argument 'train'"),
     (["--mode=evaluate"], "evaluate"),
 ]

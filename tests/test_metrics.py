@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +8,11 @@ import pytest
 
 from unet_jax import data, metrics
 from unet_jax.errors import UserError
-from unet_jax.evaluation import evaluate, report
+from unet_jax.evaluation import evaluate, report, scores
 from unet_jax.metrics import Record, confusion
 from unet_jax.parallel import signals
 from unet_jax.training import log, loop, setup
-from unet_jax.workdir import integrity, metrics_log
+from unet_jax.workdir import integrity, lock, metrics_log
 
 RNG = np.random.default_rng(0)
 
@@ -71,6 +72,19 @@ def test_multilabel_scores_worked_by_hand():
     assert confusion.pixel_counts(counts).tolist() == [4, 0]
 
 
+def test_of_two_classes_the_foreground_stands_first():
+    found = metrics.records(metrics.Counts(np.array([[90, 2], [1, 7]]), ("background", "car")))
+    first, *others = metrics.summary(found)
+    assert (first.key, first.title, first.value) == ("dice/car", "Dice of car", 14 / 17)
+    assert first.value == metrics.flatten(found)[first.key]
+    assert [record.key for record in others] == ["accuracy", "miou", "mdice"]
+    table = scores.format_table(0.5, found, {"background": 92, "car": 8})
+    assert table.splitlines()[-1].startswith("Dice of car 0.8235   pixel accuracy 0.9700")
+    # Neither three classes nor two overlapping masks have one that is the background.
+    for described in (metrics.describe(("a", "b", "c")), metrics.describe(("a", "b"), "multilabel")):
+        assert [record.key for record in metrics.summary(described)] == ["accuracy", "miou", "mdice"]
+
+
 def test_scores_of_no_pixels_are_none():
     scores = _scores(np.zeros((2, 2), int), ("a", "b"))
     assert scores["accuracy"] is None and scores["miou"] is None
@@ -84,7 +98,7 @@ def test_predicted_labels():
 
 
 def test_records_have_these_keys_titles_and_directions():
-    records = metrics.describe(("road", "car"))
+    records = metrics.describe(("road", "car", "tree"))
     assert [(record.key, record.title) for record in records] == [
         ("accuracy", "pixel accuracy"),
         ("miou", "mean IoU"),
@@ -121,13 +135,13 @@ def with_missed(monkeypatch):
 def test_a_new_metric_is_in_table_json_and_log(tmp_path):
     counts, names = np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]]), ("road", "car", "dog")
     records = metrics.records(metrics.Counts(counts, names))
-    result = evaluate.Evaluation(0.5, records, counts[None], names)
+    result = scores.Evaluation(0.5, records, counts[None], names, [0.5])
 
-    header, road, car, dog, last = evaluate.format_table(result).splitlines()
+    header, road, car, dog, last = scores.format_table(result.loss, result.records, result.pixels).splitlines()
     assert "Missed" in header and "missed 0.2500" in last
     assert "0.2500" in road and "0.2500" in car and dog.split() == ["dog", "absent", "absent", "absent"]
 
-    values = json.loads(json.dumps(evaluate.to_json(result)))
+    values = json.loads(json.dumps(scores.to_json(result)))
     assert values["missed"] == 3 / 12 and values["miss"] == {"road": 2 / 8, "car": 1 / 4, "dog": None}
 
     settings = dict(steps_per_epoch=2.0, total_steps=4, batch_size=1, every=1, skips_nonfinite=False)
@@ -147,13 +161,39 @@ def test_a_new_metric_can_be_the_best_metric_by_its_key(config):
         evaluate.check(config.eval.to_dict() | {"best_metric": "mised"}, classes)
 
 
+def test_the_final_table_is_that_of_the_best_step(config, tmp_path):
+    names, total = ("background", "car"), 10
+
+    def result(wrong):
+        counts = np.array([[60 - wrong, wrong], [wrong, 40 - wrong]])
+        records = metrics.records(metrics.Counts(counts, names))
+        return scores.Evaluation(0.1 * wrong, records, counts[None], names, [0.5])
+
+    settings = dict(steps_per_epoch=2.0, total_steps=total, batch_size=1, every=1, skips_nonfinite=False)
+    training_log = log.TrainingLog(tmp_path, schedule=lambda step: 0.1, **settings)
+    for step, wrong in ((5, 10), (total, 20)):
+        training_log.add_evaluation(step, result(wrong))
+    training_log.close()
+    network = SimpleNamespace(classes=data.Classes("binary", names, ((0, 0, 0),) * 2))
+    run = SimpleNamespace(path=tmp_path, config=config, log=training_log, steps=SimpleNamespace(total=total))
+    run.components = SimpleNamespace(network=network)
+    best, last = result(10), result(20)
+    best_table, last_table = (scores.format_table(one.loss, one.records, one.pixels) for one in (best, last))
+    assert loop._final_table(run, total) == (last_table, "")
+    shown = [f"{metrics.flatten(one.records)['miou']:.4f}" for one in (best, last)]
+    note = f", whose scores these are (miou {shown[0]}); after step {total} it was {shown[1]}"
+    assert loop._final_table(run, 5) == (best_table, note)  # from metrics.jsonl: the same after a resume
+    note = f", but these are the scores of step {total}, as metrics.jsonl has none of step 4"
+    assert loop._final_table(run, 4) == (last_table, note)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("with_missed")
 @pytest.mark.parametrize("best_metric, best", [("miss/circle", 1), ("background_share", 2)])
 def test_a_new_metric_picks_the_best_checkpoint_whichever_direction_is_better(config, tmp_path, best_metric, best):
     config.eval.best_metric, config.train.eval_every_epochs = best_metric, 0.4  # every step
-    run = setup.open_run(config, tmp_path)
-    with signals.Deferred() as deferred:
+    with lock.Lock(tmp_path) as held, signals.Deferred() as deferred:
+        run = setup.open_run(config, tmp_path, held)
         # Networks that predict one class everywhere, after steps 1 to 4: circles, background, triangles, triangles.
         for step, predicted in enumerate((2, 0, 3, 3), 1):
             bias = jax.device_put(100.0 * jnp.eye(7)[predicted], run.state.params["head"]["bias"].sharding)

@@ -19,7 +19,7 @@ from unet_jax import defaults
 from unet_jax.evaluation import evaluate
 from unet_jax.inference import predict
 from unet_jax.training import loop
-from unet_jax.workdir import files
+from unet_jax.workdir import checkpoints, files
 
 ARCHIVE = ROOT / "tests" / "fixtures" / "workdir_0_1_0.tar.xz"
 
@@ -63,6 +63,7 @@ def test_it_is_resumed_to_the_same_end(old, capsys):
     path, expected = old
     loop.train(tiny.get_config(), path)
     assert "Resuming from step 5" in capsys.readouterr().out
+    assert "config" not in checkpoints.read_meta(path, 5) and "config" in checkpoints.read_meta(path, 10)
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [row["step"] for row in expected["finished"]]
     for row, before in zip(rows, expected["finished"], strict=True):

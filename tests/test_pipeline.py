@@ -1,5 +1,7 @@
 """Batches: a pure function of source, seed and step, whether cached or not, for any number of processes."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,37 @@ def test_evaluation_gives_every_example_once(cached, batch_size):
         i for batch in batches for i, counts in zip(batch["image"][:, 0, 0, 0], batch["mask"], strict=True) if counts
     ]
     assert seen == list(range(10))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(
+    "task, value, message",
+    [
+        ("multiclass", 2, r"example '7': label 2 is not in 0\.\.1 .* and not 255.* Values found: 0, 1, 2"),
+        ("multiclass", 254, "example '7': label 254 .* Values found: 0, 1, 254"),
+        ("multiclass", -1, "example '7': label -1 "),
+        ("multiclass", 255, None),
+        ("binary", 2, "example '7': label 2 "),
+        ("multilabel", 2, r"example '7': label 2 is not in 0\.\.1 "),
+        ("multilabel", 255, None),
+    ],
+)
+def test_a_label_that_is_no_class_is_an_error(cached, task, value, message):
+    label = np.eye(6, 8, dtype=np.uint8 if value > 0 else np.int16)
+    wrong = np.where(np.arange(8) == 7, value, label).astype(label.dtype)
+    names = ("a", "b", "c") if task == "multilabel" else ("a", "b")
+    to_masks = (lambda label: np.stack([label] * 3, -1)) if task == "multilabel" else lambda label: label
+    source = Source(
+        Classes(task, names, ((0, 0, 0),) * len(names), channels=1),
+        [str(i) for i in range(10)],
+        lambda index: (np.zeros((6, 8, 1), np.uint8), to_masks(wrong if index == 7 else label)),
+        files=(),
+        settings={"test": "labels", "task": task, "value": value},
+    )
+    raises = contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message)
+    with raises:
+        images = pipeline.Pipeline(source, (6, 8), "nearest", cache_gib=1.0 if cached else 0.0)
+        list(images.eval_batches(4, np.arange(0, 4)))
 
 
 @pytest.mark.parametrize("cached", [True, False])

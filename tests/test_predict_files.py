@@ -1,6 +1,7 @@
 """`--mode=predict`: files in, files out."""
 
 import json
+import os
 import shutil
 
 import helpers
@@ -13,6 +14,7 @@ from PIL import Image
 
 import unet_jax
 from configs import folder
+from unet_jax.data import images
 from unet_jax.errors import UserError
 from unet_jax.evaluation import evaluate
 from unet_jax.inference import predict, tiles
@@ -52,18 +54,56 @@ def test_images_at_the_scale_of_the_training_are_tiled(trained, tmp_path, capsys
     """The generated shapes were not resized, so a larger image has more pixels of the same scale."""
     picture = save_image(RNG.integers(0, 256, (100, 130), np.uint8), tmp_path / "a.png")
     predict.predict_files(trained, str(tmp_path / "a.png"), tmp_path / "out", probabilities="png")
-    assert "at their own size, in tiles of 48x48" in capsys.readouterr().out
+    assert "at their own size, in tiles if that is not 48x48" in capsys.readouterr().out
 
     network = unet_jax.load(trained)
+    assert network.source_sizes == ((48, 48), (48, 48))
     expected = tiles.Predictor(network.network, network.variables, (48, 48)).probability(picture[..., None])
     np.testing.assert_array_equal(read_image(tmp_path / "out/a.png"), expected.argmax(-1))
     circle = read_image(tmp_path / "out/a_probability_circle.png") / 65535
     np.testing.assert_allclose(circle, expected[..., 2], atol=1e-5)
 
 
+def test_images_larger_than_in_training_are_resized_by_its_factor_and_tiled(config, tmp_path, capsys):
+    path = helpers.save_untrained(tmp_path / "run", config)
+    with helpers.edited_json(path / "classes.json") as classes:
+        classes["image_sizes"] = [[80, 96], [96, 120]]  # resized to 48x48
+    network = unet_jax.load(path)
+    sizes = {"seen": (90, 100), "tall": (240, 120), "large": (360, 480)}
+    for name, size in sizes.items():
+        save_image(RNG.integers(0, 256, size, np.uint8), tmp_path / f"in/{name}.png")
+    predict.predict_files(path, str(tmp_path / "in"), tmp_path / "out", probabilities="npy")
+    out = capsys.readouterr().out
+    assert "resized as in training (96x80 to 120x96 became 48x48) and back, in tiles if that is not 48x48" in out
+    assert "3 of 3 images predicted, 2 of them in tiles" in out and "warning" not in out
+    made = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert (made["scale"], made["train_size"], made["source_sizes"]) == ("train", [48, 48], [[80, 96], [96, 120]])
+    expected = {"seen": [48, 48], "tall": [120, 48], "large": [180, 192]}
+    for name, size in sizes.items():
+        file = tmp_path / f"in/{name}.png"
+        is_tiled = name != "seen"
+        described = {"size": list(size), "predicted_at": expected[name], "in_tiles": is_tiled}
+        assert made["images"][str(file)] == described
+        small = images.resize_image(read_image(file)[..., None], tuple(expected[name]), "bilinear")
+        predictor = tiles.Predictor(network.network, network.variables, (48, 48))
+        whole = predictor.probability(small) if is_tiled else np.asarray(network.predict(small[None])[0])
+        channels = [Image.fromarray(np.ascontiguousarray(one)) for one in np.moveaxis(whole, -1, 0)]
+        back = np.stack([one.resize(size[::-1], Image.Resampling.BILINEAR) for one in channels], -1)
+        np.testing.assert_allclose(np.load(tmp_path / f"out/{name}_probability.npy"), back, atol=1e-6)
+        np.testing.assert_allclose(network.predict_image(file), back, atol=1e-6)
+
+    predict.predict_files(path, str(tmp_path / "in"), tmp_path / "fit", scale="fit")
+    out = capsys.readouterr().out
+    assert "warning: 2 image(s) were shrunk much further than any in training, one 4.0 times as far" in out
+    with pytest.raises(UserError, match="scale = 'nativ' is not one of.*Did you mean 'native'"):
+        network.predict_image(file, scale="nativ")
+    with pytest.raises(UserError, match=r"must be uint8 \[height, width, 1 channel"):
+        network.predict_image(np.zeros((20, 20), np.uint8))
+
+
 def test_overlapping_masks_are_written_one_file_each(config, tmp_path):
     config.data.variant = "multilabel"
-    path = helpers.save_untrained(tmp_path / "run", config)
+    path = helpers.save_untrained(tmp_path / "lr[1e-3]", config)  # to Orbax and to a shell, a pattern
     picture = save_image(RNG.integers(0, 256, (48, 48), np.uint8), tmp_path / "a.png")
     probability = np.asarray(unet_jax.load(path).predict(picture[None, ..., None])[0])
     threshold = float(np.median(probability[..., 1]))
@@ -88,7 +128,7 @@ def test_a_binary_network_on_a_folder_of_16_bit_images(tmp_path, capsys):
     loop.train(config, tmp_path / "run")
     predict.predict_files(tmp_path / "run", str(tmp_path / "data/images/*.tif"), tmp_path / "out", probabilities="png")
     out = capsys.readouterr().out
-    assert "resized to 32x32 and back (bilinear)" in out and "threshold 0.5" in out
+    assert "resized as in training (40x40 became 32x32) and back" in out and "threshold 0.5" in out
     label, probability = (read_image(tmp_path / f"out/3{name}.png") for name in ("", "_probability_foreground"))
     np.testing.assert_array_equal(label, probability > 0.5 * 65535)
 
@@ -129,22 +169,26 @@ def test_bad_input_is_refused_before_any_work(trained, tmp_path, monkeypatch, ch
 def test_classes_whose_names_are_alike_as_file_names_are_numbered(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     with helpers.edited_json(tmp_path / "run/classes.json") as classes:
-        classes["names"] = ["a b", "a_b", "c/d", "e.f", "g-h", "é", "i"]
+        classes["names"] = ["a b", "a_b", "c/d", "e.f", "g-h", "é", "i" * 300]
     save_image(np.zeros((48, 48), np.uint8), tmp_path / "x.png")
     predict.predict_files(tmp_path / "run", str(tmp_path / "x.png"), tmp_path / "out", probabilities="png")
     written = {file.stem.removeprefix("x_probability_") for file in (tmp_path / "out").glob("x_probability_*.png")}
-    assert written == {"0_a_b", "1_a_b", "c_d", "e.f", "g-h", "é", "i"}
+    assert written == {"0_a_b", "1_a_b", "c_d", "e.f", "g-h", "é", "i" * 40}
 
 
 def test_unreadable_files_are_listed_and_the_others_predicted(trained, tmp_path):
-    save_image(np.full((48, 48), 255, np.uint8), tmp_path / "in/good.png")
-    (tmp_path / "in/bad.png").write_text("no image")
-    flags = [f"--workdir={trained}", f"--input={tmp_path}/in", f"--output={tmp_path}/out"]
+    place, shown = tmp_path / os.fsdecode("café".encode("latin-1")), f"{tmp_path}/caf\\udce9"  # not UTF-8
+    save_image(np.full((48, 48), 255, np.uint8), place / "in/good.png")
+    (place / "in/bad.png").write_text("no image")
+    flags = [f"--workdir={trained}", f"--input={place}/in", f"--output={place}/out"]
     result = helpers.run_main("--mode=predict", *flags)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "1 of 2 files could not be read" in result.stderr and "bad.png: not a readable image" in result.stderr
-    assert "1 of 2 images predicted" in result.stdout
-    assert (tmp_path / "out/good.png").exists() and not (tmp_path / "out/bad.png").exists()
+    assert "1 of 2 files could not be read" in result.stderr
+    assert f"{shown}/in/bad.png: not a readable image" in result.stderr
+    assert "1 of 2 images predicted" in result.stdout and f"see {shown}/out" in result.stdout
+    assert (place / "out/good.png").exists() and not (place / "out/bad.png").exists()
+    made = json.loads((place / "out/predictions.json").read_text())
+    assert made["shares"].keys() == {str(place / "in/good.png")}
 
 
 def test_constant_predictions_are_warned_of(trained, tmp_path, capsys, monkeypatch):

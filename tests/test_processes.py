@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,16 +106,16 @@ def test_a_checkpoint_restored_on_other_devices_is_bit_equal(steady):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_saves_the_same_step_on_both(tmp_path):
+def test_signals_to_one_of_two_processes_save_the_same_step_on_both(tmp_path):
     reference, path = tmp_path / "reference", tmp_path / "run"
     outputs = commands.succeed_together(*commands.training(reference), folder=tmp_path, devices=2)
     assert "process 0 of 2: on " in outputs[0] and "process 1 of 2: on " in outputs[1]
     assert "2 process(es)" in outputs[0] and "step 3/10" not in outputs[1]
     cluster = commands.start_cluster(*commands.training(path), folder=tmp_path, devices=2)
     cluster[0].wait_for("step 3/10")
-    for _ in range(2):
-        cluster[1].send(signal.SIGTERM)
-    assert [command.wait() for command in cluster] == [143, 143], cluster[0].output + cluster[1].output
+    for number in (signal.SIGHUP, signal.SIGTERM):  # the first one counts
+        cluster[1].send(number)
+    assert [command.wait() for command in cluster] == [129, 129], cluster[0].output + cluster[1].output
     assert 3 < integrity.steps(path)[-1] < 10
     assert all("the same command resumes it" in command.output for command in cluster)
     commands.succeed_together(*commands.training(path), folder=tmp_path, devices=2)
@@ -136,17 +137,48 @@ def test_an_exception_in_one_process_ends_both_with_its_text(tmp_path):
         assert "Traceback" not in command.output
 
 
+IMPATIENT = {"unet_jax.parallel.links.HEARTBEAT_TIMEOUT": 3, "unet_jax.parallel.distributed.END_TIMEOUT": 1}
+
+
+def assert_ended_with(text, command):
+    """Checks that a command ends soon, with our sentence, and neither with a traceback nor with one of C++."""
+    assert command.wait(15) == 1, command.output
+    assert text in command.output and "Start all processes again with the same command" in command.output
+    for word in ("Traceback", "***", "absl", "Check failed", "F0000", "another task died", "terminate called"):
+        assert word not in command.output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_with_a_reason(tmp_path, killed):
-    cluster = commands.start_cluster(
-        *commands.training(tmp_path / "run", "--config.train.epochs=4000"), folder=tmp_path, devices=2
-    )
+    flags = commands.training(tmp_path / "run", "--config.train.epochs=4000")
+    cluster = commands.start_cluster(*flags, folder=tmp_path, devices=2, constants=IMPATIENT)
     cluster[0].wait_for("step 3/10000")
     cluster[killed].send(signal.SIGKILL)
-    left = cluster[1 - killed]
-    assert left.wait(distributed.HEARTBEAT_TIMEOUT + 30) not in (0, None)
-    assert "another task died" in left.output or "If another process has ended, that is the cause" in left.output
+    assert_ended_with(f"process {killed} on {socket.gethostname()} (pid ", cluster[1 - killed])
+    assert "has ended without giving a reason" in cluster[1 - killed].output
+
+
+@pytest.mark.slow
+def test_a_process_whose_number_is_in_use_is_refused_and_a_stopped_one_ends_the_others(tmp_path):
+    path = tmp_path / "run"
+    flags = commands.training(path, "--config.train.epochs=4000")
+    settings = {"folder": tmp_path, "devices": 2, "constants": IMPATIENT}
+    cluster = commands.start_cluster(*flags, **settings)
+    cluster[0].wait_for("step 3/10000")
+    newcomer = commands.Command(*cluster[1].flags, **settings)
+    assert newcomer.wait(30) == 1
+    refusal = f"process 1 on {socket.gethostname()} (pid {cluster[1].pid}) is in this run already, which goes on"
+    assert refusal in newcomer.output and "Traceback" not in newcomer.output
+    assert refusal in cluster[0].output
+    before = integrity.steps(path)
+    cluster[1].send(signal.SIGSTOP)
+    silent = "(pid {}) has been silent for 3 s: it was stopped or suspended"
+    assert_ended_with(silent.format(cluster[1].pid), cluster[0])
+    cluster[1].send(signal.SIGCONT)
+    assert_ended_with("Start all processes again", cluster[1])
+    assert integrity.steps(path)[-1] >= before[-1]
+    assert integrity.find_damage(path, integrity.steps(path)[-1]) is None
 
 
 @pytest.mark.slow

@@ -1,15 +1,19 @@
 """The report of a work directory: what it shows, and that it works in a browser."""
 
+import dataclasses
+import html.parser
 import json
 import re
+import shlex
 import shutil
 
 import helpers
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
-from unet_jax import metrics
+from unet_jax import data, metrics
 from unet_jax.data import pipeline
 from unet_jax.data.source import Classes
 from unet_jax.errors import UserError
@@ -17,7 +21,7 @@ from unet_jax.evaluation import evaluate, page, report
 from unet_jax.inference import trained as trained_network
 from unet_jax.workdir import files, metrics_log
 
-NASTY = '<b>&"x"</b>$title'
+NASTY = """<b>&"x"</b>$title</style></script><script>document.title="owned"</script>' onclick=alert(1) {{ 7 * 7 }}"""
 
 
 @pytest.fixture
@@ -30,8 +34,12 @@ def _change_config(path, **data):
         values["data"] |= data
 
 
-def _without_images(path):
-    _change_config(path, name="carla", variant="carla23", root="/nowhere")
+def _without_images(path, monkeypatch):
+    def load(settings, split):
+        raise UserError(f"no images in {settings.root}")
+
+    _change_config(path, root="/nowhere")
+    monkeypatch.setattr(data, "load", load)
 
 
 def _records(names, counts):
@@ -54,12 +62,12 @@ def test_training_writes_a_report(trained):
     assert len(text) < 2**20
     environment = files.read_environment(trained)
     assert len(environment) == 1 and environment[0]["versions"]["jax"] in text
-    assert "http" not in re.sub(r'data:image/[^"]*', "", text)
+    assert "://" not in re.sub(r'data:image/[^"]*', "", text)
 
 
 def test_its_scores_are_those_of_eval_mode(copy):
     network = trained_network.load(copy)
-    measured = report._measure(network, evaluate.open_split(network, copy, "validation"))
+    measured = report._measure(network, "validation", evaluate.open_split(network, copy, "validation"), "none")
     result = evaluate.evaluate_workdir(copy, None, None, "validation")
     assert (measured.counts == result.confusion.sum(0)).all()
     assert measured.records == result.records and measured.loss == result.loss
@@ -100,11 +108,11 @@ def test_ids_decide_between_equal_scores():
     assert middle == [48, 49, 50]
 
 
-def test_without_its_images_it_shows_what_is_known(copy, capsys):
+def test_without_its_images_it_shows_what_is_known(copy, capsys, monkeypatch):
     (copy / "eval.json").unlink(missing_ok=True)
     step = trained_network.load(copy).step
     row = next(r for r in metrics_log.read(copy) if r["step"] == step and "val/miou" in r)
-    _without_images(copy)
+    _without_images(copy, monkeypatch)
     report.write(copy)
     assert "shows no images" in capsys.readouterr().out
     text = (copy / "report.html").read_text()
@@ -143,18 +151,47 @@ def test_an_older_training_has_no_environment(copy):
     assert "not recorded" in text and "python -m unet_jax.main --config=" in text
 
 
-def test_every_value_is_escaped():
-    run = {"first_step": 0, "command": f"python -m unet_jax.main --workdir='{NASTY}'", "commit": None}
-    run |= {"devices": NASTY, "platform": NASTY, "versions": {"jax": NASTY}}
-    names, counts = (NASTY, "other"), np.array([[256, 0], [0, 0]])
+def _render_everywhere(value):
+    """A page with a text in every place where one can come in from a file."""
+    run = {"first_step": value, "command": f"python -m unet_jax.main --workdir={shlex.quote(value)}", "commit": value}
+    run |= {"devices": value, "platform": value, "versions": {value: value}}
+    names, counts = (value, "other"), np.array([[256, 0], [0, 0]])
     label = np.zeros((16, 16), np.uint8)
-    picture = page.Picture(NASTY, _records(names, counts), label[..., None], label, label)
-    results = page.Results(NASTY, 1.0, _records(names, counts), counts, {"worst": [picture], "median": [], "best": []})
-    config = tiny.get_config()
-    config.data.root = NASTY
-    text = _render(names, counts, name=NASTY, config=config, runs=[run], missing=NASTY, results=results)
-    assert "<b>&" not in text and '"x"' not in text
-    assert text.count("&lt;b&gt;&amp;&#34;x&#34;&lt;/b&gt;$title") >= 10
+    picture = page.Picture(value, _records(names, counts), label[..., None], label, label)
+    records = [dataclasses.replace(r, title=value, note=value) for r in _records(names, counts)]
+    shown = {"worst": [picture], "median": [], "best": []}
+    config = ConfigDict({**tiny.get_config().to_dict(), "other": {value: value}}, allow_dotted_keys=True)
+    config.data.root = value
+    return _render(
+        names,
+        counts,
+        name=value,
+        config=config,
+        rows=[{"step": 1, "epoch": 1, "train/loss": 0.5, value: value, f"val/iou/{value}": value}],
+        runs=[run, run],
+        missing=value,
+        results=page.Results(value, 1.0, records, counts, shown),
+    )
+
+
+def _elements(text):
+    """The elements of a page, each with the names of its attributes."""
+    found = []
+    parser = html.parser.HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, [name for name, _ in attributes]))
+    parser.feed(text)
+    return found
+
+
+def test_every_value_is_escaped():
+    text = _render_everywhere(NASTY)
+    assert _elements(text) == _elements(_render_everywhere("harmless"))
+    assert text.count("&lt;/script&gt;&lt;script&gt;document.title=&#34;owned&#34;") >= 20
+    classes = Classes("multiclass", ("a", "b"), (("red;--x:url(//example.org)", 0, 1), (1, 1, 1)))
+    assert 'style="background:rgb(0,0,1)"' in _render(("a", "b"), np.eye(2), classes=classes)
+    names = "photo_\udce9 \x1b[2J\x00"  # of files: bytes that are not UTF-8, control characters
+    text = _render(("a", "b"), np.eye(2), missing=names, name=names)
+    assert text.encode().count(rb"photo_\udce9 \x1b[2J\x00") == 3
 
 
 def test_a_new_metric_is_shown_without_another_change(monkeypatch):
@@ -269,6 +306,29 @@ def test_its_controls_work_by_mouse_and_keyboard(opened):
     opened.find_element(By.CSS_SELECTOR, "summary").send_keys(Keys.ENTER)
     assert "learning_rate" in opened.find_element(By.CSS_SELECTOR, "details").text
     assert opened.get_log("browser") == []
+
+
+def test_nothing_but_its_own_script_runs(opened, trained, tmp_path):
+    text = (trained / "report.html").read_text()
+    hostile = """
+        <script>window.owned = 1</script><script src="data:text/javascript,window.owned = 2"></script>
+        <img src="x" onerror="window.owned = 3"><img id="remote" src="http://127.0.0.1:9/x.png">
+        <style>main { display: none }</style><base href="http://127.0.0.1:9/">
+        <a id="link" href="javascript:window.owned = 4">x</a>
+        <iframe srcdoc="<script>top.owned = 5</script>"></iframe>"""
+    (tmp_path / "hostile.html").write_text(text.replace("<main>", hostile + "<main>", 1))
+    opened.get((tmp_path / "hostile.html").as_uri())
+    opened.find_element("id", "link").click()
+    assert opened.execute_script("return [window.owned ?? 0, document.baseURI.slice(0, 5)]") == [0, "file:"]
+    refused = [entry["message"] for entry in opened.get_log("browser")]
+    assert sum("Content Security Policy" in message for message in refused) >= 7
+    # The controls, the style and the colours of the classes still work.
+    card = opened.find_element("css selector", ".card")
+    card.find_element("css selector", "[value=prediction]").click()
+    assert card.get_attribute("data-layer") == "prediction"
+    swatches = opened.find_elements("class name", "swatch")
+    for swatch, color in zip(swatches, json.loads((trained / "classes.json").read_text())["palette"], strict=False):
+        assert re.findall(r"\d+", swatch.value_of_css_property("background-color"))[:3] == [*map(str, color)]
 
 
 def test_it_is_readable_on_a_phone(opened):

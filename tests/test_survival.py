@@ -1,7 +1,10 @@
 """Whatever interrupts a training, the same command resumes it and ends where it would have ended."""
 
 import os
+import pty
 import random
+import re
+import select
 import shutil
 import signal
 import time
@@ -14,11 +17,12 @@ import numpy as np
 import pytest
 import tiny
 
+import unet_jax
 from unet_jax.data import pipeline
 from unet_jax.errors import Interrupted, UserError
 from unet_jax.evaluation import evaluate
 from unet_jax.training import log, loop, optimizer
-from unet_jax.workdir import checkpoints, integrity
+from unet_jax.workdir import checkpoints, files, integrity
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +65,47 @@ def test_twenty_kills_at_random_moments(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_twice_saves_once_and_the_same_command_resumes(finished, tmp_path):
+def test_signals_and_lost_output_lose_no_work_and_the_same_command_resumes(finished, tmp_path):
     path = tmp_path / "run"
-    command = commands.Command(*commands.training(path), folder=tmp_path)
-    command.wait_for("step 3/10")
+    flags = commands.training(path)
+
+    # The terminal is closed.
+    terminal, other = pty.openpty()
+    command = commands.Command(*flags, folder=tmp_path, streams=dict.fromkeys((1, 2), os.ttyname(other)))
+    shown = b""
+    while b"step 3/10" not in shown:
+        assert select.select([terminal], [], [], 60)[0], shown
+        shown += os.read(terminal, 4096)
+    os.close(other)
+    os.close(terminal)
+    assert command.wait() == 128 + signal.SIGHUP
+    saved = integrity.steps(path)[-1]
+    assert 3 <= saved < 10
+
+    # Under nohup, with its output on a full disk; a second SIGTERM changes nothing.
+    command = commands.Command(*flags, folder=tmp_path, streams={1: "/dev/full"}, ignored=[signal.SIGHUP])
+    until = time.monotonic() + 60
+    while max(row["step"] for row in helpers.metric_rows(path)) <= saved:
+        assert time.monotonic() < until, command.output
+        time.sleep(0.005)
+    command.send(signal.SIGHUP)
     command.send(signal.SIGTERM)
     command.wait_for("SIGTERM: saving at the next step")
     command.send(signal.SIGTERM)
     assert command.wait() == 128 + signal.SIGTERM, command.output
     assert f"SIGTERM: {path} is saved; the same command resumes it" in command.output
     assert "Traceback" not in command.output
-    assert 3 < integrity.steps(path)[-1] < 10
-    commands.succeed(*commands.training(path), folder=tmp_path)
+    assert saved < integrity.steps(path)[-1]
+
+    # As by `2>&- | head -1`.
+    lost = {1: "no reader", 2: "closed"}
+    assert commands.Command(*flags, folder=tmp_path, streams=lost).wait() == 0
     helpers.assert_same_run(path, finished)
+    for name in "abc":
+        helpers.save_image(np.zeros((48, 48, 3), np.uint8), tmp_path / "images" / f"{name}.png")
+    flags = ("--mode=predict", f"--workdir={path}", f"--input={tmp_path / 'images'}", f"--output={tmp_path / 'masks'}")
+    assert commands.Command(*flags, folder=tmp_path, streams=lost, devices=1).wait() == 0
+    assert {"a.png", "b.png", "c.png"} <= set(os.listdir(tmp_path / "masks"))
 
 
 def test_sigint_before_the_first_step_ends_at_once_with_130(tmp_path):
@@ -87,7 +119,7 @@ def test_sigint_before_the_first_step_ends_at_once_with_130(tmp_path):
 
 def test_libraries_that_catch_exceptions_do_not_swallow_a_signal(config, finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "run")
-    damage(tmp_path / "run" / "checkpoints" / "10", "empty")
+    _emptied(tmp_path / "run" / "checkpoints" / "10")
 
     def interrupted(*_, **__):
         raise Interrupted("stopped", signal.SIGTERM)
@@ -178,7 +210,7 @@ def test_a_file_that_cannot_be_read_is_damage(finished, monkeypatch):
     open_file = path_type.open
 
     def fail(self, mode="r", **settings):
-        if mode == "rb":
+        if mode == "rb" and self.name != integrity.CHECKSUMS:
             raise OSError(5, "Input/output error")
         return open_file(self, mode, **settings)
 
@@ -186,39 +218,170 @@ def test_a_file_that_cannot_be_read_is_damage(finished, monkeypatch):
     assert "cannot be read ([Errno 5]" in integrity.find_damage(finished, 10)
 
 
-def damage(folder, how):
-    largest = helpers.largest_file(folder)
-    if how == "truncated":
-        largest.write_bytes(largest.read_bytes()[:-1])
-    elif how == "one bit flipped":
-        helpers.flip_bit(largest)
-    elif how == "a file deleted":
-        largest.unlink()
-    elif how == "checksums deleted":
-        (folder / integrity.CHECKSUMS).unlink()
-    else:
-        shutil.rmtree(folder)
-        folder.mkdir()
+def _of_largest(change):
+    return lambda folder: change(helpers.largest_file(folder))
 
 
-SLOW_DAMAGES = ("truncated", "a file deleted", "checksums deleted", "empty")
+def _become(make, name=None):
+    """Puts something else where a file was."""
+
+    def change(folder):
+        file = folder / name if name else helpers.largest_file(folder)
+        file.unlink()
+        make(file)
+
+    return change
 
 
-@pytest.mark.parametrize(
-    "how", ["one bit flipped", *(pytest.param(how, marks=pytest.mark.slow) for how in SLOW_DAMAGES)]
-)
-def test_a_damaged_step_is_named_and_the_one_before_used(config, finished, tmp_path, how, capsys):
+def _of_sums(change):
+    def edit(folder):
+        with helpers.edited_json(folder / integrity.CHECKSUMS) as sums:
+            change(sums)
+
+    return edit
+
+
+def _without_training(sums):
+    for name in list(sums):
+        if name.startswith("training/"):
+            del sums[name]
+
+
+def _emptied(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _written(content):
+    return lambda file: file.write_bytes(content)
+
+
+SUMS, META = integrity.CHECKSUMS, "meta/metadata"
+DAMAGES = {  # what happens to the folder of a step, and what is said about it
+    "one bit flipped": (_of_largest(helpers.flip_bit), "is damaged, its checksum differs"),
+    "truncated": (_of_largest(lambda file: os.truncate(file, 100)), "is damaged, its checksum differs"),
+    "a file deleted": (_of_largest(os.unlink), "is missing"),
+    "a file that became a folder": (_become(os.mkdir), "is missing"),
+    "a file that became a pipe": (_become(os.mkfifo), "is not a file but a link, a pipe"),
+    "a file that became a device": (_become(lambda file: file.symlink_to("/dev/zero")), "is not a file but a link"),
+    "a file added": (lambda folder: (folder / "meta" / "more").write_bytes(b""), "meta/more is not listed"),
+    "an item deleted": (lambda folder: shutil.rmtree(folder / "training"), "training/.* is missing"),
+    "empty": (_emptied, "is missing: it was never finished"),
+    "checksums deleted": (lambda folder: (folder / SUMS).unlink(), "is missing: it was never finished"),
+    "checksums of nothing": (_of_sums(dict.clear), "lists no file of variables"),
+    "checksums of one file less": (_of_sums(lambda sums: sums.pop(META)), f"{META} is not listed in {SUMS}"),
+    "checksums of one file more": (_of_sums(lambda sums: sums.update(more="0" * 64)), "more is missing"),
+    "checksums without an item": (_of_sums(_without_training), "lists no file of training"),
+    "checksums of a device": (_of_sums(lambda sums: sums.update({"/dev/zero": "0" * 64})), "names '/dev/zero', which"),
+    "checksums of another step": (_of_sums(lambda sums: sums.update({"../8/x": "0" * 64})), "names '../8/x', which"),
+    "checksums that are none": (_of_sums(lambda sums: sums.update({META: "0" * 63})), "which is no SHA-256 sum"),
+    "checksums that are numbers": (_of_sums(lambda sums: sums.update({META: 5})), "holds 5 for meta/metadata"),
+    **{
+        f"checksums that are {name}": (_become(make, SUMS), f"{SUMS} (cannot be read|is damaged): ")
+        for name, make in {
+            "a list": _written(b"[]"),
+            "no text": _written(b"\xff\xfe"),
+            "torn": _written(b'{"meta/metadata": "0'),
+            "too deep": _written(b"[" * 100_000),
+            "a folder": os.mkdir,
+            "a pipe": os.mkfifo,
+            "a device": lambda file: file.symlink_to("/dev/zero"),
+        }.items()
+    },
+}
+
+
+def test_each_damage_to_a_step_is_one_sentence(finished, tmp_path):
+    for number, (how, (change, expected)) in enumerate(DAMAGES.items()):
+        folder = tmp_path / str(number) / "checkpoints" / "10"
+        shutil.copytree(finished / "checkpoints" / "10", folder)
+        (folder / "meta" / ".nfs0001").write_bytes(b"")  # of a file system
+        assert integrity.find_damage(tmp_path / str(number), 10) is None
+        change(folder)
+        found = integrity.find_damage(tmp_path / str(number), 10)
+        assert found and re.search(expected, found) and len(found) < 500, (how, found)
+
+
+def test_a_damaged_step_is_named_and_the_one_before_used_whatever_stands_beside_it(config, finished, tmp_path, capsys):
+    """All that is only to look at is damaged too, and stops nothing."""
     path = tmp_path / "run"
     shutil.copytree(finished, path)
-    damage(path / "checkpoints" / "10", how)
+    DAMAGES["one bit flipped"][0](path / "checkpoints" / "10")
     result = evaluate.evaluate_workdir(path, None, None, "validation")  # reading moves nothing
     assert f"{path / 'checkpoints' / '10'} is damaged" in capsys.readouterr().out
     assert result is not None and (path / "checkpoints" / "10").exists()
+
+    kept = {"damaged": b"notes", "replaced": b"notes", "panels": b"notes", "environment.json": b"[]"}
+    kept["metrics.jsonl"] = (path / "metrics.jsonl").read_bytes().replace(b"\n", b"\nnull\n", 1)
+    kept["checkpoints/8/_CHECKPOINT_METADATA"] = b"[" * 100_000
+    for name, content in kept.items():
+        (path / name).write_bytes(content)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("notes")
+    for name in ("report.html", "history.png", "classes.json.partial"):
+        (path / name).unlink(missing_ok=True)
+    (path / "report.html").mkdir()
+    os.mkfifo(path / "history.png")
+    (path / "classes.json.partial").symlink_to(elsewhere)
+
     loop.train(config, path)
     printed = capsys.readouterr().out
     assert f"{path / 'checkpoints' / '10'} is damaged" in printed and "the newest intact step is 8" in printed
     assert "Resuming from step 8" in printed and (path / "damaged" / "10").exists()
     helpers.assert_same_run(path, finished)
+    for name, content in kept.items():  # nothing of the user is deleted
+        aside = path / (name if name == "replaced" else f"{name}.damaged")
+        assert aside.read_bytes() == content and (name == "replaced" or f"{path / name} is set aside" in printed)
+    assert (path / "report.html.damaged").is_dir() and (path / "history.png.damaged").is_fifo()
+    assert (path / "report.html").is_file() and (path / "history.png").is_file()
+    assert elsewhere.read_text() == "notes"
+    assert len(files.read_environment(path)) == 1
+
+
+def test_what_was_changed_since_a_step_was_saved_is_named(config, finished, tmp_path, capsys):
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+
+    def edited(name, field, value):
+        with helpers.edited_json(path / name) as values:
+            group, _, last = field.rpartition(".")
+            (values[group] if group else values)[last] = value
+
+    def refused(message):
+        with pytest.raises(UserError, match=message):
+            unet_jax.load(path)
+        for name in ("config.json", "classes.json"):
+            shutil.copyfile(finished / name, path / name)
+
+    edited("config.json", "eval.tta", "flip")
+    refused(rf"{path}/config.json: config.eval.tta = 'flip' is not one of")
+    edited("config.json", "data.resize", "cubic")
+    refused(rf"{path}/config.json: config.data.resize = 'cubic' is not one of")
+    edited("config.json", "data.resize", "nearest")
+    refused(r"after step \d+ was saved(.|\n)*Put(.|\n)*config.json: data.resize is 'nearest', was 'bilinear'")
+    edited("classes.json", "ignore_label", 3)
+    refused(rf"{path}/classes.json: ignore_label = 3 is also the label of a class")
+    edited("classes.json", "ignore_label", 100)
+    refused(r"classes.json: ignore_label is 100, was 255")
+    edited("classes.json", "normalization", {"mean": [1.0], "scale": [255.0]})
+    refused(r"classes.json: normalization is {'mean': \[1.0\]")
+
+    # Both the command and the file: the training itself would be another one.
+    edited("config.json", "loss.dice", 1.0)
+    shutil.rmtree(path / "checkpoints" / "10")
+    changed = config.copy_and_resolve_references()
+    changed.loss.dice = 1.0
+    with pytest.raises(UserError, match=r"config.json: loss.dice is 1.0, was 0.0"):
+        loop.train(changed, path)
+    shutil.copyfile(finished / "config.json", path / "config.json")
+
+    # What does not decide over results may change.
+    edited("config.json", "eval.tta", "flips")
+    edited("config.json", "data.root", "/moved")
+    edited("classes.json", "names", [f"name {i}" for i in range(7)])
+    capsys.readouterr()
+    assert unet_jax.load(path).config.eval.tta == "flips"
+    assert "warning" in (printed := capsys.readouterr().out) and "classes.json: names is ['name 0'" in printed
 
 
 @pytest.mark.slow
@@ -236,7 +399,7 @@ def test_without_an_intact_checkpoint_it_never_starts_from_scratch(config, finis
     path = tmp_path / "run"
     shutil.copytree(finished, path)
     for step in integrity.steps(path):
-        damage(path / "checkpoints" / str(step), "one bit flipped")
+        DAMAGES["one bit flipped"][0](path / "checkpoints" / str(step))
     before = sorted(path.rglob("*"))
     with pytest.raises(UserError, match="has no intact checkpoint(.|\n)*/8: (.|\n)*/10: .*its checksum differs"):
         loop.train(config, path)

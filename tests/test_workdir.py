@@ -1,14 +1,23 @@
+import contextlib
+import copy
+import functools
 import json
+import os
+import random
+import shutil
+import signal
 import sys
 
 import pytest
 from etils import epath
-from helpers import ROOT
+from helpers import ROOT, edited_json
 
+import unet_jax
 from unet_jax import data, defaults
 from unet_jax.errors import UserError
+from unet_jax.evaluation import report
 from unet_jax.parallel import processes
-from unet_jax.workdir import files
+from unet_jax.workdir import files, metrics_log
 
 
 def test_the_environment_of_a_run_is_recorded_once(tmp_path, monkeypatch):
@@ -71,7 +80,7 @@ def _claimed(path, config):
     """A work directory of `config`."""
     path = epath.Path(path)
     files.check(path, config)
-    files.claim(path, config, {"names": ["a", "b"]})
+    files.claim(path, config, data.Classes("binary", ("a", "b"), ((0, 0, 0), (1, 1, 1))).to_json())
     return path
 
 
@@ -95,13 +104,12 @@ def test_a_new_field_at_another_value_is_a_difference_that_is_named(config, tmp_
         files.check(path, config)
 
 
-def test_a_field_that_this_version_does_not_know_is_a_difference_that_is_named(config, tmp_path):
+def test_a_field_that_this_version_does_not_know_is_named(config, tmp_path):
     """A work directory of a later version, whose field this one does not know."""
     path = _claimed(tmp_path / "run", config)
-    values = json.loads((path / "config.json").read_text())
-    values["train"]["patience"] = 4
-    files.write_json(path / "config.json", values)
-    with pytest.raises(UserError, match="config.train.patience: 4 there, 'absent' now"):
+    with edited_json(path / "config.json") as values:
+        values["train"]["epoch"] = 4
+    with pytest.raises(UserError, match="no field config.train.epoch .= 4.*mean 'train.epochs'.*newer version.*update"):
         files.check(path, config)
 
 
@@ -112,3 +120,140 @@ def test_a_new_field_of_the_data_set_changes_the_key_of_its_cache_only_at_anothe
     assert data.load(config.data, "train").settings == before
     config.data.crops = 2
     assert data.load(config.data, "train").settings == {**before, "data.crops": 2}
+
+
+# Damage. Whatever stands in a work directory, reading it works or raises a `UserError` that names the file.
+
+CONTENTS = {
+    "empty": b"",
+    "list": b"[]",
+    "empty object": b"{}",
+    "null": b"null",
+    "number": b"5",
+    "huge number": b"1" * 5000,
+    "text": b'"x"',
+    "not finite": b'{"step": NaN, "seed": Infinity}',
+    "a field twice": b'{"seed": 0, "seed": 0}',
+    "nested lists": b"[" * 100_000,
+    "nested objects": b'{"data":' * 100_000,
+    "nested, and closed": b'{"data":' + b"[" * 900 + b"]" * 900 + b"}",
+    "binary": bytes(range(256)) * 4,
+    "UTF-16": '{"seed": 0}\n'.encode("utf-16"),
+    "Latin-1": '{"\xe9": 0}\n'.encode("latin-1"),
+}
+
+
+def _replace(path, make):
+    """Whatever stands at `path` gives way to what `make` makes."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    make(path)
+
+
+def _large(path):
+    with path.open("wb") as file:
+        file.truncate(2**40)
+
+
+KINDS = {
+    "missing": lambda path: None,
+    "folder": lambda path: path.mkdir(),
+    "pipe": os.mkfifo,
+    "link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "link to nowhere": lambda path: path.symlink_to("/nowhere/file"),
+    "large": _large,
+    **{name: functools.partial(lambda content, path: path.write_bytes(content), c) for name, c in CONTENTS.items()},
+}
+VALUES = [None, True, -1, 2**31, 10**400, 1.5, float("nan"), "x", "\0", "\ud800"]
+VALUES += [[], [[]], [-1], ["x", "x"], {}, {"x": 0}]
+
+
+@contextlib.contextmanager
+def _at_most(seconds):
+    def stop(*_):
+        raise AssertionError(f"it took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _damaged_json(content):
+    """A JSON object with one field left out, added, or of each wrong value."""
+    paths = [(name,) for name in content] + [(n, i) for n, v in content.items() if isinstance(v, dict) for i in v]
+    for *outer, name in paths:
+        changes = [lambda group, n=name: group.pop(n), lambda group: group.update(other=1)]
+        changes += [lambda group, n=name, v=value: group.update({n: v}) for value in VALUES]
+        for change in changes:
+            changed = copy.deepcopy(content)
+            change(changed[outer[0]] if outer else changed)
+            yield json.dumps(changed).encode()
+
+
+def _read_or_name(file, read, *arguments):
+    """Whether it could be read; if not, the error must name the file."""
+    with _at_most(20):
+        try:
+            read(*arguments)
+        except UserError as error:
+            assert str(file.parent) in str(error) and file.name in str(error) and len(str(error)) < 1000
+            return False
+    return True
+
+
+@pytest.fixture
+def damaged(trained, tmp_path):
+    """A copy of a work directory, to damage."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["config.json", "classes.json"])
+def test_damage_to_what_a_network_is_is_named(damaged, name):
+    file = damaged / name
+    content = json.loads(file.read_text())
+    for make in KINDS.values():
+        _replace(file, make)
+        assert not _read_or_name(file, unet_jax.load, damaged)
+        assert not _read_or_name(file, report.write, damaged)
+    read = files.read_config if name == "config.json" else files.read_classes
+    accepted = []
+    for changed in _damaged_json(content):
+        _replace(file, lambda path, text=changed: path.write_bytes(text))
+        if _read_or_name(file, read, damaged):
+            accepted.append(changed)
+    # Of the right types, yet others than were saved.
+    for changed in random.Random(0).sample(accepted, min(6, len(accepted))):
+        file.write_bytes(changed)
+        _read_or_name(damaged, unet_jax.load, damaged)
+
+
+def test_damage_to_what_is_only_to_look_at_stops_nothing(damaged, capsys):
+    names, per_class = data.Classes.from_json(files.read_classes(damaged)).names, {"miou": False, "iou": True}
+    run, row = files.read_environment(damaged)[0], {"step": 1, "epoch": 0.5, "val/loss": None}
+    scores = {"step": 5, "images": 1, "split": "x", "data_root": "", "tta": "none", "loss": 1.0, "miou": 0.5}
+    scores |= {"iou": {"square": 0.5}, "confusion": [[0] * 7] * 7}
+    read_scores = lambda: files.read_scores(damaged / "eval.json", names, per_class)
+    for name, whole, read in (
+        ("environment.json", {"runs": [run]}, lambda: files.read_environment(damaged)),
+        ("metrics.jsonl", row, lambda: metrics_log.read(damaged)),
+        ("eval.json", scores, read_scores),
+    ):
+        file = damaged / name
+        assert _replace(file, lambda path, v=whole: path.write_text(json.dumps(v) + "\n")) is None and read()
+        capsys.readouterr()
+        for kind, make in KINDS.items():
+            _replace(file, make)
+            with _at_most(20):
+                assert not read(), kind
+            absent = kind == "missing" and name != "eval.json"
+            torn = name == "metrics.jsonl" and CONTENTS.get(kind, b"-")[:1] in (b"{", b"") and kind != "Latin-1"
+            assert (str(file) in capsys.readouterr().out) == (not absent and not torn), (name, kind)
+        for changed in _damaged_json(whole):
+            _replace(file, lambda path, text=changed: path.write_bytes(text + b"\n"))
+            with _at_most(20):
+                read()

@@ -1,12 +1,19 @@
 """The exceptions that end the program without a traceback, and how they are reported."""
 
 import difflib
+import re
 import traceback
 from collections.abc import Iterable
+
+# A terminal obeys the first, no encoding has the second (bytes of a file name that are not UTF-8).
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\ud800-\udfff]")
 
 
 class UserError(Exception):
     """Bad input; exit code 1. The message names the file or field, the value, and the remedy."""
+
+    def __init__(self, message: str):
+        super().__init__(escape(message))
 
 
 class Interrupted(BaseException):  # not an Exception, so that code which catches those does not swallow it
@@ -15,6 +22,16 @@ class Interrupted(BaseException):  # not an Exception, so that code which catche
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
+
+
+def escape(text: str) -> str:
+    """Escapes control characters, but for tabs and line breaks: names in files must not steer the terminal."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def is_name(text: str) -> bool:
+    """Whether a class may have this name: no control characters, not even tabs and line breaks."""
+    return escape(text) == text and not {"\t", "\n"} & set(text)
 
 
 def check_choice(field: str, value: str, choices: Iterable[str]) -> str:
@@ -37,10 +54,11 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
 def describe(error: BaseException) -> tuple[str, int]:
     """The text to print for an exception that ends the program, and the exit code."""
     is_tensorflow = type(error).__module__ == "tensorflow.python.framework.errors_impl"  # such as an unreachable bucket
+    text, code = "".join(traceback.format_exception(error)).rstrip(), 1
     if isinstance(error, UserError) or is_tensorflow:
-        return f"error: {error}", 1
-    if isinstance(error, Interrupted):
-        return str(error), 128 + error.signal
-    if isinstance(error, SystemExit):
-        return f"ends with exit code {error.code}", error.code if isinstance(error.code, int) else 1
-    return "".join(traceback.format_exception(error)).rstrip(), 1
+        text = f"error: {error}"
+    elif isinstance(error, Interrupted):
+        text, code = str(error), 128 + error.signal
+    elif isinstance(error, SystemExit):
+        text, code = f"ends with exit code {error.code}", error.code if isinstance(error.code, int) else 1
+    return escape(text), code

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from unet_jax import user_cache
 from unet_jax.errors import Interrupted, UserError, describe, did_you_mean
-from unet_jax.parallel import distributed, processes, signals
+from unet_jax.parallel import distributed, processes, signals, streams
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: a file of configs/. Its fields can be set as --config.FIELD=VALUE."
@@ -47,23 +47,29 @@ _MEMORY_GIB = flags.DEFINE_float(
 )
 _STEP = flags.DEFINE_integer("step", None, "eval, report, predict: the checkpoint. Default: the best.")
 _TTA = flags.DEFINE_string(
-    "tta", None, "eval, predict: average over none, flips, dihedral or rotations. Default: config.eval.tta."
+    "tta",
+    None,
+    "eval, predict: average the predictions of several views of an image: auto (flips and turns as training drew "
+    "them), none, horizontal, vertical, flips, turns, dihedral or rotations. Default: config.eval.tta.",
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "eval, report: other images to score, laid out as config.data.root.")
 _SPLIT = flags.DEFINE_enum(
-    "split", "validation", ["train", "validation", "test", "all"], "eval: the part of the images to score."
+    "split",
+    None,
+    ["train", "validation", "test", "all"],
+    "eval, report: the part of the images to score. Default: validation, or all images of --data_dir.",
 )
 _INPUT = flags.DEFINE_string("input", None, "predict: an image file, a folder of them, or a quoted pattern.")
 _OUTPUT = flags.DEFINE_string("output", None, "predict: the folder to write to.")
 flags.DEFINE_enum(
     "scale",
-    None,
-    ["fit", "native"],
-    "predict: fit resizes each image to config.data.size, as in training; native predicts it at its own size, in "
-    "overlapping tiles if it is larger. Default: native if the training images were not resized.",
+    "train",
+    ["train", "fit", "native"],
+    "predict: train resizes each image as training resized its images, larger ones no further; fit to config.data.size "
+    "whatever its size; native not at all. What is then not of config.data.size is predicted in overlapping tiles.",
 )
 flags.DEFINE_enum(
-    "interpolation", "bilinear", ["bilinear", "nearest"], "predict, fit: of probabilities back to the image's own size."
+    "interpolation", "bilinear", ["bilinear", "nearest"], "predict: of probabilities back to the image's own size."
 )
 flags.DEFINE_enum(
     "probabilities", "none", ["none", "png", "npy"], "predict: also 16-bit PNG files, or float32 [H, W, K] NumPy files."
@@ -77,7 +83,7 @@ _FLAG_MODES = {  # flag -> the modes that it is for
     "step": ("eval", "report", "predict"),
     "tta": ("eval", "predict"),
     "data_dir": ("eval", "report"),
-    "split": ("eval",),
+    "split": ("eval", "report"),
     **dict.fromkeys(("input", "output", *_PREDICT_OPTIONS), ("predict",)),
 }
 
@@ -99,6 +105,7 @@ def main(argv: list[str]) -> None:
         else:
             _run()
     except (Exception, Interrupted) as error:
+        signals.ignore()
         text, code = describe(error)
         print(text, file=sys.stderr)
         sys.exit(code)
@@ -158,7 +165,8 @@ def _run() -> None:
     elif mode == "report":
         from unet_jax.evaluation import report
 
-        processes.print_on_main(f"Open {report.write(workdir, _STEP.value, _DATA_DIR.value)} in a browser.")
+        written = report.write(workdir, _STEP.value, _DATA_DIR.value, _SPLIT.value)
+        processes.print_on_main(f"Open {written} in a browser.")
     else:
         from unet_jax.inference import predict
 
@@ -208,5 +216,6 @@ def _use_huge_pages() -> None:
 
 
 if __name__ == "__main__":
+    streams.guard()
     _use_huge_pages()
     app.run(main, flags_parser=_parse_flags)

@@ -8,7 +8,8 @@ import tempfile
 def folder(name: str) -> pathlib.Path:
     """A folder that this user can write to and that lasts, one per kind of content; created if it is missing.
 
-    If the cache folder cannot be written, as in many containers, it is below the folder for temporary files.
+    If the cache folder cannot be written, as in many containers, or its path is not UTF-8, which JAX cannot open, it is
+    below the folder for temporary files.
 
     Raises:
       OSError: neither can be written, or the second belongs to another user.
@@ -18,8 +19,9 @@ def folder(name: str) -> pathlib.Path:
     if os.path.isabs(home):  # without a home folder "~" is not expanded
         path = pathlib.Path(home, "unet_jax", name)
         try:
+            home.encode()
             path.mkdir(parents=True, exist_ok=True)
-        except OSError:
+        except (OSError, UnicodeEncodeError):
             pass
         else:
             if os.access(path, os.W_OK | os.X_OK):

@@ -15,7 +15,8 @@ from unet_jax.errors import UserError, check_choice
 
 NAMES = ("shapes", "carla", "oxford_iiit_pet", "isbi2012", "folder")
 
-__all__ = ["NAMES", "Classes", "Source", "classes", "infer_settings", "load", "load_with_faults", "reuse_settings"]
+__all__ = ["NAMES", "Classes", "Source", "check_settings", "classes"]
+__all__ += ["infer_settings", "load", "load_with_faults", "reuse_settings"]
 
 
 def infer_settings(config, notify: Callable[[str], None] = print) -> None:
@@ -28,6 +29,7 @@ def infer_settings(config, notify: Callable[[str], None] = print) -> None:
     Raises:
       UserError: the files are missing, unreadable or ambiguous.
     """
+    check_settings(config)
     if config.name == "folder":
         from unet_jax.data import folder
 
@@ -78,12 +80,21 @@ def classes(config) -> Classes:
     return _module(config).classes(config)
 
 
-def _module(config):
-    """The module of a data set; checks the settings that all data sets share."""
+def check_settings(config) -> None:
+    """Raises a `UserError` for an invalid value of the settings that all data sets share."""
     check_choice("config.data.name", config.name, NAMES)
     check_choice("config.data.resize", config.resize, images.RESIZE)
     if len(config.size) != 2 or not all(isinstance(n, int) and n > 0 for n in config.size):
         raise UserError(f"config.data.size = {config.size} must be (height, width) in pixels")
     if not 0 < config.validation < 1:
         raise UserError(f"config.data.validation = {config.validation} must be between 0 and 1")
+    if config.value_range and not (len(config.value_range) == 2 and 0 <= config.value_range[0] < config.value_range[1]):
+        raise UserError(
+            f"config.data.value_range = {config.value_range} must be (low, high), or () to infer it from the files"
+        )
+
+
+def _module(config):
+    """The module of a data set."""
+    check_settings(config)
     return importlib.import_module(f"unet_jax.data.{config.name}")

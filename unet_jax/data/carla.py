@@ -67,7 +67,10 @@ def load(config, split: str) -> Source:
         example = data[index]
         return example["image"], example["label"][..., 0]
 
-    return Source(meaning, [pair.id for pair in pairs], read, files=prepared_files(builder))
+    def read_size(index):
+        return images.read_header(pairs[index].image).size
+
+    return Source(meaning, [pair.id for pair in pairs], read, files=prepared_files(builder), read_size=read_size)
 
 
 def classes(config) -> Classes:
@@ -100,8 +103,9 @@ def find_pairs(root: str) -> list[Pair]:
         unpaired += [f"image without mask: {image_files[s]}" for s in image_files.keys() - mask_files.keys()]
         unpaired += [f"mask without image: {mask_files[s]}" for s in mask_files.keys() - image_files.keys()]
         both = sorted(image_files.keys() & mask_files.keys(), key=_frame_number)
-        prefix = str(folder)[len(str(opened)) :].strip("/")
-        pairs += [Pair(f"{prefix}/{stem}".lstrip("/"), image_files[stem], mask_files[stem]) for stem in both]
+        inside = folder.at.strip("/") if isinstance(folder, zipfile.Path) else str(folder.relative_to(opened))
+        prefix = "" if inside in ("", ".") else f"{inside}/"
+        pairs += [Pair(prefix + stem, image_files[stem], mask_files[stem]) for stem in both]
     if unpaired:
         faults = bullets(sorted(unpaired))
         raise UserError(f"config.data.root = {root!r}: every image needs a mask of the same name.{faults}")
@@ -122,12 +126,18 @@ def _camera_folders(path, depth: int) -> Iterator:
 
 def _png_files(folder) -> dict:
     """Stem -> file, without the hidden files that macOS leaves behind."""
-    return {f.stem: f for f in folder.iterdir() if f.suffix.lower() == ".png" and not f.name.startswith(".")}
+    found = {}
+    for file in folder.iterdir():
+        if file.suffix.lower() == ".png" and not file.name.startswith("."):
+            if file.stem in found:
+                raise UserError(f"{file}: {found[file.stem].name} has the same name; remove or rename one of them")
+            found[file.stem] = file
+    return found
 
 
 def _frame_number(stem: str) -> tuple[str, int]:
     """A sort key that puts `scene_9` before `scene_10`."""
-    prefix, digits = re.fullmatch(r"(.*?)(\d*)", stem).groups()
+    prefix, digits = re.fullmatch(r"(.*?)(\d*)", stem, re.DOTALL).groups()
     return prefix, int(digits or 0)
 
 
@@ -136,7 +146,7 @@ def read_sequences(root: str) -> dict[str, str] | None:
     path = _open_root(root) / "sequences.csv"
     if not path.is_file():
         return None
-    frames = list(csv.DictReader(io.StringIO(path.read_bytes().decode(errors="replace"))))
+    frames = list(csv.DictReader(io.StringIO(path.read_bytes().decode(errors="surrogateescape"))))
     if not frames or not {"frame", "sequence"} <= frames[0].keys():
         raise UserError(f"{path}: needs the columns frame and sequence")
     return {frame["frame"].removesuffix(".png"): frame["sequence"] for frame in frames}
@@ -205,7 +215,8 @@ def _prepare(splits: dict[str, list[Pair]], num_classes: int) -> Carla:
     digest = hashlib.sha256(f"{num_classes}".encode())
     for name, pairs in splits.items():
         for pair in pairs:
-            digest.update(f"{name} {pair.id} {_fingerprint(pair.image)} {_fingerprint(pair.mask)}\n".encode())
+            line = f"{name} {pair.id} {_fingerprint(pair.image)} {_fingerprint(pair.mask)}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
     config = CarlaConfig(name=digest.hexdigest()[:16], version=Carla.VERSION, splits=splits, num_classes=num_classes)
     return prepare(Carla(config=config, file_format="array_record"))
 

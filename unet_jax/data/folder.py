@@ -43,8 +43,11 @@ def load(config, split: str) -> Source:
         images.check_same_size(image, mask, pair)
         return image, label_map.apply(mask, str(pair.mask))
 
+    def read_size(index):
+        return images.read_header(chosen[index].image).size
+
     files = tuple(file for pair in chosen for file in (pair.image, pair.mask))
-    return Source(meaning, [pair.id for pair in chosen], read, tuple(faults), files)
+    return Source(meaning, [pair.id for pair in chosen], read, tuple(faults), files, read_size=read_size)
 
 
 def classes(config) -> Classes:
@@ -57,14 +60,10 @@ def classes(config) -> Classes:
 
 
 def _check(config) -> None:
-    """Checks `channels` and `value_range`."""
+    """Checks `channels`."""
     if config.channels not in (0, 1, 3):
         raise UserError(
             f"config.data.channels = {config.channels} must be 1 (grey), 3 (colours), or 0 to infer it from the files"
-        )
-    if config.value_range and not (len(config.value_range) == 2 and 0 <= config.value_range[0] < config.value_range[1]):
-        raise UserError(
-            f"config.data.value_range = {config.value_range} must be (low, high), or () to infer it from the files"
         )
 
 

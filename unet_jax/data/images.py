@@ -170,6 +170,7 @@ class Header(NamedTuple):
     is_16_bit: bool
     orientation: int  # EXIF; 1 is upright or not given
     palette: np.ndarray | None  # uint8 [colours, 3]
+    size: tuple[int, int]  # height and width
 
 
 def read_header(path) -> Header:
@@ -178,7 +179,7 @@ def read_header(path) -> Header:
         palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3) if image.mode == "P" else None
         is_grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
         is_16_bit = image.mode.startswith("I;16") or _loses_bits(image)
-        return Header(is_grey, is_16_bit, image.getexif().get(0x0112, 1), palette)
+        return Header(is_grey, is_16_bit, image.getexif().get(0x0112, 1), palette, (image.height, image.width))
 
 
 def check_same_size(image: np.ndarray, mask: np.ndarray, pair: Pair) -> None:
@@ -202,6 +203,10 @@ def resize_image(image: np.ndarray, size: tuple[int, int], method: str) -> np.nd
     if image.shape[:2] == tuple(size):
         return image
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    # Pillow rounds to whole grey levels between the two passes of `bilinear`, and newer versions choose their order by
+    # the sizes. Here the width always comes first, so that versions agree, and exported graphs, which resize as well.
+    if method == "bilinear":
+        picture = picture.resize((size[1], picture.height), RESIZE[method])
     return np.asarray(picture.resize((size[1], size[0]), RESIZE[method])).reshape(*size, image.shape[-1])
 
 

@@ -47,12 +47,13 @@ def load(config, split: str) -> Source:
         raise UserError(f"config.data.root = {config.root!r} holds no slices. {HELP}")
 
     held_out = round(config.validation * len(slices))
-    if not 0 < held_out < len(slices):
+    if split != "all" and not 0 < held_out < len(slices):
         empty = "training" if held_out else "validation"
         raise UserError(f"config.data.validation = {config.validation} of {len(slices)} slices leaves none for {empty}")
     first = len(slices) - held_out
     chosen = {"train": slices[:first], "validation": slices[first:], "all": slices}[split]
-    return Source(meaning, [name for name, *_ in chosen], lambda index: chosen[index][1:], files=files)
+    read, read_size = lambda index: chosen[index][1:], lambda index: chosen[index][1].shape[:2]
+    return Source(meaning, [name for name, *_ in chosen], read, files=files, read_size=read_size)
 
 
 def classes(config) -> Classes:
@@ -63,8 +64,7 @@ def classes(config) -> Classes:
 
 def _read_folders(image_folder: epath.Path, label_folder: epath.Path) -> tuple[tuple[epath.Path, ...], list[Slice]]:
     """All files, and the slices in them, in numerical order."""
-    # A folder that is missing holds no files.
-    image_files, label_files = ({f.stem: f for f in d.glob("*.png")} for d in (image_folder, label_folder))
+    image_files, label_files = map(_png_files, (image_folder, label_folder))
     unpaired = sorted(image_files.keys() ^ label_files.keys())
     if unpaired:
         file = (image_files | label_files)[unpaired[0]]
@@ -73,12 +73,18 @@ def _read_folders(image_folder: epath.Path, label_folder: epath.Path) -> tuple[t
         )
     if not image_files:
         raise UserError(f"{image_folder} holds no .png files. {HELP}")
-    stems = sorted(image_files, key=lambda stem: (not stem.isdigit(), int(stem) if stem.isdigit() else 0, stem))
+    stems = sorted(image_files, key=lambda stem: (not stem.isdecimal(), int(stem) if stem.isdecimal() else 0, stem))
     slices = []
     for stem in stems:
         image, label = images.read(image_files[stem], "grey"), images.read(label_files[stem], "grey")
         slices.append((stem, *_convert(image, label, label_files[stem])))
     return tuple(file for stem in stems for file in (image_files[stem], label_files[stem])), slices
+
+
+def _png_files(folder: epath.Path) -> dict[str, epath.Path]:
+    """Stem -> file, without hidden ones; none of a folder that is missing."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    return {file.stem: file for file in files if file.suffix == ".png" and not file.name.startswith(".")}
 
 
 def _read_stacks(image_file: epath.Path, label_file: epath.Path) -> list[Slice]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from unet_jax.data.colors import distinct_colors
 from unet_jax.data.source import Classes, shorten
-from unet_jax.errors import UserError
+from unet_jax.errors import UserError, is_name
 
 IGNORE = 255
 MAX_VALUES = 64  # masks with more distinct values were smoothed or compressed, or are not masks
@@ -83,7 +83,8 @@ def parse(entries: Sequence[str]) -> LabelMap:
         match = _ENTRY.fullmatch(entry) if isinstance(entry, str) else None
         numbers = tuple(map(int, re.findall(r"\d+", match["value"]))) if match else ()
         is_color = len(numbers) == 3
-        if not numbers or match["name"].startswith("->") or max(numbers) > (255 if is_color else 65535):
+        is_valid = numbers and is_name(match["name"]) and not match["name"].startswith("->")
+        if not is_valid or max(numbers) > (255 if is_color else 65535):
             raise UserError(f"config.data.labels: {entry!r} is not a valid entry. {HELP}")
         value = numbers if is_color else numbers[0]
         if match["id"] == "ignore":

@@ -9,11 +9,13 @@ Splits: `test` is the official one; `validation` is the end of the official trai
 import contextlib
 import dataclasses
 import hashlib
+import io
 import socket
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from PIL import Image
 from tensorflow_datasets.datasets.oxford_iiit_pet import oxford_iiit_pet_dataset_builder as tfds_pets
 
 from unet_jax.data import images
@@ -52,7 +54,15 @@ def load(config, split: str) -> Source:
         check_label(trimap.astype(np.int16) - 1, 3, f"trimap of {example['file_name'].decode()}, minus 1")
         return example["image"], classes_of[trimap]
 
-    return Source(meaning, [f"{split}_{i:05d}" for i in range(len(data))], read, files=prepared_files(builder))
+    skip = tfds.decode.SkipDecoding()
+    encoded = builder.as_data_source(split=tfds_splits[split], decoders={"image": skip, "segmentation_mask": skip})
+
+    def read_size(index):
+        with Image.open(io.BytesIO(encoded[index]["image"])) as image:
+            return image.height, image.width
+
+    ids = [f"{split}_{i:05d}" for i in range(len(data))]
+    return Source(meaning, ids, read, files=prepared_files(builder), read_size=read_size)
 
 
 def classes(config) -> Classes:
@@ -121,7 +131,7 @@ def _prepare_folder(folder: epath.Path):
     stems = {name: _read_list(path) for name, path in lists.items()}
     both = dict.fromkeys(stem for names in stems.values() for stem in names)
     pairs = [Pair(s, folder / f"images/{s}.jpg", folder / f"annotations/trimaps/{s}.png") for s in both]
-    digest = hashlib.sha256(f"{folder.resolve()} {stems}".encode())
+    digest = hashlib.sha256(f"{folder.resolve()} {stems}".encode("utf-8", "surrogateescape"))
     for file in (file for pair in pairs for file in (pair.image, pair.mask)):
         if not file.exists():
             raise UserError(f"{folder}/annotations names {file.stem!r}, but there is no {file}")
@@ -138,7 +148,10 @@ def _prepare_folder(folder: epath.Path):
 
 def _read_list(path: epath.Path) -> list[str]:
     """The names in a list of the data set, one `NAME CLASS SPECIES BREED` per line."""
-    lines = path.read_text().splitlines()
+    try:
+        lines = path.read_bytes().decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read as text: {error}") from error
     for number, line in enumerate(lines, 1):
         _, *numbers = line.split(" ")
         if len(numbers) != 3 or not all(field.isdigit() for field in numbers):

@@ -1,13 +1,16 @@
 """Pairs of images and masks in folders, and which of them are for training, validation and test."""
 
+import codecs
 import collections
 import hashlib
+import os
 import re
 from collections.abc import Collection, Sequence
 
 from etils import epath
 from PIL import Image
 
+from unet_jax import paths
 from unet_jax.data import images
 from unet_jax.data.images import Pair
 from unet_jax.data.source import bullets
@@ -21,15 +24,21 @@ HELP = (
 
 
 def find(config) -> tuple[list[Pair], list[str]]:
-    """All pairs below the root of `config.data`, in the order of their names, and the faults of the other files."""
+    """All pairs in the folders of `config.data`, in order, and the faults of the other files.
+
+    The id of a pair is the path of its image, without suffix, below the one folder of `config.images`. Of several, the
+    folder comes first, as it is written. If one of several is absolute or has `..` in it, the ids are paths below the
+    root; if one lies outside of the root, below the deepest folder that holds them all.
+    """
     root = epath.Path(config.root)
     if not config.root or not root.is_dir():
         raise UserError(f"config.data.root = {config.root!r} is not a folder. {HELP}")
     if len(config.images) != len(config.masks) or not config.images:
         named = f"config.data.images = {config.images} and config.data.masks = {config.masks}"
         raise UserError(f"{named} must name the same number of folders")
-    pairs, faults = [], []
-    for image_folder, mask_folder in zip(config.images, config.masks, strict=True):
+    pairs, faults, known = [], [], set()
+    prefixes = _prefixes(root, config.images)
+    for image_folder, mask_folder, prefix in zip(config.images, config.masks, prefixes, strict=True):
         folders = root / image_folder, root / mask_folder
         missing = [folder for folder in folders if not folder.is_dir()]
         if missing and not config.lists:  # the lists complain about any example that is missing
@@ -46,15 +55,28 @@ def find(config) -> tuple[list[Pair], list[str]]:
         used = set(mask_of.values())
         faults += [f"{image_files[n]}: no mask of that name in {folders[1]}" for n, mask in mask_of.items() if not mask]
         faults += [f"{mask}: no image of that name in {folders[0]}" for mask in mask_files.values() if mask not in used]
-        prefix = f"{image_folder}/" if len(config.images) > 1 else ""
         for name, mask in sorted((name, mask) for name, mask in mask_of.items() if mask):
+            image = image_files[name]
+            place = os.path.normpath(os.fspath(image))
             if mask.suffix.lower() in (".jpg", ".jpeg"):
                 faults.append(f"{mask}: a JPEG mask: compression changes labels. Save it as PNG, without smoothing")
+            elif place in known:
+                faults.append(f"{image}: two of config.data.images = {config.images} hold it. Name each folder once")
             else:
-                pairs.append(Pair(prefix + name, image_files[name], mask))
+                known.add(place)
+                pairs.append(Pair(prefix + name, image, mask))
     if not pairs:
         raise UserError(f"config.data.root = {config.root!r} holds no image with a mask. {HELP}{bullets(faults)}")
     return pairs, list(dict.fromkeys(faults))
+
+
+def _prefixes(root: epath.Path, folders: Sequence[str]) -> list[str]:
+    """What stands before the name of an image in its id, for each of the image folders; see `find`."""
+    if len(folders) == 1:
+        return [""]
+    if any(os.path.isabs(folder) or "://" in folder or ".." in folder.split("/") for folder in folders):
+        folders = paths.names_below(root, [root / folder for folder in folders])
+    return [f"{folder}/" for folder in folders]
 
 
 def _files_by_name(folder: epath.Path, faults: list[str]) -> dict[str, epath.Path]:
@@ -94,7 +116,8 @@ def choose_split(pairs: Sequence[Pair], config, split: str, faults: list[str]) -
     if split == "test":
         raise UserError("there is a test split only if config.data.lists names three files; try --split=validation")
     groups = {pair.id: _group(pair.id, config.group) for pair in pairs}
-    shuffled = sorted(set(groups.values()), key=lambda group: hashlib.sha256(group.encode()).digest())
+    digest = lambda group: hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()
+    shuffled = sorted(set(groups.values()), key=digest)
     held_out = set(shuffled[: max(1, round(config.validation * len(shuffled)))]) if len(shuffled) > 1 else set()
     return [pair for pair in pairs if (groups[pair.id] in held_out) == (split == "validation")]
 
@@ -122,13 +145,18 @@ def _read_split_list(pairs: Sequence[Pair], config, split: str, faults: list[str
     if split == "all":
         existing = [name for name in files if files[name].exists()]
         chosen = {pair.id: pair for name in existing for pair in _read_split_list(pairs, config, name, faults)}
-        return list(chosen.values())
+        # Other images than those of the training need no list.
+        return list(chosen.values()) if existing else list(pairs)
     if split not in files:
         raise UserError("config.data.lists names no file for test: name three files, or try --split=validation")
     try:
-        lines = files[split].read_bytes().decode("utf-8-sig").replace("\\", "/").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config.data.lists: {files[split]} cannot be read as text ({error})") from error
+        content = files[split].read_bytes()
+    except OSError as error:
+        raise UserError(f"config.data.lists: {files[split]} cannot be read ({error})") from error
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"config.data.lists: {files[split]} cannot be read as text: it is UTF-16, save it as UTF-8")
+    # As file names are decoded, so that any name can be listed but one with a line break or a space at its end.
+    lines = re.split(r"\r\n|\r|\n", content.decode("utf-8-sig", "surrogateescape"))
     image_folders = {epath.Path(folder).name for folder in config.images}
     pairs_by_ending = collections.defaultdict(list)
     for pair in pairs:
@@ -138,8 +166,11 @@ def _read_split_list(pairs: Sequence[Pair], config, split: str, faults: list[str
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line:
             continue
-        # In a line of two paths the second is the mask; but a name may contain spaces, so first try the whole line.
-        endings = [_endings(line)[0], *_endings(line.split()[0], image_folders), *_endings(line, image_folders)]
+        # In a line of two paths the second is the mask; but a name may contain spaces, so first try the whole line. It
+        # may also contain backslashes, which lists from Windows have between names.
+        endings = []
+        for path in (line, line.replace("\\", "/")):
+            endings += [_endings(path)[0], *_endings(path.split()[0], image_folders), *_endings(path, image_folders)]
         matches = next((pairs_by_ending[ending] for ending in endings if ending in pairs_by_ending), [])
         if len(matches) == 1:
             chosen[matches[0].id] = matches[0]

@@ -51,13 +51,14 @@ class Pipeline:
           resize: the method for images, `bilinear` or `nearest`.
           cache_gib: disk space that the examples of all sources may take; 0 for no cache.
           pixel_weight_fn: label -> loss weights float32 `[H, W]`; None for none.
-          notify: called with the reason if the examples cannot be cached, unless it is their size.
+          notify: called with the reason if the examples cannot be cached, unless it is their size, and if the cache is
+            damaged.
 
         Raises:
-          UserError: an example cannot be read.
+          UserError: an example cannot be read, or a value of its label is no class.
         """
         self.source, self._size, self._resize, self._pixel_weight_fn = source, tuple(size), resize, pixel_weight_fn
-        self._arrays = None
+        self._cached = None
         if source.files is not None and source.settings is not None:
             key_fields = {
                 "ids": list(source.ids),
@@ -68,8 +69,8 @@ class Pipeline:
                 "pixel_weight_fn": None if pixel_weight_fn is None else pixel_weight_fn.key_fields(),
             }
             names = ("image", "label") if pixel_weight_fn is None else ("image", "label", "weight")
-            self._arrays = cache.load_or_write(key_fields, names, len(source), self._decode, cache_gib * 2**30, notify)
-        self.cached = self._arrays is not None
+            self._cached = cache.load_or_write(key_fields, names, len(source), self._decode, cache_gib * 2**30, notify)
+        self.cached = self._cached is not None
         if not self.cached:
             self._spec = {name: (value.shape, value.dtype) for name, value in self._decode(0).items()}
 
@@ -79,12 +80,12 @@ class Pipeline:
         With a `pixel_weight_fn` also `weight` float32 `[H, W]`.
         """
         if self.cached:
-            return {name: array[index].copy() for name, array in self._arrays.items()}
+            return {name: array[0] for name, array in self._cached.take(np.array([index])).items()}
         return self._decode(index)
 
     def _decode(self, index: int) -> Batch:
         """`read`, from the source."""
-        image, label = self.source.read(index)
+        image, label = self.source[index]
         label = images.resize_label(label, self._size)
         example = {"image": images.resize_image(image, self._size, self._resize), "label": label}
         return example if self._pixel_weight_fn is None else {**example, "weight": self._pixel_weight_fn(label)}
@@ -160,6 +161,5 @@ class Pipeline:
             raise
 
     def _gather(self, indices: np.ndarray) -> Batch:
-        """The examples at `indices`, `[b]`, copied from the memory-mapped arrays."""
-        clipped = np.maximum(indices, 0)
-        return {name: np.take(array, clipped, axis=0) for name, array in self._arrays.items()} | {"mask": indices >= 0}
+        """The cached examples at `indices`, `[b]`."""
+        return self._cached.take(np.maximum(indices, 0)) | {"mask": indices >= 0}

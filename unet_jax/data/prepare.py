@@ -4,6 +4,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
+from unet_jax import paths
 from unet_jax.errors import UserError
 
 
@@ -13,8 +14,10 @@ def prepare(builder: tfds.core.DatasetBuilder, manual_dir: epath.Path | None = N
     Archives that are in `manual_dir` are not downloaded.
 
     Raises:
-      UserError: one that the builder raised; an archive other than the published one; no space or permission to write.
+      UserError: one that the builder raised; an archive other than the published one; no space or permission to write,
+        or a folder that TFDS cannot write to.
     """
+    paths.check_utf8("TFDS_DATA_DIR", builder.data_path.parent)
     try:
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
     except Exception as error:  # TFDS wraps the exceptions of a generator

@@ -39,7 +39,7 @@ def load(config, split: str) -> Source:
             return image, masks
         return image, (masks * np.arange(1, len(SHAPES) + 1, dtype=np.uint8)).max(-1)
 
-    return Source(meaning, [f"{name}_{i:05d}" for name, i in examples], read, files=())
+    return Source(meaning, [f"{name}_{i:05d}" for name, i in examples], read, files=(), read_size=lambda _: config.size)
 
 
 def classes(config) -> Classes:

@@ -1,13 +1,15 @@
 """What every data set returns: a random-access source of images and labels, and the meaning of the labels."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from unet_jax.errors import UserError, check_choice
+from unet_jax.data import images
+from unet_jax.errors import UserError, check_choice, is_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +21,11 @@ class Classes:
     palette: tuple[tuple[int, int, int], ...]  # one colour (red, green, blue) per class, 0..255
     channels: int = 3  # of the images, 1 or 3
     ignore_label: int = 255  # the label of pixels that are left out of the loss and the metrics
+
+    def __post_init__(self):
+        for name in self.names:
+            if not is_name(name):
+                raise UserError(f"{name!r} cannot be the name of a class: it holds control characters")
 
     @property
     def num_outputs(self) -> int:
@@ -52,17 +59,47 @@ class Source:
     faults: tuple[str, ...] = ()  # one message for each problem with the files; training refuses a source that has any
     files: tuple[epath.PathLike, ...] | None = None  # all that are read, in a fixed order; () for generated examples
     settings: Mapping[str, Any] | None = None  # all else that determines the examples, JSON values; from `data.load`
+    # Index -> height and width of its image, without decoding it; None if there is no such way.
+    read_size: Callable[[int], tuple[int, int]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def ids_digest(self) -> str:
+        """A hash of the ids, by which a checkpoint knows the examples again that it was trained on."""
+        return hashlib.sha256(repr(list(self.ids)).encode()).hexdigest()
 
-def check_label(label: np.ndarray, num_classes: int, file: str) -> None:
-    """Raises a `UserError`, with the usual cause, if a value of a label, as read from `file`, is not a class."""
-    values = np.unique(label).tolist()
-    wrong = [value for value in values if not 0 <= value < num_classes]
-    if not wrong:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """What `read` returns, checked: a `UserError` names the example if a value of its label has no meaning."""
+        image, label = self.read(index)
+        num_values = 2 if self.classes.task == "multilabel" else len(self.classes.names)
+        check_label(label, num_values, f"example {self.ids[index]!r}", self.classes.ignore_label)
+        return image, label
+
+    def size_range(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The smallest and the largest (height, width) of the images, each axis by itself.
+
+        If `read_size` cannot tell, of 32 images spread evenly: enough where all are of one size, or of any.
+        """
+        if self.read_size is not None:
+            sizes = images.map_parallel(self.read_size, range(len(self)), "Reading sizes")
+        else:
+            chosen = np.unique(np.linspace(0, len(self) - 1, 32).astype(int)).tolist()
+            sizes = images.map_parallel(lambda index: self.read(index)[0].shape[:2], chosen, "Reading sizes")
+        return tuple(np.min(sizes, 0).tolist()), tuple(np.max(sizes, 0).tolist())
+
+
+def check_label(label: np.ndarray, num_classes: int, file: str, ignore_label: int | None = None) -> None:
+    """Raises a `UserError`, with the usual cause, if a value of a label is neither a class nor `ignore_label`.
+
+    `file` is that, or the example, which the label comes from.
+    """
+    known = (label >= 0) & (label < num_classes)
+    if ignore_label is not None:
+        known |= label == ignore_label
+    if known.all():
         return
+    values, wrong = np.unique(label).tolist(), np.unique(label[~known]).tolist()
     if set(values) <= {0, 255}:
         hint = "A 0/255 mask: divide it by 255."
     elif wrong == [num_classes]:
@@ -73,8 +110,9 @@ def check_label(label: np.ndarray, num_classes: int, file: str) -> None:
         )
         hint += "of another class table?"
     raise UserError(
-        f"{file}: label {wrong[0]} is not in 0..{num_classes - 1} ({num_classes} classes). "
-        f"Values found: {shorten(values)}. {hint}"
+        f"{file}: label {wrong[0]} is not in 0..{num_classes - 1} ({num_classes} classes)"
+        + (". " if ignore_label is None else f", and not {ignore_label}, which is ignored. ")
+        + f"Values found: {shorten(values)}. {hint}"
     )
 
 

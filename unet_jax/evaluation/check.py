@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from unet_jax import data, models
+from unet_jax import data, models, paths
 from unet_jax.data import colors, images
 from unet_jax.errors import UserError
 from unet_jax.evaluation import pictures
@@ -68,7 +68,7 @@ def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
         _print_labels(classes, good)
         _draw_sheet(sources, good, classes, sheet)
     for fault in faults:
-        print_on_main(f"FAULT     {fault}")
+        print_on_main(f"FAULT     {paths.printable(fault)}")
     print_on_main(f"{len(faults)} fault(s)" if faults else "OK")
     return not faults
 
@@ -76,7 +76,7 @@ def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
 def _inspect(source: data.Source, split: str, index: int) -> Example:
     name = f"{split} {source.ids[index]}"
     try:
-        image, label = source.read(index)
+        image, label = source[index]
     except UserError as error:
         return Example(split, index, name, str(error))
     pixels = np.zeros(len(source.classes.names) + 1, np.int64)
@@ -149,7 +149,7 @@ def _draw_sheet(
     """A contact sheet of images spread over all splits, under the colours of their labels."""
 
     def small_overlay(example):
-        image, label = sources[example.split].read(example.index)
+        image, label = sources[example.split][example.index]
         factor = min(200 / max(image.shape[:2]), 1)
         overlay = Image.fromarray(colors.overlay(image, label, classes))
         small = overlay.resize([max(1, round(n * factor)) for n in overlay.size], Image.Resampling.BOX)

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from unet_jax.metrics import Record
+from unet_jax import metrics
+from unet_jax.workdir import files
 
 LOSSES = {"train/loss": "training loss", "val/loss": "validation loss"}  # keys of `metrics.jsonl` and their titles
 # Text, lines and curves on a light and on a dark background.
@@ -33,25 +34,25 @@ class Chart(NamedTuple):
     limits: tuple[float, float] | None = None
 
 
-def charts(rows: Sequence[dict[str, Any]], records: Sequence[Record]) -> list[Chart]:
+def charts(rows: Sequence[dict[str, Any]], records: Sequence[metrics.Record]) -> list[Chart]:
     """The charts of a training: losses, scores within 0..1, and other scores, which would flatten those.
 
     Args:
       rows: the lines of `metrics.jsonl`.
-      records: the metrics to draw, see `metrics.describe`; those with a value per class are left out.
+      records: the metrics to draw, see `metrics.describe`; of these, their `metrics.summary`.
     """
     losses = _curves(rows, LOSSES)
-    scores = _curves(rows, {f"val/{record.key}": record.title for record in records if not record.per_class})
+    scores = _curves(rows, {f"val/{record.key}": record.title for record in metrics.summary(records)})
     bounded = [curve for curve in scores if 0 <= min(curve.values) and max(curve.values) <= 1]
     others = [curve for curve in scores if curve not in bounded]
     found = Chart("Loss", losses), Chart("Validation scores", bounded, (0, 1)), Chart("More validation scores", others)
     return [chart for chart in found if chart.curves]
 
 
-def draw_history(rows: Sequence[dict[str, Any]], records: Sequence[Record], path: epath.Path) -> None:
+def draw_history(rows: Sequence[dict[str, Any]], records: Sequence[metrics.Record], path: epath.Path) -> None:
     """Draws all charts side by side as a PNG at `path`, unless there is nothing to draw; see `charts`."""
     if found := charts(rows, records):
-        path.write_bytes(_draw(found, "light", titles=True, format="png", dpi=150, facecolor="white"))
+        files.write_bytes(path, _draw(found, "light", titles=True, format="png", dpi=150, facecolor="white"))
 
 
 def draw_svg(chart: Chart, theme: str) -> bytes:

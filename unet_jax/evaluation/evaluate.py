@@ -1,31 +1,23 @@
 """Evaluation: a whole split, every pixel once, whatever the batch size and the number of devices."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
-from unet_jax import data, losses, metrics
+from unet_jax import data, losses, metrics, paths
 from unet_jax.data import border, pipeline
 from unet_jax.errors import UserError, check_choice
+from unet_jax.evaluation import scores
 from unet_jax.inference import forward, trained
 from unet_jax.metrics import confusion
 from unet_jax.parallel import processes, sharding
-from unet_jax.workdir import files
+from unet_jax.workdir import checkpoints
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
-
-
-class Evaluation(NamedTuple):
-    """The scores of a split."""
-
-    loss: float  # of the whole split
-    records: list[metrics.Record]  # see `metrics.records`
-    confusion: np.ndarray  # counts of each image, int64 `[N, K, K]`, or `[N, K, 2, 2]` of overlapping masks, in order
-    names: Sequence[str]  # of the classes
 
 
 def check(settings: Mapping, classes: data.Classes) -> None:
@@ -33,7 +25,7 @@ def check(settings: Mapping, classes: data.Classes) -> None:
     check_choice("config.eval.tta", settings["tta"], forward.TTA)
     if settings["em_scores"] and (len(classes.names) != 2 or classes.task == "multilabel"):
         raise UserError(f"config.eval.em_scores is for two classes, background and cells, not for {classes.names}")
-    known = metrics.flatten(metrics.describe(classes.names, settings["em_scores"]))
+    known = metrics.flatten(metrics.describe(classes.names, classes.task, settings["em_scores"]))
     check_choice("config.eval.best_metric", settings["best_metric"], known)
 
 
@@ -65,7 +57,7 @@ def evaluate(
     loss: losses.Loss,
     network: forward.Network,
     stop_signal: Callable[[], int] = lambda: 0,
-) -> Evaluation | None:
+) -> scores.Evaluation | None:
     """Scores `variables` on all `batches`; gives up, with None, once any process has a `stop_signal()`.
 
     Counts are added as integers. Losses are added per example in float64, so that the batch size makes no difference.
@@ -87,7 +79,9 @@ def evaluate(
     slices = None if cells is None else list(zip(*(values[counted] for values in cells), strict=True))
     names, ignore_label = network.classes.names, network.classes.ignore_label
     found = metrics.records(metrics.Counts(counts.sum(0), names, slices, ignore_label))
-    return Evaluation(float(loss.combine(terms)), found, counts, names)
+    of_image = [jax.tree.map(lambda values, i=i: values[i : i + 1], terms) for i in range(len(counts))]
+    alone = [float(loss.combine(one)) for one in of_image]
+    return scores.Evaluation(float(loss.combine(terms)), found, counts, names, alone)
 
 
 def open_images(source: data.Source, config: "ConfigDict", classes: data.Classes) -> pipeline.Pipeline:
@@ -107,26 +101,43 @@ class Split(NamedTuple):
 
 
 def open_split(
-    network: trained.Trained, path: epath.PathLike, split: str, images: pipeline.Pipeline | None = None
+    network: trained.Trained,
+    path: epath.PathLike,
+    split: str,
+    data_dir: str | None = None,
+    images: pipeline.Pipeline | None = None,
 ) -> Split:
-    """Opens a split of `config.data`, as the training did; `images` are those of the split, if they are open already.
+    """Opens a split of `config.data`, as the training did.
+
+    Args:
+      network: of the work directory `path`.
+      path: the work directory.
+      split: `train`, `validation`, `test` or `all`.
+      data_dir: the root of other images, which becomes `config.data.root`. If all of them are opened and have the names
+        of the training images, a warning is printed: they may be those, moved, most of which the network has seen.
+      images: those of the split, if they are open already.
 
     Raises:
       UserError: no such split, no images, or images of another task than the network's.
     """
     config, classes = network.config, network.classes
+    check(config.eval, classes)
+    if data_dir is not None:
+        config.data.root = data_dir
     if images is None:
         with processes.main_first("data"):
             source = data.load(config.data, split)
         trained.check_source(path, classes, source)
+        if data_dir is not None and split == "all":
+            _warn_of_same_names(path, network)
         images = open_images(source, config, classes)
     devices = network.mesh.shape["data"]
     batch_size = -(-config.train.batch_size // devices) * devices  # the scores do not depend on it
     return Split(images, losses.make(config.loss, classes.task, len(classes.names)), batch_size)
 
 
-def evaluate_split(network: trained.Trained, split: Split, tta: str) -> Evaluation:
-    """Scores a trained network on an open split, with test-time augmentation `tta`."""
+def evaluate_split(network: trained.Trained, split: Split, tta: str) -> scores.Evaluation:
+    """Scores a trained network on an open split, with test-time augmentation `tta`, one of `forward.VIEWS`."""
     rows = sharding.process_rows(network.mesh, split.batch_size)
     step = make_eval_step(network.network, split.loss, tta, network.config.eval.em_scores)
     batches = split.images.eval_batches(split.batch_size, rows)
@@ -134,15 +145,15 @@ def evaluate_split(network: trained.Trained, split: Split, tta: str) -> Evaluati
 
 
 def evaluate_workdir(
-    path: epath.PathLike, step: int | None, data_dir: str | None, split: str, tta: str | None = None
-) -> Evaluation:
-    """Scores a work directory, prints a table and writes `eval.json`.
+    path: epath.PathLike, step: int | None, data_dir: str | None, split: str | None = None, tta: str | None = None
+) -> scores.Evaluation:
+    """Scores a work directory, prints a table and writes `eval.json` and the files in `eval/`, see `scores.write`.
 
     Args:
       path: the work directory.
       step: which checkpoint; None is the best.
       data_dir: other images than those it was trained on, for the same data set; None keeps `config.data.root`.
-      split: `train`, `validation`, `test` or `all`.
+      split: `train`, `validation`, `test` or `all`; None is `validation`, or all images of `data_dir`.
       tta: test-time augmentation, one of `forward.TTA`; None is `config.eval.tta`.
 
     Raises:
@@ -152,53 +163,45 @@ def evaluate_workdir(
     if tta is not None:
         check_choice("--tta", tta, forward.TTA)
     network = trained.load(path, step)
-    config = network.config
-    if data_dir is not None:
-        config.data.root = data_dir
-    opened = open_split(network, path, split)
-    tta = config.eval.tta if tta is None else tta
+    settings, trained_root = network.config.data, network.config.data.root
+    split = split or default_split(data_dir)
+    opened = open_split(network, path, split, data_dir)
+    tta = network.resolve_tta(tta)
     result = evaluate_split(network, opened, tta)
-    count = len(opened.images.source)
+    source = opened.images.source
+    total = len(source) if split == "all" else len(data.load_with_faults(settings, "all"))
     processes.print_on_main(
-        f"{path}, step {network.step}, {split} split of {config.data.root or config.data.name}: {count} images; "
-        f"test-time augmentation {tta}\n{format_table(result)}"
+        f"{path}, step {network.step}, {describe_split(split, len(source), total, settings.root or settings.name)}; "
+        f"test-time augmentation {tta}\n{scores.format_table(result.loss, result.records, result.pixels)}"
     )
     if processes.is_main():
-        described = {"step": network.step, "split": split, "data_root": config.data.root, "images": count, "tta": tta}
-        files.write_json(path / "eval.json", {**described, **to_json(result)})
+        described = {"step": network.step, "split": split, "data_root": settings.root, "images": len(source)}
+        name = scores.data_name(settings.root, trained_root, settings.name)
+        stem = scores.file_stem(name, split, network.step, tta)
+        scores.write(path, stem, {**described, "tta": tta}, result, source.ids)
     return result
 
 
-def to_json(result: Evaluation) -> dict[str, Any]:
-    """The scores as they are in `eval.json`."""
-    values: dict[str, Any] = {"loss": result.loss}
-    for record in result.records:
-        values[record.key] = record.value
-        values |= {f"{record.key}_{name}": detail for name, detail in record.details.items()}
-    total = result.confusion.sum(0)
-    pixels = dict(zip(result.names, confusion.pixel_counts(total).tolist(), strict=True))
-    return {**values, "pixels": pixels, "confusion": total.tolist()}
+def default_split(data_dir: str | None) -> str:
+    """What is scored unless a split is named: of other images than those of the training, all."""
+    return "validation" if data_dir is None else "all"
 
 
-def format_table(result: Evaluation) -> str:
-    """The scores as text: a line per class, then those of the whole split."""
-    pixels = confusion.pixel_counts(result.confusion.sum(0))
-    width = max(map(len, (*result.names, "class")))
-    columns = [record for record in result.records if record.per_class]
-    lines = [f"{'class':{width}}" + "".join(f"   {record.title:>6}" for record in columns) + "   share of pixels"]
-    for name, count in zip(result.names, pixels, strict=True):
-        shares = "" if not count else f"   {count / pixels.sum():8.3%}"
-        lines.append(f"{name:{width}}" + "".join(f"   {_number(r.value[name]):>6}" for r in columns) + shares)
-    scalars = [f"{r.title} {_number(r.value)}{_threshold(r)}" for r in result.records if not r.per_class]
-    scalars += [f"(over {(pixels > 0).sum()} classes present)", f"loss {result.loss:.4f}"]
-    notes = {f"({record.note})": None for record in result.records if record.note}
-    return "\n".join([*lines, "   ".join([*scalars, *notes])])
+def _warn_of_same_names(path: epath.Path, network: trained.Trained) -> None:
+    """Prints a warning if the images of `config.data` have the names of those that the network was trained on."""
+    settings = network.config.data
+    try:
+        source = data.load_with_faults(settings, "train")
+    except UserError:  # such as too few images for a split
+        return
+    if checkpoints.read_meta(path, network.step).get("examples", {}).get("train") == source.ids_digest():
+        processes.print_on_main(
+            f"warning: the images in --data_dir={paths.printable(settings.root)} have the names of those of the "
+            "training. If they are the same, --split=validation scores the ones that it did not see"
+        )
 
 
-def _number(value: float | None) -> str:
-    return "absent" if value is None else f"{value:.4f}"
-
-
-def _threshold(record: metrics.Record) -> str:
-    threshold = record.details.get("threshold")
-    return "" if threshold is None else f" at threshold {threshold}"
+def describe_split(split: str, count: int, total: int, root: str) -> str:
+    """Which images are scored, and how many of how many."""
+    shown = f"{paths.printable(root)}: {count} image{'s' if count != 1 else ''} of {total}"
+    return f"all images of {shown}" if split == "all" else f"{split} split of {shown}"

@@ -1,6 +1,7 @@
-"""The page of a report: here its values are prepared, `report.html.jinja` holds the markup, `report.css` the style."""
+"""The page of a report: here its values are prepared, the rest is in `report.html.jinja`, `report.css`, `report.js`."""
 
 import base64
+import hashlib
 import io
 import pathlib
 import shlex
@@ -11,8 +12,10 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from unet_jax import metrics
 from unet_jax.data import colors
 from unet_jax.data.source import Classes
+from unet_jax.errors import escape
 from unet_jax.evaluation import curves, pictures
 from unet_jax.metrics import Record, confusion
 
@@ -21,7 +24,7 @@ SMALL = 240  # pixels; images narrower than this are stored losslessly and enlar
 
 
 class Picture(NamedTuple):
-    """A validation image to show."""
+    """An image to show."""
 
     id: str  # of the example
     records: list[Record]  # the metrics of this image alone
@@ -31,7 +34,7 @@ class Picture(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What is known about the validation split."""
+    """What is known about a split."""
 
     origin: str  # where the scores come from; empty if there are none
     loss: float | None  # of the split; None if unknown
@@ -52,10 +55,10 @@ def render(
 ) -> str:
     """The page as HTML."""
     shown = {rank: found for rank, found in results.shown.items() if found}
-    # The metric that picks the best checkpoint comes first.
-    ordered = sorted(results.records, key=lambda record: record.key != config.eval.best_metric)
-    scores = [(record.title, record.value) for record in ordered if not record.per_class]
-    scores.append(("validation loss", results.loss))
+    # The foreground of two classes comes first, then the metric that picks the best checkpoint.
+    rank = lambda record: (record.foreground is None, record.key != config.eval.best_metric)
+    scores = [(record.title, record.value) for record in sorted(metrics.summary(results.records), key=rank)]
+    scores.append(("loss", results.loss))
     columns = [  # and whether all values are shares, to be drawn as bars
         (record, all(0 <= value <= 1 for value in _known(record).values()))
         for record in results.records
@@ -72,7 +75,8 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja").render(
+    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    text = environment.get_template("report.html.jinja").render(
         name=name,
         config=config.to_dict(),
         classes=classes,
@@ -90,6 +94,7 @@ def render(
         command=_command(runs),
         runs=runs,
     )
+    return escape(text)  # HTML has no control characters
 
 
 def _known(record: Record) -> dict[str, float]:

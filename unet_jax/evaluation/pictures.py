@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from unet_jax import paths
 from unet_jax.data import colors
 from unet_jax.data.pipeline import Pipeline
 from unet_jax.data.source import Classes
@@ -28,6 +29,8 @@ class Panels:
         self._classes, self._folder = images.source.classes, folder
         chosen = spread(count, len(images.source))
         self._ids = [images.source.ids[i] for i in chosen]
+        for name in self._ids:
+            self._file(0, name)  # an id that names no file should not wait for the first evaluation
         self._examples = [images.read(i) for i in chosen]
 
     def draw(self, step: int, predict: Callable[[np.ndarray], Any]) -> None:
@@ -40,13 +43,16 @@ class Panels:
             if not processes.is_main():
                 continue
             panel = draw_panel(**example, prediction=prediction, classes=self._classes)
-            file = self._folder / str(step) / f"{name}.png"
+            file = self._file(step, name)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with file.open("wb") as stream:
                     panel.save(stream, "PNG")
             except OSError as error:
                 raise UserError(f"{file} cannot be written: {error}") from error
+
+    def _file(self, step: int, name: str) -> epath.Path:
+        return paths.file_below(self._folder / str(step), name, ".png")
 
 
 def draw_panel(
@@ -97,6 +103,7 @@ def contact_sheet(pictures: Sequence[tuple[str, np.ndarray]], classes: Classes, 
     for place, (caption, picture) in enumerate(pictures):
         left, top = MARGIN + place % columns * width, MARGIN + place // columns * height
         sheet.paste(Image.fromarray(picture), (left, top))
+        caption = paths.printable(caption)
         while font.getlength(caption) > width - MARGIN and len(caption) > 4:  # names differ at their ends
             caption = "..." + caption[4:]
         pen.text((left, top + picture.shape[0] + 2), caption, INK, font)

@@ -4,27 +4,28 @@ Here are the values; `page.py` and its template make the page.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from etils import epath
 
-from unet_jax import metrics
+from unet_jax import metrics, paths
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
-from unet_jax.evaluation import evaluate, page
+from unet_jax.evaluation import evaluate, page, scores
 from unet_jax.inference import trained
 from unet_jax.parallel import processes, sharding
 from unet_jax.workdir import files, metrics_log
 
-SHOWN = {"worst": 6, "median": 3, "best": 3}  # validation images, at most, in this order
+SHOWN = {"worst": 6, "median": 3, "best": 3}  # images, at most, in this order
 
 
 def write(
     path: epath.PathLike,
     step: int | None = None,
     data_dir: str | None = None,
+    split: str | None = None,
     images: pipeline.Pipeline | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> epath.Path:
@@ -35,8 +36,9 @@ def write(
     Args:
       path: the work directory.
       step: which checkpoint; None is the best.
-      data_dir: where the images are, if not in `config.data.root`.
-      images: the validation split, if it is open already.
+      data_dir: other images than those it was trained on, for the same data set; None keeps `config.data.root`.
+      split: `train`, `validation`, `test` or `all`; None is `validation`, or all images of `data_dir`.
+      images: those of the split, if they are open already.
       mesh: see `trained.load`.
 
     Raises:
@@ -44,15 +46,16 @@ def write(
     """
     path = epath.Path(path)
     network = trained.load(path, step, mesh)
-    if data_dir is not None:
-        network.config.data.root = data_dir
+    trained_root = network.config.data.root
+    split = split or evaluate.default_split(data_dir)
+    tta = network.resolve_tta()
     missing = None
     try:
-        results = _measure(network, evaluate.open_split(network, path, "validation", images))
+        results = _measure(network, split, evaluate.open_split(network, path, split, data_dir, images), tta, data_dir)
     except UserError as error:
         missing = str(error)
         processes.print_on_main(f"The report shows no images, because they cannot be read: {missing}")
-        results = _recall(network, path)
+        results = _recall(network, path, split, tta, trained_root)
     file = path / "report.html"
     if processes.is_main():
         rows, runs = metrics_log.read(path), files.read_environment(path)
@@ -80,11 +83,13 @@ def choose(scores: Sequence[float | None], ids: Sequence[str]) -> dict[str, list
     return {"worst": order[:worst], "median": order[middle : middle + side], "best": order[count - side :]}
 
 
-def _measure(network: trained.Trained, split: evaluate.Split) -> page.Results:
+def _measure(
+    network: trained.Trained, name: str, split: evaluate.Split, tta: str, data_dir: str | None = None
+) -> page.Results:
     """Scores the split, ranks its images by their mean IoU, and predicts those to show once more, to hold no others."""
-    source, tta = split.images.source, network.config.eval.tta
+    source = split.images.source
     result = evaluate.evaluate_split(network, split, tta)
-    records = [metrics.records(metrics.Counts(counts, network.classes.names)) for counts in result.confusion]
+    records = result.image_records()
     chosen = choose([metrics.value_of("miou", of_image) for of_image in records], source.ids)
 
     label_step = sharding.jit_replicated(network.mesh, network.network.labels, static_argnames="tta")
@@ -101,35 +106,36 @@ def _measure(network: trained.Trained, split: evaluate.Split) -> page.Results:
             pictures[i] = page.Picture(source.ids[i], records[i], example["image"], example["label"], prediction)
     shown = {rank: [pictures[index] for index in indices] for rank, indices in chosen.items()}
 
-    height, width = network.config.data.size
-    origin = f"{len(source)} validation image{'s' if len(source) != 1 else ''} of {height}x{width}"
+    (height, width), count = network.config.data.size, len(source)
+    kind = "all {} image{}" if name == "all" else f"{{}} {name} image{{}}"
+    origin = f"{kind.format(count, 's' if count != 1 else '')} of {height}x{width}"
+    if data_dir is not None:
+        origin += f" in {paths.printable(data_dir)}"
     if tta != "none":
         origin += f", averaged over test-time augmentation ({tta})"
     return page.Results(origin, result.loss, result.records, result.confusion.sum(0), shown)
 
 
-def _recall(network: trained.Trained, path: epath.Path) -> page.Results:
-    """The scores found in the work directory: in `eval.json` if it is of this step, else in the log of the training."""
-    described = metrics.describe(network.classes.names, network.config.eval.em_scores)
-    if (path / "eval.json").exists():
-        held = files.read_json(path / "eval.json")
-        expected = {"step": network.step, "split": "validation", "data_root": network.config.data.root}
-        if expected.items() <= held.items():
-            origin = f"eval.json, {held['images']} validation images, test-time augmentation {held['tta']}"
+def _recall(network: trained.Trained, path: epath.Path, split: str, tta: str, trained_root: str) -> page.Results:
+    """The scores found in the work directory: those of --mode=eval if they are of this step, else the training's."""
+    settings = network.config.data
+    described = metrics.describe(network.classes.names, network.classes.task, network.config.eval.em_scores)
+    name = scores.data_name(settings.root, trained_root, settings.name)
+    for file in (f"eval/{scores.file_stem(name, split, network.step, tta)}.json", "eval.json"):
+        if not (path / file).exists():
+            continue
+        per_class = {record.key: record.per_class for record in described}
+        held = files.read_scores(path / file, network.classes.names, per_class)
+        if held and {"step": network.step, "split": split, "data_root": settings.root}.items() <= held.items():
+            kind = "" if split == "all" else f"{split} "
+            origin = f"{file}, {held['images']} {kind}images, test-time augmentation {held['tta']}"
             records = [
                 dataclasses.replace(r, value={**r.value, **held.get(r.key, {})} if r.per_class else held.get(r.key))
                 for r in described
             ]
             return page.Results(origin, held.get("loss"), records, np.array(held["confusion"]))
-    for row in metrics_log.read(path):
-        if row["step"] == network.step and "val/loss" in row:
-            origin = "the validation split, as scored during training"
-            return page.Results(origin, row["val/loss"], [_as_logged(record, row) for record in described])
+    if split == "validation" and settings.root == trained_root:
+        logged = scores.read_logged(path, network.step, described)
+        if logged is not None:
+            return page.Results("the validation split, as scored during training", *logged)
     return page.Results("", None, [])
-
-
-def _as_logged(record: metrics.Record, row: Mapping[str, float]) -> metrics.Record:
-    """The record with its value in a line of `metrics.jsonl`; None for a missing key."""
-    key = f"val/{record.key}"
-    value = {name: row.get(f"{key}/{name}") for name in record.value} if record.per_class else row.get(key)
-    return dataclasses.replace(record, value=value)

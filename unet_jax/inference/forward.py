@@ -20,8 +20,19 @@ from unet_jax.inference import resample
 from unet_jax.metrics.confusion import predict_label
 from unet_jax.parallel import sharding
 
-TTA = ("none", "flips", "dihedral", "rotations")  # 1, 4, 8 and 7 predictions averaged
 ROTATIONS = 7  # of the paper's ISBI 2012 score; the angles, which it does not give, are spread evenly over the circle
+# The views of an image that test-time augmentation averages over: (degrees by which it is turned, whether it is then
+# mirrored left to right).
+VIEWS = {
+    "none": ((0, False),),
+    "horizontal": ((0, False), (0, True)),
+    "vertical": ((0, False), (180, True)),
+    "flips": ((0, False), (0, True), (180, False), (180, True)),
+    "turns": ((0, False), (90, False), (180, False), (270, False)),
+    "dihedral": tuple((degrees, mirrored) for degrees in (0, 90, 180, 270) for mirrored in (False, True)),
+    "rotations": tuple((k * 360 / ROTATIONS, False) for k in range(ROTATIONS)),
+}
+TTA = ("auto", *VIEWS)  # what a user may ask for; `auto` is what `best_tta` finds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +99,7 @@ class Network:
     def _window_logits(self, variables, window, size, tta):
         """Normalises, averages over the views of test-time augmentation, and cuts; `window` is float in 0..1.
 
-        With `tta` the result is the logits of the mean probability: `flips` averages over the four flips, `dihedral`
-        over flips and quarter turns, `rotations` over seven rotations.
+        With several `VIEWS` the result is the logits of the mean probability.
         """
         window = sharding.split_height(self.mesh, window)
         apply = lambda x: self.model.apply(variables, self.normalization(x))
@@ -100,8 +110,7 @@ class Network:
         if tta == "rotations":
             mean = self._mean_over_rotations(probability, window, size)
         else:
-            turns = (0, 2) if tta == "flips" else (0, 1, 2, 3)
-            views = [(turn, mirrored) for turn in turns for mirrored in (False, True)]
+            views = [(degrees // 90, mirrored) for degrees, mirrored in VIEWS[tta]]
             mean = cut(sum(_unview(probability(_view(window, *view)), *view) for view in views)) / len(views)
         tiny = jnp.finfo(mean.dtype).tiny
         log_mean = jnp.log(mean.clip(tiny))
@@ -133,6 +142,36 @@ class Network:
             rows, columns = resample.rotate(*(jnp.arange(n) - n // 2 for n in size), -angle, 1.0)
             total = total + sample(predicted, rows + side // 2, columns + side // 2, "bilinear")
         return total / ROTATIONS
+
+
+def unseen_views(tta: str, augment: Mapping[str, Any]) -> list[str]:
+    """The views of a set of `VIEWS` that a training never drew, in words.
+
+    A training draws its flips, each turned by up to `rotate` degrees either way. `augment` is `config.augment`.
+    """
+    horizontal, vertical = augment["flip_horizontal"], augment["flip_vertical"]
+    flips = {(0, False): True, (0, True): horizontal, (180, True): vertical, (180, False): horizontal and vertical}
+
+    def is_drawn(degrees, mirrored):
+        turns = [abs((degrees - start + 180) % 360 - 180) for (start, m), on in flips.items() if on and m == mirrored]
+        return any(turn <= augment["rotate"] for turn in turns)
+
+    return [_describe_view(*view) for view in VIEWS[tta] if not is_drawn(*view)]
+
+
+def best_tta(augment: Mapping[str, Any]) -> str:
+    """What `auto` means: the most views that are all as a training with `config.augment` drew them.
+
+    Never `rotations`, which samples the image twice and so blurs it.
+    """
+    exact = [name for name in VIEWS if name != "rotations" and not unseen_views(name, augment)]
+    return max(exact, key=lambda name: len(VIEWS[name]))
+
+
+def _describe_view(degrees: float, mirrored: bool) -> str:
+    if mirrored and degrees in (0, 180):
+        return f"flipped {'vertically' if degrees else 'horizontally'}"
+    return f"turned by {degrees:.0f} degrees" + (" and flipped" if mirrored else "")
 
 
 def create_network(

@@ -1,21 +1,23 @@
 """`--mode=predict`: image files of any size in, label files of the same size out; needs the work directory alone."""
 
 import collections
+import functools
 import glob
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from unet_jax import data
+from unet_jax import data, paths
 from unet_jax.data import colors, images
 from unet_jax.errors import UserError, check_choice
-from unet_jax.inference import forward, tiles, trained
+from unet_jax.inference import forward, resize, trained
 from unet_jax.parallel import processes
 from unet_jax.workdir import files
 
-INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
+FAR = 2  # how many times further than in training `fit` may shrink an image before it warns
 
 
 def predict_files(
@@ -25,7 +27,7 @@ def predict_files(
     *,
     step: int | None = None,
     tta: str | None = None,
-    scale: str | None = None,
+    scale: str = "train",
     interpolation: str = "bilinear",
     probabilities: str = "none",
     threshold: float = 0.5,
@@ -37,7 +39,8 @@ def predict_files(
                                    `x_<class>.png` for each, 0 and 255
       a/x_overlay.jpg              the image under the colours of its classes
       a/x_probability_<class>.png  16 bits, 65535 is 1; or x_probability.npy, float32 `[H, W, K]`; if wanted
-      predictions.json             the settings, and the share of each class in each image
+      predictions.json             the settings, the share of each class in each image, and the size (height, width) at
+                                   which it was predicted
 
     Args:
       path: the work directory.
@@ -45,9 +48,10 @@ def predict_files(
       output: a folder; nothing in it is overwritten.
       step: the checkpoint; None is the best.
       tta: test-time augmentation, one of `forward.TTA`; None is `config.eval.tta`.
-      scale: `fit` resizes each image to `config.data.size`, as training did, and the probabilities back; `native`
-        predicts it at its own size, in overlapping tiles if it is larger. None is `native` if training did not resize.
-      interpolation: of the probabilities when they are resized back: `bilinear` or `nearest`.
+      scale: at which size an image is predicted, one of `resize.SCALES`: `train` resizes it as training resized its
+        images, larger ones by no more than that; `fit` to `config.data.size`; `native` not at all. What is then not of
+        the size `config.data.size` is predicted in tiles of it, which overlap.
+      interpolation: of probabilities to the size of the image, one of `resize.INTERPOLATION`.
       probabilities: `none`, `png` or `npy`.
       threshold: of the probability of a sigmoid.
 
@@ -68,40 +72,32 @@ def predict_files(
     sigmoid = classes.task != "multiclass"
     if threshold != 0.5 and not sigmoid:
         raise UserError("--threshold is for sigmoids (binary and multilabel tasks); this network has a softmax")
-    tta = config.eval.tta if tta is None else tta
-    height, width = config.data.size
-    if scale is None:
-        scale = "native" if network.source_size == (height, width) else "fit"
+    tta = network.resolve_tta(tta)
+    check_choice("--scale", scale, resize.SCALES)
     label_suffixes, map_suffixes = _suffixes(classes)
     _claim(output, image_files, [f"{suffix}.png" for suffix in label_suffixes + map_suffixes])
-    predictor = tiles.Predictor(network.network, network.variables, (height, width), tta)
-    described = {
-        "fit": f"resized to {width}x{height} and back ({interpolation})",
-        "native": f"at their own size, in tiles of {predictor.tile[1]}x{predictor.tile[0]}",
-    }
     processes.print_on_main(
-        f"{path}, step {network.step}: {len(image_files)} image(s), {described[scale]}; test-time augmentation {tta}"
-        + (f"; threshold {threshold}" if sigmoid else "")
+        f"{path}, step {network.step}: {len(image_files)} image(s), {_describe(network, scale)}; "
+        f"test-time augmentation {tta}" + (f"; threshold {threshold}" if sigmoid else "")
     )
 
-    shares, failures = {}, []
+    shares, resized, far, failures = {}, {}, [], []
     for name, file in tqdm.tqdm(image_files.items(), "Predicting", unit=" images", disable=None):
         try:
             image = images.read_image(file, classes.channels, config.data.value_range)
         except UserError as error:
             failures.append(str(error))
             continue
-        if scale == "fit":
-            small = images.resize_image(image, (height, width), config.data.resize)
-            whole = _resize(network.predict(small[None], tta)[0], image.shape, interpolation)
-            bands = [(slice(0, len(image)), whole)]
-        else:
-            bands = predictor.bands(image)  # so that the probabilities of a large image are never held whole
+        size, bands = image.shape[:2], network.predict_bands(image, scale, tta, interpolation)
         try:
-            label = _write_prediction(output / name, image, bands, classes, threshold, probabilities)
+            place = functools.partial(paths.file_below, output, name)
+            label = _write_prediction(place, image, bands, classes, threshold, probabilities)
         except OSError as error:
             raise UserError(f"--output={output}: cannot write the prediction of {file}: {error}") from error
         shares[str(file)] = _shares(label, classes)
+        new = network.predicted_size(size, scale)
+        resized[str(file)] = {"size": size, "predicted_at": new, "in_tiles": new != network.size}
+        far.append(resize.excess(size, new, network.size, network.source_sizes))
 
     if shares:
         settings = {
@@ -109,17 +105,42 @@ def predict_files(
             "step": network.step,
             "tta": tta,
             "scale": scale,
-            "interpolation": interpolation if scale == "fit" else None,
+            "train_size": network.size,
+            "source_sizes": network.source_sizes,
+            "interpolation": interpolation,
             "threshold": threshold if sigmoid else None,
             "classes": classes.names,
             "shares": shares,
+            "images": resized,
         }
         files.write_json(output / "predictions.json", settings)
         _warn_if_constant(shares)
-    processes.print_on_main(f"{len(shares)} of {len(image_files)} images predicted, see {output}")
+        if max(far) > FAR:
+            processes.print_on_main(
+                f"warning: {sum(one > FAR for one in far)} image(s) were shrunk much further than any in training, one "
+                f"{max(far):.1f} times as far, so that things in them look too small: see --scale=train"
+            )
+    in_tiles = sum(image["in_tiles"] for image in resized.values())
+    processes.print_on_main(
+        f"{len(shares)} of {len(image_files)} images predicted, {in_tiles} of them in tiles, see {output}"
+    )
     if failures:
         shown = "".join(f"\n  {failure}" for failure in failures)
         raise UserError(f"{len(failures)} of {len(image_files)} files could not be read:{shown}")
+
+
+def _describe(network: trained.Trained, scale: str) -> str:
+    """How images are predicted, in words."""
+    show = lambda size: f"{size[1]}x{size[0]}"
+    to = show(network.size)
+    if scale == "native" or (scale == "train" and not network.resizes):
+        text = "at their own size"
+    elif scale == "fit" or network.source_sizes is None:
+        return f"resized to {to} and back"
+    else:
+        sizes = " to ".join(dict.fromkeys(map(show, network.source_sizes)))
+        text = f"resized as in training ({sizes} became {to}) and back"
+    return f"{text}, in tiles if that is not {to}"
 
 
 def _find(inputs: str, output: epath.Path) -> dict[str, epath.Path]:
@@ -130,17 +151,15 @@ def _find(inputs: str, output: epath.Path) -> dict[str, epath.Path]:
     elif root.exists():
         candidates, root = [root], root.parent
     else:
-        candidates = map(epath.Path, glob.glob(inputs, recursive=True))
-        before, slash, _ = glob.escape(inputs).split("[")[0].rpartition("/")  # the part before any wildcard
-        root = epath.Path(before or slash or ".")
+        root, pattern = _split_pattern(inputs)
+        candidates = [root / file for file in glob.glob(pattern, root_dir=root, recursive=True)]
+    candidates = sorted(f for f in candidates if f.suffix.lower() in images.SUFFIXES and not f.name.startswith("."))
     found: dict[str, epath.Path] = {}
-    for file in sorted(candidates):
-        if file.suffix.lower() not in images.SUFFIXES or file.name.startswith("."):
-            continue
-        name = str(file.relative_to(root).with_suffix(""))
+    for file, relative in zip(candidates, paths.names_below(root, candidates), strict=True):
+        name = os.path.splitext(relative)[0]
         if name in found:
             raise UserError(f"{found[name]} and {file} would be written to the same file: predict them separately")
-        if file.resolve().parent == (output / name).resolve().parent:
+        if file.resolve().parent == paths.file_below(output, name, ".png").resolve().parent:
             raise UserError(f"--output={output} holds the inputs, and would overwrite them: choose another folder")
         found[name] = file
     if not found:
@@ -148,20 +167,31 @@ def _find(inputs: str, output: epath.Path) -> dict[str, epath.Path]:
     return found
 
 
+def _split_pattern(inputs: str) -> tuple[epath.Path, str]:
+    """The folder that a pattern starts with, whatever characters are in its name, and the pattern below it."""
+    root, parts = epath.Path("/" if inputs.startswith("/") else "."), inputs.split("/")
+    while len(parts) > 1 and (root / parts[0]).is_dir():
+        root /= parts.pop(0)
+    return root, "/".join(parts)
+
+
 def _suffixes(classes: data.Classes) -> tuple[list[str], list[str]]:
     """The suffixes of label files and of probability maps; with the number of the class, if two names look the same."""
     names = classes.names[-classes.num_outputs :]
-    safe = ["".join(c if c.isalnum() or c in "-." else "_" for c in name) for name in names]
+    safe = ["".join(c if c.isalnum() or c in "-." else "_" for c in name)[:40] for name in names]
     unique = [f"_{one}" if safe.count(one) == 1 else f"_{k}_{one}" for k, one in enumerate(safe)]
+    if len(set(unique)) < len(unique):  # one is called as another is with its number
+        unique = [f"_{k}_{one}" for k, one in enumerate(safe)]
     return unique if classes.task == "multilabel" else [""], [f"_probability{suffix}" for suffix in unique]
 
 
 def _claim(output: epath.Path, files: Mapping[str, epath.Path], suffixes: Sequence[str]) -> None:
     """Makes the output folder, and checks that it is empty and that no two images would be written to the same file."""
-    targets = collections.Counter(name + suffix for name in files for suffix in suffixes)
+    targets = collections.Counter(paths.file_below(output, name, suffix) for name in files for suffix in suffixes)
     (target, count), *_ = targets.most_common(1)
     if count > 1:
-        raise UserError(f"two outputs would be called {target}: rename an image, or predict them separately")
+        called = target.relative_to(output)
+        raise UserError(f"two outputs would be called {called}: rename an image, or predict them separately")
     try:
         output.mkdir(parents=True, exist_ok=True)
         held = sorted(file.name for file in output.iterdir())
@@ -173,15 +203,8 @@ def _claim(output: epath.Path, files: Mapping[str, epath.Path], suffixes: Sequen
         raise UserError(f"--output={output} cannot be written: {error}") from error
 
 
-def _resize(probability, shape: Sequence[int], interpolation: str) -> np.ndarray:
-    """Probabilities `[h, w, K]` -> float32 `[*shape[:2], K]`."""
-    size, method = (shape[1], shape[0]), INTERPOLATION[interpolation]
-    channels = np.moveaxis(np.asarray(probability), -1, 0)
-    return np.stack([np.asarray(Image.fromarray(one).resize(size, method)) for one in channels], -1)
-
-
 def _write_prediction(
-    stem: epath.Path,
+    place: Callable[[str], epath.Path],  # suffix -> file
     image: np.ndarray,
     bands: Iterable[tuple[slice, np.ndarray]],
     classes: data.Classes,
@@ -193,10 +216,10 @@ def _write_prediction(
     The `bands`, rows and their probabilities float32 `[rows, W, K]`, together cover the image.
     """
     label_suffixes, map_suffixes = _suffixes(classes)
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    place(".png").parent.mkdir(parents=True, exist_ok=True)
     shape, maps = (*image.shape[:2], classes.num_outputs), None
     if probabilities == "npy":
-        maps = np.lib.format.open_memmap(f"{stem}_probability.npy", "w+", np.float32, shape)
+        maps = np.lib.format.open_memmap(place("_probability.npy"), "w+", np.float32, shape)
     elif probabilities == "png":
         maps = np.empty(shape, np.uint16)
     label = np.empty(shape if classes.task == "multilabel" else shape[:2], np.uint8)
@@ -207,22 +230,22 @@ def _write_prediction(
 
     if classes.task == "multilabel":
         for k, suffix in enumerate(label_suffixes):
-            _save(label[..., k] * 255, f"{stem}{suffix}.png")
+            _save(label[..., k] * 255, place(f"{suffix}.png"))
     else:
-        _save(label, f"{stem}.png", [part for color in classes.palette for part in color])
+        _save(label, place(".png"), [part for color in classes.palette for part in color])
     if probabilities == "png":
         for k, suffix in enumerate(map_suffixes):
-            _save(maps[..., k], f"{stem}{suffix}.png")
-    _save(colors.overlay(image, label, classes), f"{stem}_overlay.jpg")
+            _save(maps[..., k], place(f"{suffix}.png"))
+    _save(colors.overlay(image, label, classes), place("_overlay.jpg"))
     return label
 
 
-def _save(pixels: np.ndarray, file: str, palette: Sequence[int] = ()) -> None:
+def _save(pixels: np.ndarray, file: epath.Path, palette: Sequence[int] = ()) -> None:
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     if palette:
         picture.putpalette(palette)
-    with epath.Path(file).open("wb") as opened:
-        picture.save(opened, "JPEG" if file.endswith(".jpg") else "PNG")
+    with file.open("wb") as opened:
+        picture.save(opened, "JPEG" if file.suffix == ".jpg" else "PNG")
 
 
 def _shares(label: np.ndarray, classes: data.Classes) -> dict[str, float]:

@@ -12,6 +12,14 @@ from unet_jax.inference import forward
 from unet_jax.parallel import processes, sharding
 
 
+def check_image(image: np.ndarray, channels: int) -> None:
+    """Raises a `UserError` unless `image` is uint8 `[H, W, channels]`."""
+    if image.ndim != 3 or image.dtype != np.uint8 or 0 in image.shape or image.shape[-1] != channels:
+        raise UserError(
+            f"an image must be uint8 [height, width, {channels} channel(s)], not {image.dtype} {image.shape}"
+        )
+
+
 class Predictor:
     """Predicts images of any size, tile by tile; holds no more than one row of tiles of the result in memory.
 
@@ -33,13 +41,13 @@ class Predictor:
         Args:
           network: the network, and `variables` its weights.
           tile: (height, width) predicted at a time; the attribute `tile` is rounded to a multiple of the stride.
-          tta: test-time augmentation, one of `forward.TTA`.
+          tta: test-time augmentation, one of `forward.VIEWS`.
           batch_size: tiles at a time, rounded up to a multiple of the devices that share a batch.
 
         Raises:
           UserError: an unknown `tta`, or a size that is not positive.
         """
-        check_choice("tta", tta, forward.TTA)
+        check_choice("tta", tta, forward.VIEWS)
         if min(*tile, batch_size) < 1:
             raise UserError(f"tile = {tuple(tile)} and batch_size = {batch_size} must be positive")
         self._classes, self._mesh, self._stride = network.classes, network.mesh, network.model.stride
@@ -72,7 +80,7 @@ class Predictor:
         Raises:
           UserError: an image other than uint8 `[H, W, C]` with the network's channels; an `out` of another shape.
         """
-        self._check(image)
+        check_image(image, self._classes.channels)
         shape = (*image.shape[:2], self._classes.num_outputs)
         if out is None:
             out = np.empty(shape, np.float32)
@@ -85,16 +93,9 @@ class Predictor:
             out[finished] = band
         return out
 
-    def _check(self, image: np.ndarray) -> None:
-        channels = self._classes.channels
-        if image.ndim != 3 or image.dtype != np.uint8 or 0 in image.shape or image.shape[-1] != channels:
-            raise UserError(
-                f"an image must be uint8 [height, width, {channels} channel(s)], not {image.dtype} {image.shape}"
-            )
-
     def bands(self, image: np.ndarray, progress: bool = False) -> Iterator[tuple[slice, np.ndarray]]:
         """Yields rows and their probabilities float32 `[rows, W, K]`, from top to bottom; see `probability`."""
-        self._check(image)
+        check_image(image, self._classes.channels)
         size = image.shape[:2]
         starts = [self._starts(n, axis) for axis, n in enumerate(size)]
         weights = [self._weights(starts[axis], axis) for axis in (0, 1)]

@@ -2,17 +2,22 @@
 
 import dataclasses
 import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from flax import linen as nn
 
-from unet_jax import data, models
+from unet_jax import data, losses, models
+from unet_jax.data import border
+from unet_jax.data import images as image_files
 from unet_jax.errors import UserError, check_choice
-from unet_jax.inference import forward
-from unet_jax.parallel import sharding
-from unet_jax.workdir import checkpoints, files
+from unet_jax.inference import forward, resize, tiles
+from unet_jax.parallel import processes, sharding
+from unet_jax.workdir import checkpoints, files, record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +29,18 @@ class Trained:
     network: forward.Network  # the network on its mesh, with its normalization
     variables: dict[str, Any]  # its weights, the EMA weights if enabled; whole on every device
     step: int  # of the checkpoint
-    # Height and width of the first training image before it was resized; None if they were not recorded.
-    source_size: tuple[int, int] | None = None
+    # The smallest and the largest (height, width) of the training images before they were resized, each axis by itself;
+    # None if they were not recorded, as for imported weights.
+    source_sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     @functools.cached_property
     def _probability(self):
         return sharding.jit_replicated(self.mesh, self.network.probability, static_argnames="tta")
+
+    @functools.cached_property
+    def predictor(self) -> Callable[[str], tiles.Predictor]:
+        """Test-time augmentation -> what predicts images in tiles of `config.data.size`; compiled once."""
+        return functools.cache(lambda tta: tiles.Predictor(self.network, self.variables, self.size, tta))
 
     @property
     def model(self) -> nn.Module:
@@ -41,26 +52,125 @@ class Trained:
         """The devices that the weights lie on."""
         return self.network.mesh
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width that training resized its images to: `config.data.size`."""
+        return tuple(self.config.data.size)
+
+    @property
+    def resizes(self) -> bool:
+        """Whether images of other sizes must be resized, as they were, or may have been, in training."""
+        return self.source_sizes != (self.size, self.size)
+
+    @functools.cached_property
+    def _warn_once(self):
+        return functools.cache(processes.print_on_main)
+
+    def resolve_tta(self, tta: str | None = None, field: str = "tta") -> str:
+        """The set of `forward.VIEWS` that a choice of `forward.TTA` means for this network; None is `config.eval.tta`.
+
+        `auto` is the most views that are all as training drew them. If others are asked for, it prints a warning, once.
+        Raises a `UserError` that names the `field` of an unknown choice.
+        """
+        if tta is None:
+            tta, field = self.config.eval.tta, "config.eval.tta"
+        check_choice(field, tta, forward.TTA)
+        augment = self.config.augment
+        best = forward.best_tta(augment)
+        if tta == "auto":
+            return best
+        if unseen := forward.unseen_views(tta, augment):
+            self._warn_once(
+                f"warning: test-time augmentation {tta!r} averages over views that training never drew "
+                f"({', '.join(unseen)}), which can make it worse; here 'auto' means {best!r}"
+            )
+        return tta
+
     def predict(self, images, tta: str = "none") -> jax.Array:
-        """Class probabilities of whole images; compiled once per shape.
+        """Class probabilities of a batch at the size of the training; compiled once per shape. See `predict_image`.
 
         Args:
-          images: uint8 `[B, H, W, C]`, at the size that the network was trained on (`config.data.size`).
+          images: uint8 `[B, H, W, C]`, of the size `config.data.size`, to which training resized its images. If it did
+            not resize them, of any size.
           tta: test-time augmentation, one of `forward.TTA`.
 
         Returns:
           float32 `[B, H, W, K]`; K = 1 for a binary task.
 
         Raises:
-          UserError: other images than uint8 with that many channels; an unknown `tta`.
+          UserError: other images than uint8 with that many channels, or of another size; an unknown `tta`.
         """
-        check_choice("tta", tta, forward.TTA)
+        tta = self.resolve_tta(tta)
         if images.ndim != 4 or images.dtype != "uint8" or images.shape[-1] != self.classes.channels:
             raise UserError(
                 f"images must be uint8 [batch, height, width, {self.classes.channels} channel(s)], not {images.dtype} "
                 f"{images.shape}"
             )
+        if self.resizes and images.shape[1:3] != self.size:
+            (height, width), (rows, columns) = images.shape[1:3], self.size
+            raise UserError(
+                f"images of {height}x{width} pixels (height x width), but this network is for images resized to "
+                f"{rows}x{columns}: use predict_image, which resizes them and the result"
+            )
         return self._probability(self.variables, images, tta=tta)
+
+    def predict_image(
+        self, image: np.ndarray | epath.PathLike, scale: str = "train", tta: str | None = None
+    ) -> np.ndarray:
+        """Class probabilities of one image of any size, as `--mode=predict` computes them.
+
+        `forward.to_label(probability, classes.task)` is its label.
+
+        Args:
+          image: a file, or uint8 `[H, W, C]`, in memory or a memory-mapped file.
+          scale: at which size it is predicted, one of `resize.SCALES`; see `resize.predicted_size`.
+          tta: test-time augmentation, one of `forward.TTA`; None is `config.eval.tta`.
+
+        Returns:
+          float32 `[H, W, K]`, at the image's own size; K = 1 for a binary task.
+
+        Raises:
+          UserError: a file that is not a readable image; another array than uint8 `[H, W, C]`; an unknown option.
+        """
+        image = self.read_image(image) if isinstance(image, str | os.PathLike) else np.asarray(image)
+        bands = self.predict_bands(image, scale, tta)
+        probability = np.empty((*image.shape[:2], self.classes.num_outputs), np.float32)
+        for rows, band in bands:
+            probability[rows] = band
+        return probability
+
+    def predict_bands(
+        self, image: np.ndarray, scale: str = "train", tta: str | None = None, interpolation: str = "bilinear"
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """`predict_image`, so that the probabilities of a large image are never held whole.
+
+        Args:
+          image, scale, tta: see `predict_image`.
+          interpolation: of the probabilities to the size of the image, one of `resize.INTERPOLATION`.
+
+        Yields:
+          rows and their probabilities float32 `[rows, W, K]`, from top to bottom.
+        """
+        tta = self.resolve_tta(tta)
+        check_choice("scale", scale, resize.SCALES)
+        check_choice("interpolation", interpolation, resize.INTERPOLATION)
+        tiles.check_image(image, self.classes.channels)
+        size = image.shape[:2]
+        new = self.predicted_size(size, scale)
+        small = image_files.resize_image(image, new, self.config.data.resize)
+        if new == self.size:
+            bands = [(slice(0, new[0]), np.asarray(self.predict(small[None], tta)[0]))]
+        else:
+            bands = self.predictor(tta).bands(small)
+        return resize.resize_bands(bands, new, size, interpolation)
+
+    def predicted_size(self, size: tuple[int, int], scale: str) -> tuple[int, int]:
+        """The (height, width) at which an image of `size` is predicted; see `resize.predicted_size`."""
+        return resize.predicted_size(scale, size, self.size, self.source_sizes)
+
+    def read_image(self, file: epath.PathLike) -> np.ndarray:
+        """Reads an image file as training did: uint8 `[H, W, C]`; a `UserError` if it is not a readable image."""
+        return image_files.read_image(epath.Path(file), self.classes.channels, self.config.data.value_range)
 
 
 def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Trained:
@@ -72,7 +182,8 @@ def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh 
       mesh: the devices to put the weights on; None is all devices, see `sharding.create_eval_mesh`.
 
     Raises:
-      UserError: no work directory, or no such checkpoint; or one of another network than `config.json` describes.
+      UserError: no work directory, or no such checkpoint; or one of another network than `config.json` describes;
+        or a file of it is damaged, or was changed after the checkpoint was saved.
     """
     path = epath.Path(path)
     config = files.read_config(path)
@@ -82,7 +193,14 @@ def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh 
     classes = data.Classes.from_json(values)
     mesh = sharding.create_eval_mesh(config.mesh.data, config.mesh.space) if mesh is None else mesh
     normalization = forward.Normalization.from_json(values.get("normalization"))
-    network = forward.create_network(config.model, classes, mesh, normalization)
+    try:
+        data.check_settings(config.data)
+        check_choice("config.eval.tta", config.eval.tta, forward.TTA)
+        losses.make(config.loss, classes.task, len(classes.names))
+        border.pixel_weight_fn(config.loss, classes)
+        network = forward.create_network(config.model, classes, mesh, normalization)
+    except UserError as error:
+        raise UserError(f"{path / 'config.json'}: {error}") from error
     step, saved = checkpoints.read_variables(path, step, sharding.replicated(mesh))
     variables = evaluated_variables(saved)
     differing = models.differing_shapes(network.model, classes.channels, variables)
@@ -93,8 +211,15 @@ def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh 
             f"{len(classes.names)} classes and {classes.channels} channel(s) needs {needed or 'none'}: the files of "
             "this work directory do not belong together"
         )
-    source_size = tuple(values["image_size"]) if "image_size" in values else None
-    return Trained(config, classes, network, variables, step, source_size)
+    record.check(path, step, checkpoints.read_meta(path, step), record.make(config, values))
+    return Trained(config, classes, network, variables, step, _source_sizes(values))
+
+
+def _source_sizes(values: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """See `Trained.source_sizes`; older work directories recorded the size of the first image alone."""
+    first = values.get("image_size")
+    sizes = values.get("image_sizes", first and [first, first])
+    return sizes and tuple(tuple(map(int, size)) for size in sizes)
 
 
 def evaluated_variables(saved: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from unet_jax.errors import UserError, check_choice
 from unet_jax.inference.forward import Normalization
 from unet_jax.interop import foreign_formats, weight_files
 from unet_jax.training import state
-from unet_jax.workdir import checkpoints, files
+from unet_jax.workdir import checkpoints, files, lock, record
 
 
 class Network(NamedTuple):
@@ -58,12 +58,15 @@ def convert(
     if config.data.name == "folder":
         config.data.channels = network.channels
     files.check(path, config)
-    files.claim(path, config, {**classes.to_json(), "normalization": Normalization().to_json()})
-    writer = checkpoints.CheckpointWriter(path)
-    variables = jax.tree.map(jnp.asarray, network.variables)
-    imported = state.TrainState(step=jnp.zeros((), jnp.int32), **variables, opt_state={}, ema=None)
-    writer.save(0, imported, {}, None)
-    writer.close()
+    with lock.Lock(path) as held:
+        held.take()
+        described = {**classes.to_json(), "normalization": Normalization().to_json()}
+        files.claim(path, config, described)
+        writer = checkpoints.CheckpointWriter(path)
+        variables = jax.tree.map(jnp.asarray, network.variables)
+        imported = state.TrainState(step=jnp.zeros((), jnp.int32), **variables, opt_state={}, ema=None)
+        writer.save(0, imported, record.make(config, described), None)
+        writer.close()
     return network, classes
 
 

@@ -6,13 +6,17 @@ image        uint8 `[b, h, w, C]`
 label        uint8 `[b, h, w]`, the most probable class (binary: 0 or 1); multilabel: `[b, h, w, K]`, each 0 or 1
 probability  float32 `[b, h, w, K]`, for thresholds other than 0.5; K = 1 for a binary task
 
-They include normalisation, mirrored margins and cropping, so that a caller cannot get any of these wrong. Each export
-raises a `UserError` if a package that it needs is not installed.
+They do what `--mode=predict` does, so that a caller cannot get any of it wrong: images are resized as training resized
+them, normalised, and given mirrored margins, and probabilities are cut and resized back. But they predict all images
+whole: one that `--mode=predict` would predict in tiles, as it is larger or smaller than those of the training, is
+resized to `config.data.size` (`--scale=fit`). Each export raises a `UserError` if a package that it needs is not
+installed.
 """
 
 import dataclasses
 import importlib
 import json
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -24,6 +28,7 @@ from jax import export
 
 from unet_jax.errors import UserError
 from unet_jax.inference import forward
+from unet_jax.inference.resize import triangle
 from unet_jax.inference.trained import Trained
 from unet_jax.metrics import confusion
 from unet_jax.models.unet import UNet
@@ -45,13 +50,41 @@ def optional(name: str):
 
 
 def metadata(trained: Trained) -> dict[str, str]:
-    """Describes the weights: `config`, `classes` and `normalization` as JSON objects, and `step`."""
+    """Describes the weights, as JSON: `config`, `classes`, `normalization`, `step`, and `image_sizes` of the training.
+
+    Those are the smallest and the largest (height, width) before images were resized; null if they are not known.
+    """
     return {
         "config": trained.config.to_json(),
         "classes": json.dumps(trained.classes.to_json()),
         "normalization": json.dumps(trained.network.normalization.to_json()),
         "step": str(trained.step),
+        "image_sizes": json.dumps(trained.source_sizes),
     }
+
+
+def graph_metadata(trained: Trained, resize: bool = True) -> dict[str, str]:
+    """`metadata`, and as `input` which images the graph takes and what it does to them, in words."""
+    return metadata(trained) | {"input": describe_input(trained, resize)}
+
+
+def describe_input(trained: Trained, resize: bool = True) -> str:
+    """Which images a graph takes, and what it does to them; see `to_stablehlo`."""
+    to = "x".join(map(str, trained.size))
+    text = f"image: uint8 [batch, height, width, {trained.classes.channels}]"
+    if tuple(trained.config.data.value_range) not in ((), (0, 65535)):
+        low, high = trained.config.data.value_range
+        text += f", 16-bit values {low}..{high} as 0..255"
+    if not trained.resizes:
+        return f"{text}, of any size, at the scale of the training images, which were not resized"
+    if not resize:
+        return f"{text}, which must be resized to {to} (height x width, {trained.config.data.resize}) as in training"
+    text += f", of any size: resized to {to} (height x width), and the result back."
+    if trained.source_sizes is None:
+        return text
+    smallest, largest = ("x".join(map(str, size)) for size in trained.source_sizes)
+    sizes = smallest if smallest == largest else f"{smallest} to {largest}"
+    return f"{text} Training images were {sizes}; for others prefer --mode=predict, which uses tiles, and this does not"
 
 
 def to_safetensors(trained: Trained) -> bytes:
@@ -64,8 +97,10 @@ def _weights(trained: Trained) -> dict[str, np.ndarray]:
     return traverse_util.flatten_dict(jax.device_get(trained.variables), sep="/")
 
 
-def to_stablehlo(trained: Trained) -> bytes:
+def to_stablehlo(trained: Trained, resize: bool = True) -> bytes:
     """The network with its weights, serialised by `jax.export` for CPU, CUDA and TPU.
+
+    Without `resize`, images must be resized before, unless training did not resize its own.
 
     `jax.export.deserialize(data).call(image)` returns (label, probability) as described above, and compiles once per
     shape. JAX guarantees that the file can be read for six months.
@@ -76,13 +111,52 @@ def to_stablehlo(trained: Trained) -> bytes:
     network = dataclasses.replace(trained.network, model=model, mesh=mesh)
     variables = jax.device_get(trained.variables)
 
+    def run_resized(image):
+        small = resize_image(image, trained.size, trained.config.data.resize)
+        probability = resize_bilinear(network.probability(variables, small), image.shape[1:3])
+        return _most_probable(probability, network.task), probability
+
     def run(image):
         logits = network.window_logits(variables, reflect_pad(model, image), image.shape[1:3])
         return confusion.predict_label(logits, network.task), forward.to_probability(logits, network.task)
 
     shape = (*export.symbolic_shape("b, h, w"), trained.classes.channels)
-    exported = export.export(jax.jit(run), platforms=PLATFORMS)(jax.ShapeDtypeStruct(shape, jnp.uint8))
+    graph = run_resized if resize and trained.resizes else run
+    exported = export.export(jax.jit(graph), platforms=PLATFORMS)(jax.ShapeDtypeStruct(shape, jnp.uint8))
     return bytes(exported.serialize())
+
+
+def _most_probable(probability: jax.Array, task: str) -> jax.Array:
+    """`forward.to_label` in JAX."""
+    label = probability.argmax(-1) if task == "multiclass" else probability > 0.5
+    return (label[..., 0] if task == "binary" else label).astype(jnp.uint8)
+
+
+def resize_image(image: jax.Array, size: Sequence[int], method: str) -> jax.Array:
+    """`data.images.resize_image` of a batch uint8 `[B, h, w, C]` to uint8 `[B, *size, C]`, for symbolic h and w.
+
+    Equal to Pillow's but for a grey level where its 22-bit weights round otherwise than float32, and for `nearest`
+    where the centre of a pixel falls between two pixels.
+    """
+    if method == "bilinear":
+        return _resize(image.astype(jnp.float32), size, lambda x: jnp.floor(x + 0.5)).astype(jnp.uint8)
+    for axis, new in enumerate(size, 1):
+        image = jnp.take(image, (2 * jnp.arange(new) + 1) * image.shape[axis] // (2 * new), axis=axis)
+    return image
+
+
+def resize_bilinear(x: jax.Array, size: Sequence[int]) -> jax.Array:
+    """Resizes float32 `[B, h, w, K]` to `[B, *size, K]`, which may be symbolic, as Pillow does."""
+    return _resize(x, size, lambda x: x)
+
+
+def _resize(x: jax.Array, size: Sequence[int], after_each_pass: Callable) -> jax.Array:
+    for axis, equation in ((2, "ij,bhjc->bhic"), (1, "ij,bjwc->biwc")):  # Pillow's order
+        old, new = x.shape[axis], size[axis - 1]
+        weights = triangle(jnp.arange(new)[:, None], jnp.arange(old), old, new, jnp).astype(jnp.float32)
+        weights = weights / weights.sum(1, keepdims=True)
+        x = after_each_pass(jnp.einsum(equation, weights, x, precision="highest"))
+    return x
 
 
 def geometry(model: nn.Module) -> list[tuple[int, int, int]]:
@@ -108,8 +182,11 @@ def reflect_pad(model: nn.Module, image: jax.Array) -> jax.Array:
     return image
 
 
-def to_onnx(trained: Trained) -> "onnx.ModelProto":
-    """A U-Net as a float32 ONNX model, with `metadata` in its `metadata_props`; a `UserError` for other networks."""
+def to_onnx(trained: Trained, resize: bool = True) -> "onnx.ModelProto":
+    """A U-Net as a float32 ONNX model, with `graph_metadata` in its `metadata_props`; a `UserError` for other networks.
+
+    Without `resize`, images must be resized before, unless training did not resize its own.
+    """
     if not isinstance(trained.model, UNet):
         name = type(trained.model).__name__
         raise UserError(f"ONNX is written only for config.model.name = 'unet', not for {name}; use StableHLO instead")
@@ -117,21 +194,30 @@ def to_onnx(trained: Trained) -> "onnx.ModelProto":
     from unet_jax.interop import unet_onnx
 
     task, outputs, graph = trained.classes.task, trained.classes.num_outputs, unet_onnx.Graph()
-    x = graph.add("Div", graph.add("Cast", "image", to=onnx.TensorProto.FLOAT), np.float32(255))
+    x, resize = graph.add("Cast", "image", to=onnx.TensorProto.FLOAT), resize and trained.resizes
+    if resize:
+        x = unet_onnx.resize_image(graph, x, np.array(trained.size), trained.config.data.resize)
+    size = graph.add("Shape", x, start=1, end=3)
+    x = graph.add("Div", x, np.float32(255))
     normalization = trained.network.normalization
     if normalization != forward.Normalization():
         x = graph.add("Sub", x, np.float32(normalization.mean) / np.float32(255))
         x = graph.add("Div", x, np.float32(normalization.scale) / np.float32(255))
     x = graph.add("Transpose", _reflect_pad_onnx(graph, trained.model, x), perm=(0, 3, 1, 2))  # ONNX convolves NCHW
     x = unet_onnx.add_unet(graph, trained.model, _weights(trained), x)
-    size = graph.add("Shape", "image", start=1, end=3)
     logits = graph.add("Slice", graph.add("Transpose", x, perm=(0, 2, 3, 1)), np.array([0, 0]), size, np.array([1, 2]))
-    if task == "multiclass":
-        graph.add("Softmax", logits, axis=-1, output="probability")
-        label = graph.add("ArgMax", logits, axis=-1, keepdims=0)
+    activation = ("Softmax", dict(axis=-1)) if task == "multiclass" else ("Sigmoid", {})
+    if resize:
+        small = graph.add(activation[0], logits, **activation[1])
+        own_size = graph.add("Shape", "image", start=1, end=3)
+        decisive = unet_onnx.resize_bilinear(graph, small, own_size, output="probability")
     else:
-        graph.add("Sigmoid", logits, output="probability")
-        label = graph.add("Greater", logits, np.float32(0))
+        graph.add(activation[0], logits, **activation[1], output="probability")
+        decisive = logits  # probabilities close to 1 can be equal where logits are not
+    if task == "multiclass":
+        label = graph.add("ArgMax", decisive, axis=-1, keepdims=0)
+    else:
+        label = graph.add("Greater", decisive, np.float32(0.5 if resize else 0))
         label = graph.add("Squeeze", label, np.array([-1])) if task == "binary" else label
     graph.add("Cast", label, to=onnx.TensorProto.UINT8, output="label")
 
@@ -146,7 +232,7 @@ def to_onnx(trained: Trained) -> "onnx.ModelProto":
     # Versions of 2022, which are sufficient: older runtimes reject newer ones.
     versions = dict(opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
     proto = onnx.helper.make_model(network, **versions, producer_name="unet_jax")
-    onnx.helper.set_model_props(proto, metadata(trained))
+    onnx.helper.set_model_props(proto, graph_metadata(trained, resize))
     return proto
 
 
@@ -155,7 +241,7 @@ def _reflect_pad_onnx(graph, model: UNet, x: str) -> str:
     zero, one, two = np.arange(3)
     for axis, numbers in enumerate(geometry(model), 1):
         before, smallest, covered, stride = map(np.int64, (*numbers, model.stride))
-        length = graph.add("Gather", graph.add("Shape", "image"), np.int64(axis))
+        length = graph.add("Gather", graph.add("Shape", x), np.int64(axis))
         strides = graph.add("Div", graph.add("Add", length, stride - 1 - covered), stride)
         padded = graph.add("Add", graph.add("Mul", strides, stride), smallest)
         period = graph.add("Max", graph.add("Mul", graph.add("Sub", length, one), two), one)

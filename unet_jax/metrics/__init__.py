@@ -4,6 +4,7 @@ To add one: a function like those of `METRICS`, and its place there. The log, th
 TensorBoard, the notebook and the choice of the best checkpoint (`config.eval.best_metric`) iterate over records.
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from unet_jax.metrics import confusion, isbi2012
 from unet_jax.metrics.record import Record
 
-__all__ = ["METRICS", "Counts", "Record", "describe", "flatten", "records", "value_of"]
+__all__ = ["METRICS", "Counts", "Record", "describe", "flatten", "records", "summary", "value_of"]
 
 
 class Counts(NamedTuple):
@@ -41,13 +42,30 @@ def records(counts: Counts) -> list[Record]:
     return [record for metric in METRICS for record in metric(counts)]
 
 
-def describe(names: Sequence[str], cells: bool = False) -> list[Record]:
+def describe(names: Sequence[str], task: str = "multiclass", cells: bool = False) -> list[Record]:
     """The records that an evaluation will have, without values: keys, titles and directions.
 
-    `names` are those of the classes; `cells` is for the scores of ISBI 2012.
+    `names` are those of the classes of a `task`; `cells` is for the scores of ISBI 2012.
     """
     size = len(names)
-    return records(Counts(np.zeros((size, size), np.int64), names, [] if cells else None))
+    shape = (size, 2, 2) if task == "multilabel" else (size, size)
+    return records(Counts(np.zeros(shape, np.int64), names, [] if cells else None))
+
+
+def summary(found: Iterable[Record]) -> list[Record]:
+    """The scores of all classes together, each of one value, in the order in which they are shown.
+
+    A record with a value per class is left out, or is there with that of its `foreground`, by the key that `flatten`
+    gives it.
+    """
+    shown = []
+    for record in found:
+        if record.foreground is not None:
+            key, title = f"{record.key}/{record.foreground}", f"{record.title} of {record.foreground}"
+            record = dataclasses.replace(record, key=key, title=title, value=record.value[record.foreground])
+        if not record.per_class:
+            shown.append(record)
+    return shown
 
 
 def flatten(found: Iterable[Record]) -> dict[str, float | None]:

@@ -47,6 +47,7 @@ def records(counts: np.ndarray, names: Sequence[str]) -> list[Record]:
 
     Pixel accuracy (for a multilabel task over pixels and masks), mean IoU and mean Dice (over the classes present in
     the ground truth), IoU and Dice per class. The IoU and Dice of an absent class are None, as are means of nothing.
+    Of background and foreground, the Dice of the foreground comes first: background flatters the means.
     """
     counts = np.asarray(counts, np.int64)
     if counts.ndim == 3:
@@ -58,13 +59,15 @@ def records(counts: np.ndarray, names: Sequence[str]) -> list[Record]:
     columns = list(zip(names, hit, pixel_counts(counts), guess, strict=True))
     iou = {name: _ratio(h, t + g - h) if t else None for name, h, t, g in columns}
     dice = {name: _ratio(2 * h, t + g) if t else None for name, h, t, g in columns}
-    return [
+    found = [
         Record("accuracy", "pixel accuracy", _ratio(correct, counts.sum())),
         Record("miou", "mean IoU", _mean(iou.values())),
         Record("mdice", "mean Dice", _mean(dice.values())),
         Record("iou", "IoU", iou),
-        Record("dice", "Dice", dice),
     ]
+    if counts.shape == (2, 2):
+        return [Record("dice", "Dice", dice, foreground=names[1]), *found]
+    return [*found, Record("dice", "Dice", dice)]
 
 
 def pixel_counts(counts: np.ndarray) -> np.ndarray:

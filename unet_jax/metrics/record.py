@@ -15,6 +15,7 @@ class Record:
     higher_is_better: bool = True  # or else lower is
     note: str = ""  # printed below the table, if any
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # also in `eval.json`, as `<key>_<name>`
+    foreground: str | None = None  # a class whose value also stands for all classes together, see `metrics.summary`
 
     @property
     def per_class(self) -> bool:

@@ -1,23 +1,21 @@
-"""Several processes working as one: how they connect, watch each other, and end together."""
+"""Several processes working as one: how they connect, and end together."""
 
 import contextlib
 import importlib.util
-import json
 import os
+import queue
 import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from unet_jax.errors import UserError, describe
-from unet_jax.parallel import processes, signals
+from unet_jax.errors import Interrupted, UserError, describe
+from unet_jax.parallel import links, processes, signals
 
-HEARTBEAT_TIMEOUT = 40  # seconds without a heartbeat after which a process counts as dead
-END_TIMEOUT = 10  # seconds that process 0 waits, after a failure, for the others to read its reason
-_FAILURE, _ENDED = "unet_jax/failure", "unet_jax/ended"
+END_TIMEOUT = 5  # seconds that a process has to end by itself once another one has failed
+_NEVER = 24 * 60 * 60  # seconds; `links` notices sooner, and without a stack dump
 
 
 def launcher_hint(environment: Mapping[str, str]) -> str | None:
@@ -37,12 +35,22 @@ def launcher_hint(environment: Mapping[str, str]) -> str | None:
     return "the TPUs of this machine" if has_tpus and importlib.util.find_spec("libtpu") else None
 
 
+class _Cluster(NamedTuple):
+    host: str  # of process 0
+    port: int
+    count: int  # of processes
+    process: int  # this one
+    settings: dict[str, Any]  # more for `jax.distributed`
+    found_by: str  # the user's words for where the above is from
+
+
 @contextlib.contextmanager
 def initialized(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Iterator[None]:
     """Connects to the other processes, if there are any; an exception in one of them ends all of them.
 
     With several processes an exception inside the context does not leave it: its text is sent to the other processes,
-    and all of them exit with its exit code.
+    and all of them exit with its exit code. They also end, with a reason, if a process is gone or has been silent for
+    `links.HEARTBEAT_TIMEOUT` seconds. A process whose number is in use is refused, and the others go on.
 
     Args:
       coordinator: `host:port` of process 0; if all three are None, JAX detects the cluster.
@@ -51,35 +59,48 @@ def initialized(coordinator: str | None, num_processes: int | None, process_id: 
     Raises:
       UserError: only some of the arguments are given, or invalid ones; or the cluster cannot be detected.
     """
-    if not _connect(coordinator, num_processes, process_id):
+    cluster = _find_cluster(coordinator, num_processes, process_id)
+    if cluster is None:
         yield
         return
     import jax
 
-    state, done = processes.distributed_state(), threading.Event()
-    threading.Thread(target=_watch, args=(state, done), daemon=True).start()
+    received: queue.SimpleQueue[links.Failure] = queue.SimpleQueue()
+    ends_itself = threading.Event()
+
+    def failed(failure: links.Failure) -> None:
+        """Ends this process, as its main thread may hang in a collective that the failed process never joins."""
+        received.put(failure)
+        group.tell(failure=failure)  # process 0 passes it on
+        if not ends_itself.wait(END_TIMEOUT):
+            _exit(*failure)
+
+    group = links.Group(cluster.process, cluster.count, failed)
+    name = f"process {cluster.process} of {cluster.count}"
     try:
+        _connect(cluster, group)
         devices = jax.local_devices()
-        name = f"process {jax.process_index()} of {jax.process_count()}"
         print(f"{name}: on {socket.gethostname()}, {len(devices)} x {devices[0].device_kind}", flush=True)
         yield
-    except BaseException as error:
-        done.set()  # from here on this thread reports, not the watcher
-        _fail(state, error)
-    else:
+        group.tell(ended=True)
         jax.distributed.shutdown()
+    except BaseException as error:
+        signals.ignore()
+        ends_itself.set()
+        failure = _reason(error, name, received)
+        group.tell(failure=failure)
+        _exit(*failure)
     finally:
-        done.set()
+        ends_itself.set()
 
 
-def _connect(coordinator, num_processes, process_id) -> bool:
-    """Starts `jax.distributed` if there are several processes; returns whether there are."""
+def _find_cluster(coordinator, num_processes, process_id) -> _Cluster | None:
+    """The processes that work together; None if there is only this one."""
     flags = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [flag for flag, value in flags.items() if value is None]
     hint = launcher_hint(os.environ)
     if len(missing) == 3 and hint is None:
-        return False
-    settings: dict[str, Any] = {}
+        return None
     if len(missing) < 3:
         if missing:
             raise UserError(f"{', '.join(missing)} is missing: give all of {', '.join(flags)}, or none of them")
@@ -88,119 +109,91 @@ def _connect(coordinator, num_processes, process_id) -> bool:
             raise UserError(f"--coordinator={coordinator} must be HOST:PORT of process 0, such as node1:8476")
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process_id={process_id} is not in 0..{num_processes - 1} (--num_processes - 1)")
-        if num_processes == 1:
-            return False
-        settings = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
-        settings["cluster_detection_method"] = "deactivate"
-        if process_id == 0:
-            _check_port(int(port))
+        cluster = _Cluster(host, int(port), num_processes, process_id, {}, "--coordinator")
+    else:
+        cluster = _detect_cluster(hint)
+    return cluster if cluster.count > 1 else None
+
+
+def _detect_cluster(hint: str) -> _Cluster:
+    # JAX has no public way to detect a cluster without connecting to it.
+    from jax._src.clusters import ClusterEnv
+
+    try:
+        address, count, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, processes.START_TIMEOUT
+        )
+        if None in (address, count, process):
+            raise ValueError("JAX finds no address of process 0, no number of processes, or no number of this one")
+        host, _, port = address.rpartition(":")
+        settings = {} if devices is None or "JAX_LOCAL_DEVICE_IDS" in os.environ else {"local_device_ids": devices}
+        return _Cluster(host, int(port), int(count), int(process), settings, hint)
+    except (ValueError, TypeError, RuntimeError, OSError, LookupError) as error:
+        raise UserError(
+            f"{hint} indicates several processes, but they cannot be found: {error}. Set --coordinator, "
+            "--num_processes and --process_id"
+        ) from error
+
+
+def _connect(cluster: _Cluster, group: links.Group) -> None:
+    """Waits for all processes and starts `jax.distributed`; exits if that takes longer than `START_TIMEOUT`."""
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    jax.config.update("jax_check_proxy_envs", False)  # JAX only connects to this machine, see `links`, so no proxy:
+    no_proxy = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))  # noqa: SIM112
+    os.environ["no_grpc_proxy"] = f"127.0.0.1,{no_proxy}".rstrip(",")  # noqa: SIM112
     timeout = processes.START_TIMEOUT
-    if coordinator:
-        message = (
-            f"error: process {process_id}: not all {num_processes} processes reached {coordinator} within {timeout} s. "
-            "Start all of them with the same --coordinator, an address of process 0 that the others can reach"
+
+    def give_up() -> None:
+        address, waiting = f"{cluster.host}:{cluster.port}", ", ".join(map(str, group.missing())) or "none"
+        _exit(
+            f"error: process {cluster.process}: not all {cluster.count} processes reached {address} within {timeout} s "
+            f"(missing: {waiting}; the address is from {cluster.found_by}). Start all of them with the same "
+            "--coordinator, an address of process 0 that the others can reach",
+            1,
         )
-    else:
-        message = f"error: the coordinator (found by {hint}) did not answer within {timeout} s"
+
     # Our own timer, because JAX's timeout aborts the process with a stack dump.
-    timer = threading.Timer(timeout, _exit, (message, 1))
+    timer = threading.Timer(timeout, give_up)
     timer.daemon = True
     timer.start()
     # Python's signal handlers do not run during the wait; there is nothing to save yet.
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in signals.STOP_SIGNALS}
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in signals.stop_signals()}
     try:
+        address = group.meet(cluster.host, cluster.port)
+        host, port = links.bind_host() or "::", address.rpartition(":")[2]
         jax.distributed.initialize(
-            **settings, initialization_timeout=2 * timeout, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
+            address,
+            cluster.count,
+            cluster.process,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            initialization_timeout=2 * timeout,
+            heartbeat_timeout_seconds=_NEVER,
+            **cluster.settings,
         )
-    except (ValueError, TypeError, RuntimeError, OSError, LookupError) as error:
-        raise UserError(
-            f"{hint or coordinator} indicates several processes, but connecting to them failed: {error}. Set "
-            "--coordinator, --num_processes and --process_id"
-        ) from error
+    except RuntimeError as error:
+        raise UserError(f"the processes at {cluster.host}:{cluster.port} cannot work together: {error}") from error
     finally:
         timer.cancel()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return processes.distributed_state().num_processes > 1
 
 
-def _check_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise UserError(
-                f"--coordinator: process 0 cannot listen on port {port}: {error}. Choose another port"
-            ) from error
-
-
-def _watch(state, done: threading.Event) -> None:
-    """Ends this process once another one has failed, as it may hang in a collective that the other never joins."""
-    silent_since = None
-    while not done.wait(0.5) and state.client is not None:  # None after the shutdown
-        failure = _read_failure(state)
-        if failure is None:
-            silent_since = None
-        elif "process" not in failure:  # end before JAX's client aborts this process with a stack dump
-            silent_since = silent_since or time.monotonic()
-            if time.monotonic() - silent_since > 2:
-                _end(state, failure["text"], 1)
-        elif failure["process"] != state.process_id:
-            _end(state, failure["text"], failure["code"])
-
-
-def _read_failure(state) -> dict[str, Any] | None:
-    """The `process`, `text` and exit `code` of the first failure, if any; only `text` if the store does not answer."""
-    try:
-        return json.loads(state.client.key_value_try_get(_FAILURE))
-    except Exception as error:  # JAX has no exception types for these
-        if "NOT_FOUND" in str(error):
-            return None
-        return {"text": f"error: process 0 no longer answers; it was killed or is unreachable: {error}"}
-
-
-def _fail(state, error: BaseException) -> None:
-    """Sends the reason for the end of this process to the others, and exits."""
-    import jax
-
+def _reason(error: BaseException, name: str, received: queue.SimpleQueue) -> links.Failure:
+    """Why this process ends: its own error, unless that may follow from the end of another process."""
+    is_our_own = isinstance(error, UserError | Interrupted | SystemExit) and error.__cause__ is None
+    if not is_our_own:  # such as that of a collective, of many types
+        with contextlib.suppress(queue.Empty):
+            return received.get(timeout=2)
     text, code = describe(error)
-    # An error of a collective usually follows from the end of another process.
-    may_follow = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
-    if may_follow:
-        reason = str(error).partition("\n")[0]
-        text = f"error: {reason}. If another process has ended, that is the cause: see its output"
-    text = f"process {state.process_id} of {state.num_processes}: {text}"
-    try:
-        failure = {"process": state.process_id, "text": text, "code": code}
-        state.client.key_value_set(_FAILURE, json.dumps(failure))
-    except Exception:  # another process failed first, or process 0 is gone
-        if may_follow and (first := _read_failure(state)):
-            text, code = first["text"], first.get("code", 1)
-    _end(state, text, code)
-
-
-def _end(state, text: str, code: int) -> None:
-    """Prints and exits; process 0 exits last, because it holds the key-value store."""
-    print(text, file=sys.stderr, flush=True)
-    with contextlib.suppress(Exception):
-        if state.process_id:
-            state.client.key_value_set(f"{_ENDED}/{state.process_id}", "")
-        else:
-            until = time.monotonic() + END_TIMEOUT
-            while len(state.client.key_value_dir_get(_ENDED)) < state.num_processes - 1 and time.monotonic() < until:
-                time.sleep(0.1)
-            time.sleep(0.5)
-    _exit("", code)
+    return links.Failure(f"{name}: {text}", code)
 
 
 def _exit(text: str, code: int) -> None:
     """Ends this process without waiting for the others, as the shutdown of `jax.distributed` would."""
-    if text:
-        print(text, file=sys.stderr)
+    print(text, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -11,7 +11,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from unet_jax.errors import UserError
+from unet_jax.errors import UserError, escape
 
 START_TIMEOUT = 300  # seconds for all processes to start
 _PLAN = "unet_jax/plan"
@@ -25,9 +25,9 @@ def is_main() -> bool:
 
 
 def print_on_main(text: str) -> None:
-    """Prints on the main process only."""
+    """Prints on the main process only; control characters are escaped."""
     if is_main():
-        print(text, flush=True)
+        print(escape(text), flush=True)
 
 
 @contextlib.contextmanager

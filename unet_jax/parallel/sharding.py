@@ -41,7 +41,7 @@ def create_eval_mesh(data: int, space: int) -> Mesh:
     `data` and `space` are `config.mesh` of the training run, which may have had other devices.
     """
     count = jax.device_count()
-    return create_mesh(0, math.gcd(space or max(count // data, 1), count))
+    return create_mesh(0, math.gcd(space or max(count // max(data, 1), 1), count))
 
 
 def is_one_cpu(mesh: Mesh) -> bool:

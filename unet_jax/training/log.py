@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from unet_jax import metrics
-from unet_jax.evaluation.evaluate import Evaluation
+from unet_jax.evaluation.scores import Evaluation
 from unet_jax.parallel import processes
 from unet_jax.workdir import metrics_log
 
@@ -106,7 +106,7 @@ class TrainingLog:
         self.last_evaluation = result
         scores = {"loss": result.loss, **metrics.flatten(result.records)}
         self._write(step, {f"val/{key}": value for key, value in scores.items()})
-        shown = [("loss", result.loss), *((r.title, r.value) for r in result.records if not r.per_class)]
+        shown = [("loss", result.loss), *((r.title, r.value) for r in metrics.summary(result.records))]
         line = "  ".join(f"{title} {value:.4f}" for title, value in shown if value is not None)
         processes.print_on_main(f"  validation  {line}")
 

@@ -1,5 +1,6 @@
-"""Training: `train` reads from top to bottom; `setup.py` opens or resumes the run, `step.py` is the step."""
+"""Training: `train`, then `take_steps`; `setup.py` opens or resumes the run, `step.py` is the step."""
 
+import shlex
 import time
 from signal import Signals
 from typing import TYPE_CHECKING
@@ -8,10 +9,10 @@ from etils import epath
 
 from unet_jax import metrics
 from unet_jax.errors import Interrupted, UserError
-from unet_jax.evaluation import evaluate, report
+from unet_jax.evaluation import evaluate, report, scores
 from unet_jax.parallel import processes, sharding, signals
 from unet_jax.training import setup, state
-from unet_jax.workdir import integrity
+from unet_jax.workdir import integrity, lock
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -25,13 +26,23 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
       path: the work directory.
 
     Raises:
-      UserError: anything that the user can put right, before any training; a loss or gradients that are not finite; a
-        checkpoint that cannot be written.
-      Interrupted: by SIGTERM or SIGINT; everything done so far is saved.
+      UserError: anything that the user can put right, before any training, such as another training in `path`; a loss
+        or gradients that are not finite; a checkpoint that cannot be written.
+      Interrupted: by a signal; everything done so far is saved.
     """
-    run = setup.open_run(config, epath.Path(path))
-    if run is None:
-        return
+    with lock.Lock(path) as held:
+        run = setup.open_run(config, epath.Path(path), held)
+        if run is None:
+            return
+        stop_signal = take_steps(run)
+        if stop_signal:
+            message = f"{Signals(stop_signal).name}: {run.path} is saved; the same command resumes it"
+            raise Interrupted(message, stop_signal)
+        finish(run)
+
+
+def take_steps(run: setup.Run) -> int:
+    """Trains from the first to the last step, evaluating and saving; returns the signal that stopped it, or 0."""
     mesh, train_state = run.components.network.mesh, run.state
     stop_signal, pending = 0, None  # metrics are fetched one step late, so that the device never waits for the host
     with signals.Deferred() as deferred:
@@ -56,18 +67,16 @@ def train(config: "ConfigDict", path: epath.PathLike) -> None:
                 stop_signal = evaluate_and_save(run, train_state, step, stop_signal, deferred)
         run.writer.close()
         run.log.close()
-        stop_signal = stop_signal or processes.max_over_processes(deferred.received)
-    if stop_signal:
-        message = f"{Signals(stop_signal).name}: {run.path} is saved; the same command resumes it"
-        raise Interrupted(message, stop_signal)
-    finish(run)
+        return stop_signal or processes.max_over_processes(deferred.received)
 
 
 def log_step(run: setup.Run, step: int, step_metrics: dict) -> int:
     """Logs the metrics of a step; returns the signal that came with them, or 0.
 
-    Raises a `UserError` if the training has diverged, before its state can replace a good one, or cannot be saved.
+    Raises a `UserError` if the training has diverged, before its state can replace a good one, cannot be saved, or has
+    lost the work directory to another one.
     """
+    run.lock.check()
     stop_signal = run.log.add(step, step_metrics)
     run.writer.check()
     if run.log.nonfinite_error:
@@ -102,12 +111,13 @@ def evaluate_and_save(
         result = evaluate.evaluate(
             run.eval_step, variables, batches, run.components.loss, network, lambda: deferred.received
         )
+    run.lock.check()
     if result is not None:
         run.log.add_evaluation(step, result)
     stop_signal = stop_signal or processes.max_over_processes(deferred.received)
     evaluated = not due or result is not None
     if evaluated or not replace:
-        meta = {**run.log.resume_state, "examples": run.example_digests, "evaluated": evaluated}
+        meta = {**run.log.resume_state, "examples": run.example_digests, "evaluated": evaluated, **run.record}
         score = None if result is None else metrics.value_of(run.config.eval.best_metric, result.records)
         run.writer.save(step, train_state, meta, score, replace)
     if result is not None and not stop_signal:  # while the checkpoint is being written
@@ -117,13 +127,33 @@ def evaluate_and_save(
 
 
 def finish(run: setup.Run) -> None:
-    """Draws curves and report, and prints the scores and where to look."""
-    path = run.path
+    """Draws curves and report, and prints the scores of the best checkpoint and where to look."""
+    path, total = run.path, run.steps.total
     setup.draw_history(path, run.config, run.components.network.classes)
     report.write(path, images=run.images["validation"], mesh=run.components.network.mesh)
-    processes.print_on_main(
-        f"{evaluate.format_table(run.log.last_evaluation)}\n"
-        f"Finished: {run.steps.total} steps; best checkpoint: step {integrity.best_step(path)}.\n"
-        f"Open {path / 'report.html'} in a browser, look at {path / 'panels' / str(run.steps.total)}, score it again:\n"
-        f"  python -m unet_jax.main --mode=eval --workdir={path}"
-    )
+    best = integrity.best_step(path)
+    if processes.is_main():
+        table, note = _final_table(run, best)
+        processes.print_on_main(
+            f"{table}\n"
+            f"Finished: {total} steps; best checkpoint: step {best}{note}.\n"
+            f"Open {path / 'report.html'} in a browser, look at {path / 'panels' / str(total)}, score it again:\n"
+            f"  python -m unet_jax.main --mode=eval --workdir={shlex.quote(str(path))}"
+        )
+
+
+def _final_table(run: setup.Run, best: int) -> tuple[str, str]:
+    """The scores of the best checkpoint, and, if that is not the last step, what to know about the two."""
+    last, total, key = run.log.last_evaluation, run.steps.total, run.config.eval.best_metric
+    loss, records, note = last.loss, last.records, ""
+    if best != total:
+        classes = run.components.network.classes
+        described = metrics.describe(classes.names, classes.task, run.config.eval.em_scores)
+        logged = scores.read_logged(run.path, best, described)
+        if logged is None:
+            note = f", but these are the scores of step {total}, as metrics.jsonl has none of step {best}"
+        else:
+            loss, records = logged
+            of_best, of_last = (scores.number(metrics.flatten(found)[key]) for found in (records, last.records))
+            note = f", whose scores these are ({key} {of_best}); after step {total} it was {of_last}"
+    return scores.format_table(loss, records, last.pixels), note

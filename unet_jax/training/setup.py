@@ -1,7 +1,6 @@
 """Opens or resumes a run: everything that `loop.train` needs, checked before anything is written."""
 
 import dataclasses
-import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from unet_jax import data, metrics
+from unet_jax import data, metrics, paths
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
 from unet_jax.evaluation import curves, evaluate, pictures, report
@@ -19,7 +18,7 @@ from unet_jax.inference import forward
 from unet_jax.parallel import processes, sharding
 from unet_jax.training import components, log, pretrained
 from unet_jax.training import state as train_state
-from unet_jax.workdir import checkpoints, files, integrity, metrics_log
+from unet_jax.workdir import checkpoints, files, integrity, lock, metrics_log, record
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -30,12 +29,14 @@ class Run:
     """An open run."""
 
     path: epath.Path  # the work directory
+    lock: lock.Lock  # of the work directory, taken
     config: "ConfigDict"  # with the settings that were inferred from the files
     components: components.Components  # network, loss, optimizer, sizes
     steps: components.Steps  # when to evaluate, to save and to end
     images: Mapping[str, pipeline.Pipeline]  # the splits `train` and `validation`
     rows: np.ndarray  # of each global batch, those that this process feeds
     example_digests: Mapping[str, str]  # of the ids of each split; a checkpoint holds them
+    record: Mapping[str, Any]  # of `record.make`, for the checkpoints; empty on other processes than the main one
     first_step: int  # steps taken before this run
     evaluated: bool  # whether the evaluation due after `first_step`, if any, was completed
     state: train_state.TrainState  # after `first_step`; the first step donates it
@@ -48,13 +49,14 @@ class Run:
     panels: pictures.Panels
 
 
-def open_run(config: "ConfigDict", path: epath.Path) -> Run | None:
-    """Opens a new run, or resumes the one in the work directory `path`; None if that is finished.
+def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | None:
+    """Opens a new run, or resumes the one in the work directory `path`, once `held` is; None if that is finished.
 
     Raises:
       UserError: anything that the user can put right. Only images that cannot be read are found after `config.json`
         and `classes.json` were written.
     """
+    paths.check_workdir(path)
     config = config.copy_and_resolve_references()
     if config.deterministic:
         sharding.use_deterministic_kernels()
@@ -63,6 +65,7 @@ def open_run(config: "ConfigDict", path: epath.Path) -> Run | None:
     data.infer_settings(config.data, processes.print_on_main)
     if processes.is_main():
         files.check(path, config)
+    held.take()
     files.check_shared(path)
 
     # Images, and what the configuration describes.
@@ -74,21 +77,28 @@ def open_run(config: "ConfigDict", path: epath.Path) -> Run | None:
     built = components.build(config, classes, mesh, steps)
 
     # Resume, or initialise. Nothing is written before all of it has been checked.
-    digests = {name: hashlib.sha256(repr(list(source.ids)).encode()).hexdigest() for name, source in sources.items()}
+    digests = {name: source.ids_digest() for name, source in sources.items()}
     resumed, meta, initial = integrity.newest_good_step(path), {"evaluated": True}, None
-    normalization = forward.Normalization()
+    normalization, image_sizes = forward.Normalization(), None
     if resumed is not None:
         meta |= _read_meta(path, resumed, digests, config.data.root)
-        normalization = forward.Normalization.from_json(files.read_classes(path).get("normalization"))
+        described = files.read_classes(path)
+        normalization = forward.Normalization.from_json(described.get("normalization"))
+        image_sizes = described.get("image_sizes")
     else:
         _check_no_checkpoint(path, min(steps.save_every, steps.eval_every))
         if config.init_from:
             initial = pretrained.load_pretrained(config.init_from, built.network)
             normalization = initial.normalization
     built = built._replace(network=dataclasses.replace(built.network, normalization=normalization))
+    recorded: dict[str, Any] = {}
     if processes.is_main():
-        described = {**classes.to_json(), "image_size": sources["train"].read(0)[0].shape[:2]}
-        files.claim(path, config, {**described, "normalization": normalization.to_json()})
+        described = {**classes.to_json(), "image_sizes": image_sizes or sources["train"].size_range()}
+        described["normalization"] = normalization.to_json()
+        recorded = record.make(config, described)
+        if resumed is not None:
+            record.check(path, resumed, meta, recorded)
+        files.claim(path, config, described)
     if resumed == steps.total and meta["evaluated"]:
         _finish_again(path, config, classes, resumed)
         return None
@@ -123,12 +133,14 @@ def open_run(config: "ConfigDict", path: epath.Path) -> Run | None:
     train_step, batches = _compile(config, built, state, batches)
     return Run(
         path=path,
+        lock=held,
         config=config,
         components=built,
         steps=steps,
         images=images,
         rows=rows,
         example_digests=digests,
+        record=recorded,
         first_step=first_step,
         evaluated=meta["evaluated"],
         state=state,
@@ -185,7 +197,7 @@ def _check_no_checkpoint(path: epath.Path, save_every: int) -> None:
 def draw_history(path: epath.Path, config: "ConfigDict", classes: data.Classes) -> None:
     """Writes `history.png`, on the main process."""
     if processes.is_main():
-        records = metrics.describe(classes.names, config.eval.em_scores)
+        records = metrics.describe(classes.names, classes.task, config.eval.em_scores)
         curves.draw_history(metrics_log.read(path), records, path / "history.png")
 
 

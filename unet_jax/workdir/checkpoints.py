@@ -2,7 +2,7 @@
 
 checkpoints/<step>/variables   weights, EMA weights, batch statistics: all that evaluation needs
                    training    optimizer state
-                   meta        JSON: what else the loop needs to resume
+                   meta        JSON: what else the loop needs to resume; what config.json and classes.json held
                    metrics     JSON: the score that picks the best
                    checksums.json  SHA-256 of every file of these: Orbax restores a flipped bit silently
 """
@@ -18,7 +18,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from unet_jax.errors import UserError
 from unet_jax.parallel import processes
-from unet_jax.workdir import integrity
+from unet_jax.workdir import files, integrity
 
 PyTree = Any
 
@@ -88,7 +88,9 @@ class CheckpointWriter:
         try:
             self._manager.wait_until_finished()
             if processes.is_main():
-                integrity.replaced_dir(self._path).rmtree(missing_ok=True)
+                replaced = integrity.replaced_dir(self._path)
+                if replaced.is_dir():
+                    replaced.rmtree()
             self._manager.close()
         except Exception as error:
             raise self._not_saved(error) from error
@@ -125,7 +127,7 @@ class CheckpointWriter:
     def _not_saved(self, error: Exception) -> UserError:
         replaced = integrity.replaced_dir(self._path)
         kept = [step for step in integrity.steps(self._path.parent) if step != self._saving]
-        kept += [int(step.name) for step in replaced.iterdir()] if replaced.exists() else []
+        kept += integrity.numbers(replaced)
         remedy = f"Step {kept[-1]} is intact; the same command resumes from it" if kept else "There is no other step"
         return UserError(f"{self._path / str(self._saving)} could not be saved: {_first_line(error)}. {remedy}")
 
@@ -133,7 +135,7 @@ class CheckpointWriter:
         """Hides a step from Orbax; `integrity` restores it should its successor not be saved."""
         with processes.main_first("move aside"):
             if processes.is_main():
-                integrity.replaced_dir(self._path).mkdir(exist_ok=True)
+                files.make_folder(integrity.replaced_dir(self._path))
                 (self._path / str(step)).rename(integrity.replaced_dir(self._path) / str(step))
         self._manager.reload()
 

@@ -1,6 +1,7 @@
 """The JSON files of a work directory: configuration, classes, environment.
 
-A file that is missing, damaged or cannot be written raises a `UserError` that names it.
+A file that is missing, damaged (see `schema.py`) or cannot be written raises a `UserError` that names it. Damage to
+what is only to look at stops nothing: with a warning, it is set aside and written anew.
 """
 
 import json
@@ -10,13 +11,15 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from unet_jax import defaults
+from unet_jax import defaults, paths
 from unet_jax.errors import UserError
 from unet_jax.parallel import processes
+from unet_jax.workdir import lock, schema
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -35,10 +38,18 @@ FREE_FIELDS = (
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; sets aside what else stands there. Characters that UTF-8 lacks are escaped."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file whole or not at all; sets aside what else stands there."""
     partial = path.parent / f"{path.name}.partial"
     try:
-        partial.write_text(text)
+        _set_aside_no_file(partial)
+        partial.unlink(missing_ok=True)  # a link would be followed
+        partial.write_bytes(content)
+        _set_aside_no_file(path)
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from error
@@ -49,26 +60,45 @@ def write_json(path: epath.Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """Reads a JSON object."""
+def set_aside(path: epath.Path, reason: str) -> None:
+    """Renames what stands at `path` to the first free of `<name>.damaged`, `<name>.damaged_2`...; prints the reason.
+
+    Nothing of a user is deleted. Raises a `UserError` if it cannot be renamed.
+    """
+    number, target = 1, path.parent / f"{path.name}.damaged"
+    while schema.occupied(target):
+        number += 1
+        target = path.parent / f"{path.name}.damaged_{number}"
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return values
+        path.rename(target)
+    except OSError as error:
+        raise UserError(f"{path} is in the way ({reason}) and cannot be renamed: {error}") from error
+    processes.print_on_main(f"warning: {path} is set aside as {target.name}: {reason}")
+
+
+def _set_aside_no_file(path: epath.Path) -> None:
+    if schema.occupied(path) and not schema.is_file(path):
+        set_aside(path, "it is no file")
+
+
+def make_folder(path: epath.Path) -> None:
+    """Makes a folder, unless it exists; sets aside what else stands there."""
+    if schema.occupied(path) and not path.is_dir():
+        set_aside(path, "it is a file, not a folder")
+    path.mkdir(exist_ok=True)
 
 
 def check(workdir: epath.Path, config: "ConfigDict") -> None:
     """Raises a `UserError` if a folder cannot be written, or holds other files or a run of another configuration."""
+    paths.check_workdir(workdir)
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _check_same(workdir, read_json(path), json.loads(config.to_json()))
+            _check_same(workdir, _read_config(path), json.loads(config.to_json()))
         else:
-            others = sorted(p.name for p in workdir.iterdir() if not p.name.endswith(".partial"))
+            ours = lambda name: name.endswith(".partial") or name == lock.NAME
+            others = sorted(p.name for p in workdir.iterdir() if not ours(p.name))
             if others:
                 raise UserError(
                     f"--workdir={workdir} holds {others[0]!r} but no config.json, so it is not a work directory: "
@@ -76,7 +106,7 @@ def check(workdir: epath.Path, config: "ConfigDict") -> None:
                 )
         probe = workdir / "write.partial"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error}") from error
 
@@ -106,8 +136,15 @@ def check_shared(workdir: epath.Path) -> None:
 
 def claim(workdir: epath.Path, config: "ConfigDict", classes: dict[str, Any]) -> None:
     """Writes what the run is, once everything has been checked."""
-    write_json(workdir / "config.json", json.loads(config.to_json()))  # first: `check` looks for it
-    write_json(workdir / "classes.json", classes)
+    config_file, classes_file = workdir / "config.json", workdir / "classes.json"
+    values, classes = json.loads(config.to_json()), json.loads(json.dumps(classes))  # with lists for tuples
+    schema.check_config(config_file, values)
+    schema.check_classes(classes_file, classes)
+    write_json(config_file, values)  # first: `check` looks for it
+    write_json(classes_file, classes)
+    panels = workdir / "panels"
+    if schema.occupied(panels) and not panels.is_dir():
+        set_aside(panels, "it is a file, not a folder")
 
 
 def _check_same(workdir: epath.Path, old: dict, new: dict) -> None:
@@ -130,19 +167,29 @@ def read_config(workdir: epath.Path) -> "ConfigDict":
     """The configuration of a work directory; runs no code of it."""
     from ml_collections import ConfigDict
 
+    paths.check_workdir(workdir)
     path = workdir / "config.json"
-    if not path.exists():
+    if not schema.occupied(path):
         raise UserError(f"--workdir={workdir} has no config.json: it is not the work directory of a training")
-    values = read_json(path)
+    values = _read_config(path)
     for name, default in defaults.fields().items():  # fields that were added later
         group, _, field = name.rpartition(".")
         (values.setdefault(group, {}) if group else values).setdefault(field, default)
     return ConfigDict(values)
 
 
+def _read_config(path: epath.Path) -> dict[str, Any]:
+    values = schema.read_object(path)
+    schema.check_config(path, values)
+    return values
+
+
 def read_classes(workdir: epath.Path) -> dict[str, Any]:
     """The `classes` that `claim` was given."""
-    return read_json(workdir / "classes.json")
+    path = workdir / "classes.json"
+    values = schema.read_object(path)
+    schema.check_classes(path, values)
+    return values
 
 
 def record_environment(workdir: epath.Path, first_step: int, devices: str) -> None:
@@ -151,7 +198,10 @@ def record_environment(workdir: epath.Path, first_step: int, devices: str) -> No
     It names no host, user or folder beside those in the command. `first_step` is that of the run, 0 for a new training;
     `devices` is how many of which kind.
     """
-    runs = read_environment(workdir)
+    path = workdir / "environment.json"
+    runs, fault = _read_runs(path)
+    if fault:
+        set_aside(path, fault)
     run = {
         "first_step": first_step,
         "command": _command(),
@@ -161,13 +211,42 @@ def record_environment(workdir: epath.Path, first_step: int, devices: str) -> No
         "versions": processes.versions(),
     }
     if not runs or {**runs[-1], "first_step": first_step} != run:
-        write_json(workdir / "environment.json", {"runs": [*runs, run]})
+        write_json(path, {"runs": [*runs, run]})
 
 
 def read_environment(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The environments of the runs of a training, first to last; empty if none was recorded."""
-    path = workdir / "environment.json"
-    return read_json(path).get("runs", []) if path.exists() else []
+    """The environments of the runs of a training, first to last; empty if none was recorded, or they are damaged."""
+    runs, fault = _read_runs(workdir / "environment.json")
+    if fault:
+        processes.print_on_main(f"warning: {fault}. It is only to look at, and left out")
+    return runs
+
+
+def _read_runs(path: epath.Path) -> tuple[list[dict[str, Any]], str]:
+    """The runs of `environment.json`, and what is wrong with it, if anything."""
+    if not schema.occupied(path):
+        return [], ""
+    try:
+        runs = schema.read_object(path).get("runs")
+    except UserError as error:
+        return [], str(error)
+    if not schema.is_list(runs, schema.is_run):
+        return [], f"{path} is damaged: it lists no runs"
+    return runs, ""
+
+
+def read_scores(path: epath.Path, names: Sequence[str], per_class: Mapping[str, bool]) -> dict[str, Any] | None:
+    """What `eval.json` or a file like it holds, see `schema.is_scores`; None, with a warning, if it is damaged."""
+    try:
+        values = schema.read_object(path)
+    except UserError as error:
+        fault = str(error)
+    else:
+        if schema.is_scores(values, names, per_class):
+            return values
+        fault = f"{path} is damaged: it holds no scores of these classes"
+    processes.print_on_main(f"warning: {fault}. It is left out")
+    return None
 
 
 def _command() -> str | None:
