@@ -75,7 +75,7 @@ def test_images_larger_than_in_training_are_resized_by_its_factor_and_tiled(conf
     predict.predict_files(path, str(tmp_path / "in"), tmp_path / "out", probabilities="npy")
     out = capsys.readouterr().out
     assert "resized as in training (96x80 to 120x96 became 48x48) and back, in tiles if that is not 48x48" in out
-    assert "3 of 3 images predicted, 2 of them in tiles" in out and "warning" not in out
+    assert "3 of 3 images predicted, 2 of them in tiles" in out and "--scale=fit" in out and "warning" not in out
     made = json.loads((tmp_path / "out/predictions.json").read_text())
     assert (made["scale"], made["train_size"], made["source_sizes"]) == ("train", [48, 48], [[80, 96], [96, 120]])
     expected = {"seen": [48, 48], "tall": [120, 48], "large": [180, 192]}

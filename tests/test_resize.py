@@ -23,19 +23,21 @@ RNG = np.random.default_rng(0)
         ((400, 600), (96, 128)),  # within the range: as each of its images
         ((300, 500), (96, 128)),
         ((1000, 1600), (240, 256)),  # larger: by the factors of the largest, 400 -> 96 and 800 -> 128
-        ((150, 250), (48, 64)),  # smaller: by those of the smallest, 300 -> 96 and 500 -> 128
+        ((150, 250), (96, 128)),  # smaller: shrunk less
+        ((48, 64), (48, 64)),  # but never enlarged, as training enlarged none
         ((1000, 600), (240, 128)),  # each axis by itself
         ((1, 1), (1, 1)),
     ],
     ids=str,
 )
-def test_images_are_resized_as_the_training_image_closest_in_size(size, expected):
+def test_images_are_neither_shrunk_nor_enlarged_further_than_in_training(size, expected):
     sizes = (300, 500), (400, 800)
     assert resize.predicted_size("train", size, (96, 128), sizes) == expected
     assert resize.predicted_size("fit", size, (96, 128), sizes) == (96, 128)
     assert resize.predicted_size("native", size, (96, 128), sizes) == size
     assert resize.predicted_size("train", size, (96, 128), None) == (96, 128)  # nothing is known
     assert resize.predicted_size("train", size, (96, 128), ((96, 128),) * 2) == size  # training did not resize
+    assert resize.predicted_size("train", (12, 20), (96, 128), ((24, 32),) * 2) == (48, 80)  # it enlarged four times
 
 
 def test_the_excess_is_that_of_the_worse_axis_over_the_strongest_reduction_in_training():

@@ -65,15 +65,15 @@ def predict_files(
         raise UserError(f"--threshold = {threshold} must be between 0 and 1")
     if tta is not None:
         check_choice("--tta", tta, forward.TTA)
+    check_choice("--scale", scale, resize.SCALES)
     output = epath.Path(output)
     image_files = _find(inputs, output)
     network = trained.load(path, step)
-    config, classes = network.config, network.classes
+    classes = network.classes
     sigmoid = classes.task != "multiclass"
     if threshold != 0.5 and not sigmoid:
         raise UserError("--threshold is for sigmoids (binary and multilabel tasks); this network has a softmax")
     tta = network.resolve_tta(tta)
-    check_choice("--scale", scale, resize.SCALES)
     label_suffixes, map_suffixes = _suffixes(classes)
     _claim(output, image_files, [f"{suffix}.png" for suffix in label_suffixes + map_suffixes])
     processes.print_on_main(
@@ -84,7 +84,7 @@ def predict_files(
     shares, resized, far, failures = {}, {}, [], []
     for name, file in tqdm.tqdm(image_files.items(), "Predicting", unit=" images", disable=None):
         try:
-            image = images.read_image(file, classes.channels, config.data.value_range)
+            image = network.read_image(file)
         except UserError as error:
             failures.append(str(error))
             continue
@@ -121,9 +121,14 @@ def predict_files(
                 f"{max(far):.1f} times as far, so that things in them look too small: see --scale=train"
             )
     in_tiles = sum(image["in_tiles"] for image in resized.values())
+    sizes = [image["predicted_at"] for image in resized.values()]
     processes.print_on_main(
         f"{len(shares)} of {len(image_files)} images predicted, {in_tiles} of them in tiles, see {output}"
     )
+    if scale == "train" and network.resizes and any(max(np.divide(new, network.size)) > 1 for new in sizes):
+        processes.print_on_main(
+            "Some are larger than any training image. If they show no more than those, only in more detail: --scale=fit"
+        )
     if failures:
         shown = "".join(f"\n  {failure}" for failure in failures)
         raise UserError(f"{len(failures)} of {len(image_files)} files could not be read:{shown}")

@@ -21,9 +21,9 @@ def predicted_size(scale: str, size: Size, train_size: Size, source_sizes: Seque
     """The height and width that an image is resized to before it is predicted.
 
     Args:
-      scale: one of `SCALES`. `train` resizes, along each axis, as training resized the image closest in length: within
-        the range of the training images to `train_size`, a longer one by the same factor as the longest. `fit`
-        resizes all images to `train_size`; `native` resizes none.
+      scale: one of `SCALES`. `train` resizes to `train_size` as training did, but along each axis never shrinks further
+        than training shrank its largest image, nor enlarges further than it enlarged its smallest, or at all if it
+        enlarged none. `fit` resizes all images to `train_size`; `native` resizes none.
       size: of the image.
       train_size: `config.data.size`.
       source_sizes: the smallest and the largest training image before they were resized; if None, `train` is `fit`.
@@ -32,7 +32,9 @@ def predicted_size(scale: str, size: Size, train_size: Size, source_sizes: Seque
         return tuple(size)
     if scale == "fit" or source_sizes is None:
         return tuple(train_size)
-    closest = np.clip(size, *source_sizes).tolist()
+    smallest, largest = source_sizes
+    # A small image is more often all of a scene than a cut of it, so it is not shrunk like the large ones of training.
+    closest = np.clip(size, np.minimum(smallest, train_size), largest).tolist()
     return tuple(max(1, round(n * to / near)) for n, to, near in zip(size, train_size, closest, strict=True))
 
 

@@ -8,9 +8,9 @@ probability  float32 `[b, h, w, K]`, for thresholds other than 0.5; K = 1 for a 
 
 They do what `--mode=predict` does, so that a caller cannot get any of it wrong: images are resized as training resized
 them, normalised, and given mirrored margins, and probabilities are cut and resized back. But they predict all images
-whole: one that `--mode=predict` would predict in tiles, as it is larger or smaller than those of the training, is
-resized to `config.data.size` (`--scale=fit`). Each export raises a `UserError` if a package that it needs is not
-installed.
+whole: one that `--mode=predict` would predict in tiles, as it is larger than those of the training (or so small that
+it would be enlarged), is resized to `config.data.size` (`--scale=fit`). Each export raises a `UserError` if a package
+that it needs is not installed.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ def describe_input(trained: Trained, resize: bool = True) -> str:
         return text
     smallest, largest = ("x".join(map(str, size)) for size in trained.source_sizes)
     sizes = smallest if smallest == largest else f"{smallest} to {largest}"
-    return f"{text} Training images were {sizes}; for others prefer --mode=predict, which uses tiles, and this does not"
+    return f"{text} Training images were {sizes}: for larger ones prefer --mode=predict, which predicts them in tiles"
 
 
 def to_safetensors(trained: Trained) -> bytes:

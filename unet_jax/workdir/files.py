@@ -179,7 +179,7 @@ def read_config(workdir: epath.Path) -> "ConfigDict":
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
-    values = schema.read_object(path)
+    values = schema.read_object(path, schema.DAMAGED)
     schema.check_config(path, values)
     return values
 
@@ -187,7 +187,7 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
 def read_classes(workdir: epath.Path) -> dict[str, Any]:
     """The `classes` that `claim` was given."""
     path = workdir / "classes.json"
-    values = schema.read_object(path)
+    values = schema.read_object(path, schema.DAMAGED)
     schema.check_classes(path, values)
     return values
 

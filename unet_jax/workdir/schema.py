@@ -53,21 +53,25 @@ def read_bytes(path: epath.Path, limit: int = JSON_BYTES) -> bytes:
             kind = "a folder" if path.is_dir() else "a pipe, a device, or a link that leads to no file"
             raise UserError(f"{path} cannot be read: it is {kind}, not a file")
         if is_local(path) and os.path.getsize(path) > limit:
-            raise UserError(f"{path} cannot be read: it has more than {limit >> 20} MiB. {DAMAGED}")
+            raise UserError(f"{path} cannot be read: it has more than {limit >> 20} MiB")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def read_object(path: epath.Path) -> dict[str, Any]:
-    """Reads a JSON object, in UTF-8, whose fields differ and whose numbers are finite; else a `UserError`."""
-    content = read_bytes(path)
+def read_object(path: epath.Path, remedy: str = "") -> dict[str, Any]:
+    """Reads a JSON object, in UTF-8, whose fields differ and whose numbers are finite.
+
+    Raises:
+      UserError: there is none; `remedy` is the end of the message.
+    """
+    content, end = read_bytes(path), f". {remedy}" if remedy else ""
     try:
         values = parse(content)
     except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}. {DAMAGED}") from error
+        raise UserError(f"{path} cannot be read: {error}{end}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it holds {shown(values)}, which is no JSON object. {DAMAGED}")
+        raise UserError(f"{path} is damaged: it holds {shown(values)}, which is no JSON object{end}")
     return values
 
 
