@@ -4,5 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/install.sh test
-# A process for each core; tests of one file share what they have trained.
-exec .venv/bin/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"
+# One process more than cores, as many tests wait for others; tests of one file share what they have trained.
+workers=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
+exec .venv/bin/python -m pytest --numprocesses="$workers" --dist=loadfile "$@"

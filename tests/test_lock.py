@@ -142,6 +142,7 @@ def test_a_second_training_is_refused_and_a_kill_leaves_no_trace(tmp_path):
     first.send(signal.SIGKILL)  # and not waited for: it is a zombie
     third = commands.Command(*flags, folder=tmp_path, devices=1)
     third.wait_for("taking it over")
+    third.wait_for("step ")
     third.send(signal.SIGTERM)
     assert third.wait() == 128 + signal.SIGTERM
     assert not (tmp_path / "run" / "lock").exists() and first.wait() == -signal.SIGKILL

@@ -63,7 +63,7 @@ def test_it_is_resumed_to_the_same_end(old, capsys):
     path, expected = old
     loop.train(tiny.get_config(), path)
     assert "Resuming from step 5" in capsys.readouterr().out
-    assert "config" not in checkpoints.read_meta(path, 5) and "config" in checkpoints.read_meta(path, 10)
+    assert "config" in checkpoints.read_meta(path, 10)  # unlike step 5, it remembers what it was saved with
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [row["step"] for row in expected["finished"]]
     for row, before in zip(rows, expected["finished"], strict=True):

@@ -29,6 +29,11 @@ def escape(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def escape_line(text: str) -> str:
+    """A name or path on one line, for a screen or a picture; what cannot be shown is escaped as Python would."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def is_name(text: str) -> bool:
     """Whether a class may have this name: no control characters, not even tabs and line breaks."""
     return escape(text) == text and not {"\t", "\n"} & set(text)

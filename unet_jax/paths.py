@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from etils import epath
 from etils.epath import gpath
 
-from unet_jax.errors import UserError
+from unet_jax.errors import UserError, escape_line
 
 LONGEST = 255  # bytes of a file name, on all usual file systems
 _FILES = (".png", ".jpg", ".npy", ".json")  # endings of files that are named after data; no folder beside them has one
@@ -75,11 +75,6 @@ def _absolute(path: epath.PathLike) -> str:
     return os.path.normpath(f"/{scheme}:/{rest}") if separator else os.path.abspath(scheme)
 
 
-def printable(name: str) -> str:
-    """A name on one line, for a screen or a picture; what cannot be shown is escaped as Python would."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
 def check_utf8(setting: str, folder: epath.PathLike) -> None:
     """Raises a `UserError` if the path of a folder is not UTF-8, which TensorStore, TensorFlow and TFDS need.
 
@@ -90,7 +85,7 @@ def check_utf8(setting: str, folder: epath.PathLike) -> None:
         path.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{setting} = {printable(path)} is not UTF-8, and the libraries that write there open no other paths: "
+            f"{setting} = {escape_line(path)} is not UTF-8, and the libraries that write there open no other paths: "
             "rename the folder, or choose another"
         ) from error
 
@@ -101,7 +96,7 @@ def check_workdir(folder: epath.PathLike) -> None:
     path = os.path.abspath(os.fspath(folder))
     if "\\" in path:
         raise UserError(
-            f"--workdir = {printable(path)} has a backslash in it, which TensorStore takes for another /: rename the "
+            f"--workdir = {escape_line(path)} has a backslash in it, which TensorStore takes for another /: rename the "
             "folder, or choose another"
         )
 

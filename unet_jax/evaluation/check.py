@@ -9,9 +9,9 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from unet_jax import data, models, paths
+from unet_jax import data, models
 from unet_jax.data import colors, images
-from unet_jax.errors import UserError
+from unet_jax.errors import UserError, escape_line
 from unet_jax.evaluation import pictures
 from unet_jax.parallel.processes import print_on_main
 
@@ -68,7 +68,7 @@ def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
         _print_labels(classes, good)
         _draw_sheet(sources, good, classes, sheet)
     for fault in faults:
-        print_on_main(f"FAULT     {paths.printable(fault)}")
+        print_on_main(f"FAULT     {escape_line(fault)}")
     print_on_main(f"{len(faults)} fault(s)" if faults else "OK")
     return not faults
 

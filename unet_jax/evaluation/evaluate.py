@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from unet_jax import data, losses, metrics, paths
+from unet_jax import data, losses, metrics
 from unet_jax.data import border, pipeline
-from unet_jax.errors import UserError, check_choice
+from unet_jax.errors import UserError, check_choice, escape_line
 from unet_jax.evaluation import scores
 from unet_jax.inference import forward, trained
 from unet_jax.metrics import confusion
@@ -196,12 +196,12 @@ def _warn_of_same_names(path: epath.Path, network: trained.Trained) -> None:
         return
     if checkpoints.read_meta(path, network.step).get("examples", {}).get("train") == source.ids_digest():
         processes.print_on_main(
-            f"warning: the images in --data_dir={paths.printable(settings.root)} have the names of those of the "
+            f"warning: the images in --data_dir={escape_line(settings.root)} have the names of those of the "
             "training. If they are the same, --split=validation scores the ones that it did not see"
         )
 
 
 def describe_split(split: str, count: int, total: int, root: str) -> str:
     """Which images are scored, and how many of how many."""
-    shown = f"{paths.printable(root)}: {count} image{'s' if count != 1 else ''} of {total}"
+    shown = f"{escape_line(root)}: {count} image{'s' if count != 1 else ''} of {total}"
     return f"all images of {shown}" if split == "all" else f"{split} split of {shown}"

@@ -11,7 +11,7 @@ from unet_jax import paths
 from unet_jax.data import colors
 from unet_jax.data.pipeline import Pipeline
 from unet_jax.data.source import Classes
-from unet_jax.errors import UserError
+from unet_jax.errors import UserError, escape_line
 from unet_jax.parallel import processes
 
 WRONG = (255, 40, 40)
@@ -103,7 +103,7 @@ def contact_sheet(pictures: Sequence[tuple[str, np.ndarray]], classes: Classes, 
     for place, (caption, picture) in enumerate(pictures):
         left, top = MARGIN + place % columns * width, MARGIN + place // columns * height
         sheet.paste(Image.fromarray(picture), (left, top))
-        caption = paths.printable(caption)
+        caption = escape_line(caption)
         while font.getlength(caption) > width - MARGIN and len(caption) > 4:  # names differ at their ends
             caption = "..." + caption[4:]
         pen.text((left, top + picture.shape[0] + 2), caption, INK, font)

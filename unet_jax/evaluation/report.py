@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from unet_jax import metrics, paths
+from unet_jax import metrics
 from unet_jax.data import pipeline
-from unet_jax.errors import UserError
+from unet_jax.errors import UserError, escape_line
 from unet_jax.evaluation import evaluate, page, scores
 from unet_jax.inference import trained
 from unet_jax.parallel import processes, sharding
@@ -110,7 +110,7 @@ def _measure(
     kind = "all {} image{}" if name == "all" else f"{{}} {name} image{{}}"
     origin = f"{kind.format(count, 's' if count != 1 else '')} of {height}x{width}"
     if data_dir is not None:
-        origin += f" in {paths.printable(data_dir)}"
+        origin += f" in {escape_line(data_dir)}"
     if tta != "none":
         origin += f", averaged over test-time augmentation ({tta})"
     return page.Results(origin, result.loss, result.records, result.confusion.sum(0), shown)

@@ -9,14 +9,13 @@ import os
 import re
 import reprlib
 import sys
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from unet_jax import defaults
-from unet_jax.errors import UserError, did_you_mean
+from unet_jax.errors import UserError, did_you_mean, is_name
 
 TASKS = ("multiclass", "binary", "multilabel")
 JSON_BYTES = 2**24  # the largest JSON file that is read; those of a work directory take a few KiB
@@ -122,8 +121,8 @@ def is_list(value: Any, test: Callable[[Any], bool], *lengths: int) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    """Whether a class can have this name: a terminal would obey control characters, and no file holds a surrogate."""
-    return is_text(value) and value.strip() and not any(unicodedata.category(c) in ("Cc", "Cs") for c in value)
+    """Whether a class can have this name."""
+    return is_text(value) and bool(value.strip()) and is_name(value)
 
 
 # `config.json`.
