@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 scripts/install.sh test
 # One process more than cores, as many tests wait for others; tests of one file share what they have trained.
 workers=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
-exec .venv/bin/python -m pytest --numprocesses="$workers" --dist=loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest --numprocesses="$workers" --dist=loadfile "$@"

@@ -40,14 +40,6 @@ import tiny
 commands.preload()
 
 
-# Files whose tests start many processes. They take longest, so they come first, while there is other work beside them.
-LONGEST = ("test_processes.py", "test_survival.py")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
-
-
 @pytest.fixture(scope="session")
 def real_data():
     """The folder of real images."""
