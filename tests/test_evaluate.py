@@ -153,6 +153,7 @@ def test_files_of_scores_have_short_safe_names_and_one_folder_each(tmp_path, mon
     assert all(re.fullmatch(r"[\w-][\w.-]*_[0-9a-f]{8}", one, re.ASCII) and len(one) < 60 for one in names)
 
 
+@pytest.mark.slow
 def test_every_way_in_takes_the_views_of_the_training_and_warns_of_others(cars, tmp_path, capsys):
     with helpers.edited_json(cars / "config.json") as values:
         values["eval"]["tta"] = "auto"

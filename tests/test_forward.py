@@ -39,6 +39,7 @@ def _image(height, width, channels=1):
     return np.uint8(255 * (smooth - smooth.min()) / np.ptp(smooth))
 
 
+@pytest.mark.slow
 def test_the_probability_of_an_image_is_that_of_the_network_for_the_mirrored_image():
     network, variables = _network(**VALID)
     model, image = network.model, _image(37, 50)

@@ -24,6 +24,8 @@ from unet_jax.evaluation import evaluate
 from unet_jax.training import log, loop, optimizer
 from unet_jax.workdir import checkpoints, files, integrity
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config():
@@ -40,7 +42,6 @@ def finished(tmp_path_factory, config):
     return path
 
 
-@pytest.mark.slow
 def test_twenty_kills_at_random_moments(tmp_path):
     path, draw = tmp_path / "run", random.Random(0)
     settings = ["--config.train.epochs=24", "--config.train.checkpoint_every_epochs=0.4"]  # 60 steps, each saved
@@ -64,7 +65,6 @@ def test_twenty_kills_at_random_moments(tmp_path):
     helpers.assert_same_run(path, tmp_path / "reference")
 
 
-@pytest.mark.slow
 def test_signals_and_lost_output_lose_no_work_and_the_same_command_resumes(finished, tmp_path):
     path = tmp_path / "run"
     flags = commands.training(path)
@@ -130,7 +130,6 @@ def test_libraries_that_catch_exceptions_do_not_swallow_a_signal(config, finishe
 
 
 @pytest.mark.parametrize("at", ["step", "evaluation", "last evaluation"])
-@pytest.mark.slow
 def test_a_signal_loses_no_step_and_no_evaluation(config, finished, tmp_path, monkeypatch, at):
     path = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -161,7 +160,6 @@ def test_a_signal_loses_no_step_and_no_evaluation(config, finished, tmp_path, mo
     helpers.assert_same_run(path, finished)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_replaced_by_one_with_a_score_is_never_lost(config, finished, tmp_path, monkeypatch):
     path = tmp_path / "run"
     with monkeypatch.context() as patch:  # stopped in the first evaluation, before any other checkpoint
@@ -384,7 +382,6 @@ def test_what_was_changed_since_a_step_was_saved_is_named(config, finished, tmp_
     assert "warning" in (printed := capsys.readouterr().out) and "classes.json: names is ['name 0'" in printed
 
 
-@pytest.mark.slow
 def test_an_unfinished_step_is_named_and_ignored(config, finished, tmp_path, capsys):
     path = tmp_path / "run"
     shutil.copytree(finished, path)
@@ -410,7 +407,6 @@ def test_without_an_intact_checkpoint_it_never_starts_from_scratch(config, finis
         evaluate.evaluate_workdir(path, 10, None, "validation")
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_the_previous_step_stays(finished, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(finished, path)
@@ -425,7 +421,6 @@ def test_a_full_disk_is_an_error_and_the_previous_step_stays(finished, tmp_path)
     helpers.assert_same_run(path, finished)
 
 
-@pytest.mark.slow
 def test_a_save_that_failed_in_the_background_is_an_error_before_the_next_one(config, tmp_path, monkeypatch):
     config = config.copy_and_resolve_references()
     config.train.epochs, config.train.log_every_steps = 40.0, 1
@@ -444,7 +439,6 @@ def test_a_save_that_failed_in_the_background_is_an_error_before_the_next_one(co
     assert helpers.metric_rows(tmp_path / "run")[-1]["step"] < 100
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])
 def test_an_excessive_learning_rate_is_an_error(config, tmp_path, nonfinite, capsys):
     config = config.copy_and_resolve_references()
@@ -456,7 +450,6 @@ def test_an_excessive_learning_rate_is_an_error(config, tmp_path, nonfinite, cap
     assert capsys.readouterr().out.count("skipped update") == (log.MAX_SKIPPED if nonfinite == "skip" else 0)
 
 
-@pytest.mark.slow
 def test_one_bad_step_is_skipped_counted_and_forgiven(config, tmp_path, monkeypatch, capsys):
     config = config.copy_and_resolve_references()
     config.train.nonfinite, config.model.norm = "skip", "none"
@@ -475,7 +468,6 @@ def test_one_bad_step_is_skipped_counted_and_forgiven(config, tmp_path, monkeypa
     assert int(found.step) == 20 and meta["skipped"] == helpers.metric_rows(path)[-2]["train/skipped"]
 
 
-@pytest.mark.slow
 def test_two_thousand_steps_grow_no_memory_and_compile_nothing(tmp_path):
     settings = ["--config.model.features=(4,4)", "--config.train.batch_size=2", "--config.train.epochs=200"]
     settings += ["--config.train.eval_every_epochs=20", "--config.train.checkpoint_every_epochs=10"]

@@ -82,6 +82,7 @@ def test_images_of_any_size_are_mirrored_as_needed_and_every_pixel_is_scored(con
     assert result.confusion.sum() == 10 * 50 * 53
 
 
+@pytest.mark.slow
 def test_ema_weights_follow_the_formula(config):
     config.optimizer.ema = 0.6
     kernel = lambda tree: tree["head"]["kernel"]
@@ -178,6 +179,7 @@ def test_another_configuration_is_refused_with_the_differences(finished, config)
     assert "log_every" not in message
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatch):
     config.optimizer.name, config.optimizer.schedule, config.optimizer.learning_rate = "sgd", "constant", 1e-3
     config.model.norm = "none"

@@ -165,6 +165,7 @@ def test_margins_are_the_smallest_that_predict_every_pixel(settings):
     assert UNet(2).margins((96, 100)) == ((0, 0), (0, 12))
 
 
+@pytest.mark.slow
 def test_initialisation_of_the_paper():
     """Kernels are drawn from N(0, sqrt(2 / N)), N being the number of inputs of one output."""
     model = UNet(2, features=(32, 64, 128), kernel_init="paper")
