@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of the weights, the order of examples, augmentation and dropout
     config.deterministic = False  # bit-equal repeats on GPUs too, with slower kernels where needed
     config.init_from = ""  # work directory whose weights to start from; a head for other classes is initialised
+    config.init_parts = ()  # prefixes of the weights to take from init_from, as ("encoder",); () is all of them
 
     config.data = ConfigDict()
     config.data.name = "shapes"  # shapes | carla | oxford_iiit_pet | isbi2012 | folder
@@ -36,9 +37,10 @@ def get_config() -> ConfigDict:
     config.data.group = ""  # regular expression; images whose names agree in it stay in one split, as frames of a video
 
     config.model = ConfigDict()
-    config.model.name = "unet"  # a network of unet_jax/models; the fields below: see unet_jax/models/unet.py
-    config.model.features = (16, 32, 64, 128)  # width of each level, top to bottom
-    config.model.padding = "same"  # same | valid
+    # unet: see unet_jax/models/unet.py | encoder_unet: a pretrained encoder, see unet_jax/models/encoder_unet.py
+    config.model.name = "unet"
+    config.model.features = (16, 32, 64, 128)  # width of each level, top to bottom; encoder_unet: of the decoder
+    config.model.padding = "same"  # same | valid (unet only)
     config.model.upsample = "transposed_2x2"  # transposed_2x2 | transposed_3x3 | nearest | bilinear
     config.model.dropout = 0.0  # rate at the end of the two lowest encoder blocks
     config.model.dropout_on_skip = False  # whether the lowest skip is taken after its dropout
@@ -46,6 +48,10 @@ def get_config() -> ConfigDict:
     config.model.extra_conv = False  # one more 3x3 convolution before the head
     config.model.kernel_init = "he"  # he | paper: of the weights
     config.model.remat = ()  # levels, 0 is the top, whose activations are rematerialised to save memory
+    # encoder_unet only
+    config.model.encoder = "efficientnet_lite0"  # efficientnet_lite0 | _lite1 | _lite2 | resnet18 | resnet34 | resnet50
+    config.model.pretrained = "imagenet"  # weights of the encoder: imagenet | a file | hf://ORGANISATION/NAME | "" none
+    config.model.encoder_norm = "batch"  # batch: statistics of the batch, as it trains | frozen: those of its weights
     config.model.dtype = "float32"  # of the computation: float32 | bfloat16 (GPU, TPU); weights stay float32
 
     config.augment = ConfigDict()  # all off: 0, False, ()
@@ -65,21 +71,26 @@ def get_config() -> ConfigDict:
     config.loss = ConfigDict()
     config.loss.cross_entropy = 1.0  # weight of the softmax or sigmoid cross-entropy
     config.loss.dice = 0.0  # weight of the soft Dice loss
-    config.loss.class_weights = ()  # one per class, in the cross-entropy (not in Dice); () is 1 for all
+    # Of the cross-entropy (not Dice): () is 1 for all | one per class | ("balanced",): inverse to the pixels that each
+    # class has in the training images | ("sqrt",): the square roots of those
+    config.loss.class_weights = ()
     config.loss.border_weight = 0.0  # w0 of the paper's weight map, which also balances the classes; 0 is off
     config.loss.border_sigma = 5.0  # pixels; how wide a gap between cells is still a border
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # adam | adamw | sgd
     config.optimizer.learning_rate = 1e-3
+    config.optimizer.encoder_learning_rate = 1.0  # encoder_unet: factor on it for the weights of the encoder
     config.optimizer.schedule = "cosine"  # constant | step | cosine
     config.optimizer.warmup_epochs = 0.0  # linear, from 0
     config.optimizer.decay_epochs = ()  # schedule=step: times 0.1 at each
     config.optimizer.momentum = 0.9  # sgd
     config.optimizer.weight_decay = 0.0  # adamw
+    config.optimizer.decayed = "all"  # adamw, which weights: all | kernels (no biases, no scales of normalisation)
     config.optimizer.clip_norm = 0.0  # of the whole gradient; 0 is off
     config.optimizer.frozen = ()  # prefixes of weights that stay fixed, as ("down_0",); batch norm averages still move
     config.optimizer.ema = 0.0  # decay of the EMA weights, which are then the ones evaluated; 0 is off
+    config.optimizer.ema_statistics = False  # whether the averages of batch normalisation get an EMA as well
 
     config.train = ConfigDict()
     config.train.batch_size = 16  # over all devices

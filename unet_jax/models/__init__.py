@@ -11,6 +11,7 @@ To add one: a file in this folder and its name in `NAMES`. What the rest of the 
 `is_local`                    whether an output pixel depends only on its neighbourhood: tiles then have no seams
 `remat`, `conv_impl`          fields: levels that are rematerialised; `plain`, or `cpu` for a single CPU device
 `head`                        the name of the last layer, whose shape depends on the number of classes
+`first_conv`                  the path below `params` of the kernel that meets the image
 """
 
 import importlib
@@ -18,11 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from unet_jax.errors import check_choice
 
-NAMES = ("unet",)
+NAMES = ("unet", "encoder_unet")
 
 
 def create(name: str, num_outputs: int, *, conv_impl: str = "plain", **settings) -> nn.Module:
@@ -36,6 +38,20 @@ def create(name: str, num_outputs: int, *, conv_impl: str = "plain", **settings)
     """
     check_choice("config.model.name", name, NAMES)
     return importlib.import_module(f"unet_jax.models.{name}").create(num_outputs, conv_impl=conv_impl, **settings)
+
+
+def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """A first convolution `[h, w, C, F]` for images of another number of channels, as `[h, w, channels, F]`.
+
+    For one channel, the sum over the C: what the kernel gives where all channels are alike. For C' others, channel c
+    has the kernel of channel c mod C times C / C', so that activations keep their size.
+    """
+    before = kernel.shape[2]
+    if channels == before:
+        return kernel
+    if channels == 1:
+        return kernel.sum(2, keepdims=True)
+    return kernel[:, :, np.arange(channels) % before] * np.float32(before / channels)
 
 
 def abstract_variables(model: nn.Module, channels: int) -> dict[str, Any]:

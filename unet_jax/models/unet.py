@@ -143,6 +143,11 @@ class UNet(nn.Module):
         height, width = self.margins((1, 1))
         return 1 + sum(height), 1 + sum(width)
 
+    @property
+    def first_conv(self) -> str:
+        """The path below `params` of the kernel that meets the image."""
+        return "down_0/Conv_0/kernel"
+
     def margins(self, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """(above, below), (left, right): pixels that an image of `size` needs around it for all of it to be predicted.
 

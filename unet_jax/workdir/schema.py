@@ -155,8 +155,8 @@ def check_config(file: epath.Path, values: Mapping[str, Any]) -> None:
 
 # An element of each list that is empty by default; one that is not here holds numbers or texts.
 _ELEMENTS = {
-    **dict.fromkeys(("data.labels", "data.lists", "optimizer.frozen"), ("",)),
-    **dict.fromkeys(("data.value_range", "loss.class_weights", "optimizer.decay_epochs"), (0.0,)),
+    **dict.fromkeys(("data.labels", "data.lists", "optimizer.frozen", "init_parts"), ("",)),
+    **dict.fromkeys(("data.value_range", "optimizer.decay_epochs"), (0.0,)),
     **dict.fromkeys(("model.remat", "augment.crop"), (0,)),
 }
 
@@ -180,7 +180,7 @@ def _like(default: Any) -> tuple[Callable[[Any], bool], str]:
 
 
 def check_classes(file: epath.Path, values: Mapping[str, Any]) -> None:
-    """Raises a `UserError` unless the fields are those of `data.Classes`, the normalization and the sizes of images."""
+    """Raises a `UserError` unless the fields are those of `data.Classes` and what is known of the training images."""
     for name, value in values.items():
         if name not in _CLASSES:
             raise UserError(
@@ -196,8 +196,9 @@ def check_classes(file: epath.Path, values: Mapping[str, Any]) -> None:
     task, count, channels = values["task"], len(values["names"]), values["channels"]
     if count < {"multiclass": 2, "binary": 2, "multilabel": 1}[task] or (task == "binary" and count > 2):
         raise UserError(f"{file}: names = {shown(values['names'])} cannot be those of a {task} task. {DAMAGED}")
-    if len(values["palette"]) != count:
-        raise UserError(f"{file}: palette has {len(values['palette'])} colours for {count} names. {DAMAGED}")
+    for name in ("palette", "class_counts"):
+        if name in values and len(values[name]) != count:
+            raise UserError(f"{file}: {name} has {len(values[name])} entries for {count} names. {DAMAGED}")
     labels = 2 if task == "multilabel" else count
     if values["ignore_label"] < labels:
         raise UserError(
@@ -239,8 +240,10 @@ _CLASSES = {  # field -> a test, and what passes it
     "normalization": (_is_normalization, '{"mean": [...], "scale": [...]} of finite numbers, those of scale positive'),
     "image_size": (_is_size, "a positive height and width"),
     "image_sizes": (_are_sizes, "the smallest and the largest height and width, all positive"),
+    "class_counts": (lambda value: is_list(value, lambda n: is_int(n, 0, 2**63 - 1)), "a list of integers >= 0"),
 }
-_OPTIONAL = ("normalization", "image_size", "image_sizes")  # older versions, and imported weights, have none
+# Older versions, and imported weights, have none; counts are there if the class weights need them.
+_OPTIONAL = ("normalization", "image_size", "image_sizes", "class_counts")
 
 
 # What is only to look at: a training never stops for it.
