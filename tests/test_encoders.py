@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from unet_jax.weights import encoder_weights
 
 from unet_jax.errors import UserError
 from unet_jax.models import encoders
+from unet_jax.models.encoders.layers import ConvNorm, Settings
+from unet_jax.weights import encoder_weights
 
 torch = pytest.importorskip("torch")
 RESNETS = [name for name in encoders.NAMES if name.startswith("resnet")]
@@ -121,7 +122,7 @@ def check_features(name, weights, features, size):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize(("name", "size"), [(LITES[0], (64, 96)), (LITES[0], (75, 101)), (LITES[2], (45, 64))])
+@pytest.mark.parametrize(("name", "size"), [(LITES[0], (75, 101)), (LITES[2], (45, 64))])
 def test_features_of_the_published_weights_equal_those_of_pytorch(name, size):
     model, features = lite_features(name)
     weights = encoder_weights.load(name, "imagenet", 3)
@@ -165,25 +166,25 @@ def test_every_variable_has_its_own_name_in_pytorch():
         assert len({encoder.torch_name(path) for path in paths}) == len(paths)
 
 
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
-def test_frozen_normalisation_never_moves(name):
-    encoder = encoders.find(name)
-    module, trained = encoder.make(frozen=True), encoder.make()
-    image = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-    variables = module.init(jax.random.key(0), image, False)
+def test_frozen_normalisation_never_moves():
+    frozen, module = (ConvNorm(4, 3, Settings(frozen=frozen), epsilon=1e-3) for frozen in (True, False))
+    image = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    variables = jax.jit(module.init, static_argnums=2)(jax.random.key(0), image, False)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, frozen.init(jax.random.key(0), image, False))
+    draw = lambda leaf: jax.random.uniform(jax.random.key(leaf.size), leaf.shape, minval=0.5, maxval=1.5)
+    variables = {**variables, "batch_stats": jax.tree.map(draw, variables["batch_stats"])}
 
     def loss(params):
         values = {"params": params, "batch_stats": variables["batch_stats"]}
-        features, updates = module.apply(values, image, True, mutable=["batch_stats"])
-        return (features[-1] ** 2).sum(), updates
+        y, updates = frozen.apply(values, image, True, mutable=["batch_stats"])
+        return (y**2).sum(), (y, updates)
 
-    gradients, updates = jax.grad(loss, has_aux=True)(variables["params"])
+    gradients, (y, updates) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
     moved = {path[-1] for path, leaf in traverse_util.flatten_dict(gradients).items() if jnp.any(leaf != 0)}
     assert moved == {"kernel"}
     jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], variables["batch_stats"])
-    # As evaluated, it is the same network.
-    for a, b in zip(module.apply(variables, image, True), trained.apply(variables, image, False), strict=False):
-        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+    # The layer in training is the one that is evaluated.
+    np.testing.assert_allclose(y, module.apply(variables, image, False), rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_encoder_is_refused_with_the_nearest_name():

@@ -14,7 +14,7 @@ FLOORS = (
     ("errors", "user_cache", "defaults"),
     ("paths",),
     ("models", "data", "losses", "metrics", "parallel"),  # these do not know each other
-    ("workdir",),
+    ("workdir", "weights"),
     ("inference",),
     ("evaluation",),
     ("training",),

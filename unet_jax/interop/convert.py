@@ -15,8 +15,9 @@ from unet_jax import data, models
 from unet_jax.data import colors
 from unet_jax.errors import UserError, check_choice
 from unet_jax.inference.forward import Normalization
-from unet_jax.interop import foreign_formats, weight_files
+from unet_jax.interop import foreign_formats
 from unet_jax.training import state
+from unet_jax.weights import files as weight_files
 from unet_jax.workdir import checkpoints, files, lock, record
 
 
@@ -37,7 +38,7 @@ def convert(
     """Writes a new work directory with the weights of a file as step 0.
 
     Args:
-      file: see `weight_files.read`.
+      file: see `weights.files.read`.
       path: the work directory; it must be empty or not exist.
       config: becomes its `config.json`, with `model` as in the file and no EMA weights.
       class_names: one per class, two for a binary task; empty: default names.

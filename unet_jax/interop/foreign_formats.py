@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unet_jax.errors import UserError
-from unet_jax.interop.weight_files import KerasLayer, Weights
+from unet_jax.weights.files import Weights
+from unet_jax.weights.keras_files import KerasLayer
 
 # `config.model` without the widths; each format changes some of these settings.
 BASE_SETTINGS = {

@@ -1,7 +1,7 @@
 """EfficientNet-Lite 0, 1 and 2.
 
-EfficientNet (Tan and Le 2019, arXiv:1905.11946) without squeeze-and-excitation and with ReLU6, as in `efficientnet/lite`
-of github.com/tensorflow/tpu; paddings are TensorFlow's SAME.
+EfficientNet (Tan and Le 2019, arXiv:1905.11946) without squeeze-and-excitation and with ReLU6, as in the folder
+`efficientnet/lite` of github.com/tensorflow/tpu; paddings are TensorFlow's SAME.
 """
 
 from functools import partial

@@ -80,7 +80,8 @@ class FrozenNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = x.shape[-1:]
-        scale, bias = (self.param(name, init, shape) for name, init in (("scale", jnp.ones), ("bias", jnp.zeros)))
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
         mean, var = (
             self.variable("batch_stats", name, init, shape).value
             for name, init in (("mean", jnp.zeros), ("var", jnp.ones))

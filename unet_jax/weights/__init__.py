@@ -1,0 +1,1 @@
+"""Readers of weight files, and the published weights of the encoders."""
