@@ -112,8 +112,8 @@ def build(config, mesh):
     built = components.build(config, source.classes, mesh, steps)
     model = built.network.model
     shape = (1, *model.smallest_input, source.classes.channels)
-    ema, shards = config.optimizer.ema > 0, config.mesh.shard_optimizer
-    return built, state.create(config.seed, model, shape, built.optimizer, ema, mesh, shards)
+    ema, shards, statistics = config.optimizer.ema > 0, config.mesh.shard_optimizer, config.optimizer.ema_statistics
+    return built, state.create(config.seed, model, shape, built.optimizer, ema, mesh, shards, statistics)
 
 
 def each_step(config, mesh, steps, conv_impl="plain"):

@@ -17,10 +17,10 @@ MASK = RNG.random((2, 4, 5)) < 0.7
 LOGITS = RNG.normal(size=(2, 4, 5, 3)).astype(np.float32)
 
 
-def _make(task, num_classes=3, class_weights=(), **settings):
+def _make(task, num_classes=3, class_weights=(), class_counts=None, **settings):
     """A loss of the terms in `settings` alone."""
     weights = dict.fromkeys(losses.TERMS, 0.0)
-    return losses.make({**weights, "class_weights": class_weights, **settings}, task, num_classes)
+    return losses.make({**weights, "class_weights": class_weights, **settings}, task, num_classes, class_counts)
 
 
 def _value(loss, *batch):
@@ -110,8 +110,35 @@ def test_a_fully_masked_batch_is_zero_not_nan():
 def test_an_invalid_weight_is_an_error_that_names_its_field():
     with pytest.raises(UserError, match=r"config\.loss"):
         _make("multiclass", cross_entropy=0.0, dice=0.0)
-    with pytest.raises(UserError, match="must be empty or hold 3"):
+    with pytest.raises(UserError, match="must be empty, or hold 3"):
         _make("multiclass", cross_entropy=1.0, class_weights=(1.0, 2.0))
+
+
+def test_class_weights_from_counts_by_hand():
+    make = lambda name, counts: _make("multiclass", class_weights=(name,), class_counts=counts, cross_entropy=1.0)
+    assert make("balanced", [60, 30, 10]).class_weights == pytest.approx((100 / 180, 100 / 90, 100 / 30))
+    assert make("sqrt", (60, 30, 10)).class_weights == pytest.approx(np.sqrt([100 / 180, 100 / 90, 100 / 30]))
+    assert make("balanced", [90, 0, 10]).class_weights == pytest.approx((100 / 270, 0, 100 / 30))  # one is absent
+    assert make("sqrt", None).class_weights == (1, 1, 1)  # without images, as a plan has it
+    # Every class weighs the same in a batch with the counts of the whole.
+    label = jnp.asarray(np.repeat([0, 1, 2], [60, 30, 10]).reshape(1, 10, 10))
+    logits = jnp.asarray(np.tile([3.0, 1.0, -2.0], (1, 10, 10, 1)), jnp.float32)
+    expected = -jax.nn.log_softmax(jnp.array([3.0, 1.0, -2.0])).mean()
+    loss = make("balanced", [60, 30, 10])
+    assert _value(loss, logits, label, jnp.ones(label.shape, bool)) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "weights, counts, message",
+    [
+        (("balancd",), None, "'balancd' is not one of: balanced, sqrt. Did you mean 'balanced'"),
+        (("balanced", "sqrt"), None, "must be empty, or hold 3 weights"),
+        (("sqrt",), [0, 0, 0], "every pixel of the training is ignored"),
+    ],
+)
+def test_class_weights_that_cannot_be_are_named(weights, counts, message):
+    with pytest.raises(UserError, match=message):
+        _make("multiclass", class_weights=weights, class_counts=counts, cross_entropy=1.0)
 
 
 @pytest.mark.parametrize("task", ["multiclass", "binary"])

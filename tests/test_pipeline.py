@@ -55,6 +55,27 @@ def test_shuffles_are_uniform():
 
 
 @pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_pixels_of_each_class_are_counted_without_ignored_ones(task, cached):
+    rng = np.random.default_rng(0)
+    shape = (5, 12, 16) if task == "multiclass" else (5, 12, 16, 3)
+    labels = rng.choice(np.array([0, 1, 255] if task == "multilabel" else [0, 1, 3, 255], np.uint8), shape)
+    names = ("a", "b", "c", "d") if task == "multiclass" else ("a", "b", "c")
+    classes = Classes(task, names, tuple((i, i, i) for i in range(len(names))), channels=1)
+    read = lambda index: (np.zeros((12, 16, 1), np.uint8), labels[index])
+    source = Source(classes, list("abcde"), read, files=(), settings={"test": "counts", "task": task})
+    images = pipeline.Pipeline(source, (6, 8), "nearest", cache_gib=1.0 if cached else 0.0)
+    seen = np.stack([images.read(i)["label"] for i in range(5)])  # at the size of the batches
+    assert images.cached == cached and seen.shape[1:3] == (6, 8)
+    if task == "multiclass":
+        expected = [int((seen == value).sum()) for value in range(4)]
+        assert expected[2] == 0 and sum(expected) < seen.size
+    else:
+        expected = [int((seen[..., mask] == 1).sum()) for mask in range(3)]
+    assert images.class_counts() == expected
+
+
+@pytest.mark.parametrize("cached", [True, False])
 def test_resuming_at_any_step_gives_the_same_batches(cached):
     images = _pipeline(cached=cached)
     whole = _train(images, 12)

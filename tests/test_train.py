@@ -83,16 +83,19 @@ def test_images_of_any_size_are_mirrored_as_needed_and_every_pixel_is_scored(con
 
 
 @pytest.mark.slow
-def test_ema_weights_follow_the_formula(config):
-    config.optimizer.ema = 0.6
-    kernel = lambda tree: tree["head"]["kernel"]
+def test_ema_of_weights_and_statistics_follow_the_formula(config):
+    config.optimizer.ema, config.optimizer.ema_statistics = 0.6, True
     states = [state for state, _ in helpers.each_step(config, helpers.one_device(), steps=3)]
-    expected = kernel(states[0].params)
+    averaged = lambda state: {"params": state.ema, "batch_stats": state.ema_batch_stats}
+    latest = lambda state: {"params": state.params, "batch_stats": state.batch_stats}
+    expected = latest(states[0])
     for i, state in enumerate(states[1:]):
         decay = min(0.6, (1 + i) / (10 + i))
-        expected = decay * expected + (1 - decay) * kernel(state.params)
-        np.testing.assert_allclose(kernel(state.ema), expected, atol=1e-6)
-    assert (kernel(state.eval_variables["params"]) == kernel(state.ema)).all()
+        expected = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, expected, latest(state))
+        chex.assert_trees_all_close(averaged(state), expected, atol=1e-6)
+    chex.assert_trees_all_equal(state.eval_variables, averaged(state))
+    evaluated = state.replace(ema_batch_stats=None).eval_variables  # without, the statistics are the latest ones
+    chex.assert_trees_all_equal(evaluated, {"params": state.ema, "batch_stats": state.batch_stats})
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ the mask count nowhere.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from unet_jax.errors import UserError
+from unet_jax.errors import UserError, check_choice
 
 # One term of a batch: the weighted sum and the weight of each example, float32 [B]. Its mean: sum(sums) / sum(weights).
 Sums = tuple[jax.Array, jax.Array]
@@ -76,6 +76,7 @@ class Term(NamedTuple):
     parameters: Mapping[str, tuple[float, float]] = {}  # name -> (lowest, highest) value of `config.loss.<term>_<name>`
 
 
+FROM_COUNTS = ("balanced", "sqrt")  # class weights from the pixels of each class, see `balanced_weights`
 TERMS = {"cross_entropy": Term(cross_entropy), "dice": Term(dice)}
 
 
@@ -130,14 +131,43 @@ class Loss:
         return total
 
 
-def make(settings: Mapping, task: str, num_classes: int) -> Loss:
+def needs_class_counts(settings: Mapping) -> bool:
+    """Whether the class weights of `config.loss` depend on the training labels."""
+    return bool(settings["class_weights"]) and settings["class_weights"][0] in FROM_COUNTS
+
+
+def balanced_weights(name: str, class_counts: Sequence[int]) -> tuple[float, ...]:
+    """Class weights N / (K n_c), or for `sqrt` their square roots; 0 for a class without pixels.
+
+    n_c are the pixels of class c, N their sum over the K classes. With `balanced` all classes weigh the same in the
+    whole, each N / K (King and Zeng 2001, doi:10.1093/oxfordjournals.pan.a004868). For overlapping masks n_c are the
+    pixels where mask c is set; its weight is that of the whole mask, set or not.
+    """
+    mean = sum(class_counts) / len(class_counts)
+    weights = [mean / count if count else 0.0 for count in class_counts]
+    return tuple(weight**0.5 for weight in weights) if name == "sqrt" else tuple(weights)
+
+
+def make(settings: Mapping, task: str, num_classes: int, class_counts: Sequence[int] | None = None) -> Loss:
     """The loss of `config.loss`.
+
+    Args:
+      settings: `config.loss`.
+      task: `multiclass`, `binary` or `multilabel`.
+      num_classes: of the labels.
+      class_counts: pixels of each class in the training labels, for the class weights that need them. Without, these
+        are all 1: which they are does not change what a step costs.
 
     Raises:
       UserError: no term has weight, a weight or parameter is out of range, or the number of class weights is wrong.
     """
     weights = {name: settings[name] for name in TERMS}
     class_weights = tuple(settings["class_weights"])
+    if len(class_weights) == 1 and isinstance(class_weights[0], str):
+        name = check_choice("config.loss.class_weights", class_weights[0], FROM_COUNTS)
+        if class_counts is not None and not any(class_counts):
+            raise UserError(f"config.loss.class_weights = {class_weights}: every pixel of the training is ignored")
+        class_weights = balanced_weights(name, [1] * num_classes if class_counts is None else class_counts)
     if not all(0 <= w < float("inf") for w in weights.values()) or not any(weights.values()):
         raise UserError(f"config.loss needs weights >= 0, at least one of them > 0: {weights}")
     parameters: dict[str, dict[str, float]] = {}
@@ -150,7 +180,8 @@ def make(settings: Mapping, task: str, num_classes: int) -> Loss:
     valid = all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in class_weights)
     if class_weights and not (valid and len(class_weights) == num_classes and any(class_weights)):
         raise UserError(
-            f"config.loss.class_weights = {class_weights} must be empty or hold {num_classes} weights >= 0, one a class"
+            f"config.loss.class_weights = {class_weights} must be empty, or hold {num_classes} weights >= 0, one a "
+            f"class, or one of: {', '.join(FROM_COUNTS)}"
         )
     used = {name: weight for name, weight in weights.items() if weight}
     return Loss(task, used, {name: parameters[name] for name in used}, class_weights)

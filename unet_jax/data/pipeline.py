@@ -90,6 +90,21 @@ class Pipeline:
         example = {"image": images.resize_image(image, self._size, self._resize), "label": label}
         return example if self._pixel_weight_fn is None else {**example, "weight": self._pixel_weight_fn(label)}
 
+    def class_counts(self) -> list[int]:
+        """Pixels of each class in all labels, at the size of the batches; ignored ones do not count.
+
+        For overlapping masks, the pixels where each is set.
+        """
+        classes = self.source.classes
+
+        def count(index):
+            label = self.read(index)["label"]
+            if classes.task == "multilabel":
+                return (label == 1).sum((0, 1))
+            return np.bincount(label.ravel(), minlength=256)[: len(classes.names)]
+
+        return sum(images.map_parallel(count, range(len(self.source)), "Counting pixels")).tolist()
+
     def train_batches(self, batch_size: int, seed: int, start_step: int, rows: np.ndarray) -> Iterator[Batch]:
         """Endless training batches: the arrays of `read`, each `[b, ...]`, and `mask` bool `[b]`, all true.
 

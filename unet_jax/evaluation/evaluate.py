@@ -133,7 +133,8 @@ def open_split(
         images = open_images(source, config, classes)
     devices = network.mesh.shape["data"]
     batch_size = -(-config.train.batch_size // devices) * devices  # the scores do not depend on it
-    return Split(images, losses.make(config.loss, classes.task, len(classes.names)), batch_size)
+    loss = losses.make(config.loss, classes.task, len(classes.names), network.class_counts)
+    return Split(images, loss, batch_size)
 
 
 def evaluate_split(network: trained.Trained, split: Split, tta: str) -> scores.Evaluation:

@@ -32,6 +32,7 @@ class Trained:
     # The smallest and the largest (height, width) of the training images before they were resized, each axis by itself;
     # None if they were not recorded, as for imported weights.
     source_sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
+    class_counts: tuple[int, ...] | None = None  # pixels of each class in the training labels, if its loss needs them
 
     @functools.cached_property
     def _probability(self):
@@ -196,7 +197,7 @@ def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh 
     try:
         data.check_settings(config.data)
         check_choice("config.eval.tta", config.eval.tta, forward.TTA)
-        losses.make(config.loss, classes.task, len(classes.names))
+        losses.make(config.loss, classes.task, len(classes.names), values.get("class_counts"))
         border.pixel_weight_fn(config.loss, classes)
         network = forward.create_network(config.model, classes, mesh, normalization)
     except UserError as error:
@@ -212,7 +213,7 @@ def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh 
             "this work directory do not belong together"
         )
     record.check(path, step, checkpoints.read_meta(path, step), record.make(config, values))
-    return Trained(config, classes, network, variables, step, _source_sizes(values))
+    return Trained(config, classes, network, variables, step, _source_sizes(values), values.get("class_counts"))
 
 
 def _source_sizes(values: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]] | None:
@@ -223,8 +224,9 @@ def _source_sizes(values: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int
 
 
 def evaluated_variables(saved: dict[str, Any]) -> dict[str, Any]:
-    """Of the variables of a checkpoint those that a network is evaluated with: the EMA weights if there are any."""
-    return {"params": saved.get("ema", saved["params"]), "batch_stats": saved.get("batch_stats", {})}
+    """Of the variables of a checkpoint those that a network is evaluated with: what has an EMA, as its EMA."""
+    batch_stats = saved.get("ema_batch_stats", saved.get("batch_stats", {}))
+    return {"params": saved.get("ema", saved["params"]), "batch_stats": batch_stats}
 
 
 def check_source(path: epath.PathLike, classes: data.Classes, source: data.Source) -> None:

@@ -65,9 +65,14 @@ def build(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, 
     loss = losses.make(config.loss, classes.task, len(classes.names))
     network = forward.create_network(config.model, classes, mesh)
     crop = augment.check(config.augment, config.data.size)
+    if config.model.encoder_norm == "frozen" and config.optimizer.weight_decay and config.optimizer.decayed == "all":
+        raise UserError(
+            "config.optimizer.weight_decay would shrink scales and biases, which config.model.encoder_norm = 'frozen' "
+            "keeps as they are: set config.optimizer.decayed to 'kernels'"
+        )
     schedule = optimizer.make_schedule(config.optimizer, steps.per_epoch, steps.total)
     params = models.shapes(models.abstract_variables(network.model, classes.channels)["params"])
-    optimizer.check_frozen(config.optimizer.frozen, params)
+    optimizer.check_names(config.optimizer, params)
     return Components(
         network=network,
         loss=loss,

@@ -7,6 +7,7 @@ import optax
 
 from unet_jax.errors import UserError, check_choice, did_you_mean
 
+ENCODER = "encoder/"  # what the names of the weights of an encoder begin with
 LIMITS = {"clip_norm": float("inf"), "weight_decay": float("inf"), "momentum": 1, "ema": 1}  # from 0 to below
 
 
@@ -45,40 +46,70 @@ def make_schedule(settings: Mapping, steps_per_epoch: float, total_steps: int) -
 def make_optimizer(settings: Mapping, schedule: optax.Schedule) -> optax.GradientTransformation:
     """The gradient transformation: clipping by the global norm, then `adam`, `adamw` or `sgd`.
 
-    Weights whose names have a prefix in `frozen` stay fixed, and their gradients do not count in the norm.
+    `decayed = "kernels"` keeps adamw's decay to arrays of two or more dimensions: biases, and the scales and offsets of
+    normalisation, have one. Weights whose names have a prefix in `frozen` stay fixed, and their gradients do not count
+    in the norm. The updates of the weights of an encoder, with their decay, are multiplied by `encoder_learning_rate`.
 
     Raises:
       UserError: an unknown name, or a value out of range.
     """
     name = check_choice("config.optimizer.name", settings["name"], ("adam", "adamw", "sgd"))
+    decayed = check_choice("config.optimizer.decayed", settings["decayed"], ("all", "kernels"))
     for field, limit in LIMITS.items():
         if not 0 <= settings[field] < limit:
             raise UserError(f"config.optimizer.{field} = {settings[field]} is not in [0, {limit})")
     if settings["weight_decay"] and name != "adamw":
         raise UserError(f"config.optimizer.weight_decay is for 'adamw', not for {name!r}: set it to 0")
+    if settings["ema_statistics"] and not settings["ema"]:
+        raise UserError("config.optimizer.ema_statistics needs EMA weights: set config.optimizer.ema, such as to 0.99")
+    encoder_factor = settings["encoder_learning_rate"]
+    if not 0 < encoder_factor < float("inf"):
+        raise UserError(
+            f"config.optimizer.encoder_learning_rate = {encoder_factor} must be positive; "
+            "config.optimizer.frozen=('encoder',) keeps the encoder as it is"
+        )
+    kernels = lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)
+    mask = kernels if decayed == "kernels" else None
     rule = {
         "adam": optax.adam(schedule),
-        "adamw": optax.adamw(schedule, weight_decay=settings["weight_decay"]),
+        "adamw": optax.adamw(schedule, weight_decay=settings["weight_decay"], mask=mask),
         "sgd": optax.sgd(schedule, momentum=settings["momentum"]),
     }[name]
     if settings["clip_norm"]:
         rule = optax.chain(optax.clip_by_global_norm(settings["clip_norm"]), rule)
-    frozen = tuple(settings["frozen"])
-    if not frozen:
-        return rule
+    # What is at its default adds nothing to the optimizer's state, so that older work directories can be resumed.
+    if settings["frozen"]:
+        label = lambda params: jax.tree.map(
+            lambda frozen: "frozen" if frozen else "trained", _below(settings["frozen"], params)
+        )
+        rule = optax.partition({"trained": rule, "frozen": optax.set_to_zero()}, label)
+    if encoder_factor != 1:
+        rule = optax.chain(rule, optax.masked(optax.scale(encoder_factor), lambda params: _below((ENCODER,), params)))
+    return rule
 
-    def label(path, _):
-        return "frozen" if "/".join(key.key for key in path).startswith(frozen) else "trained"
 
-    transforms = {"trained": rule, "frozen": optax.set_to_zero()}
-    return optax.partition(transforms, lambda params: jax.tree_util.tree_map_with_path(label, params))
+def _below(prefixes: Sequence[str], params):
+    """For each weight whether its name has one of the prefixes."""
+    has_prefix = lambda path, _: "/".join(key.key for key in path).startswith(tuple(prefixes))
+    return jax.tree_util.tree_map_with_path(has_prefix, params)
 
 
-def check_frozen(frozen: Sequence[str], names: Collection[str]) -> None:
-    """Raises a `UserError` if one of `config.optimizer.frozen` is a prefix of none of the `names`, or nothing is left.
+def check_names(settings: Mapping, names: Collection[str]) -> None:
+    """Checks that the prefixes of `config.optimizer` are those of weights.
 
     The names are those of all weights, such as `down_0/Conv_0/kernel`.
+
+    Raises:
+      UserError: one of `frozen` is a prefix of none of the `names`, or they leave nothing to train; a factor for the
+        learning rate of an encoder, and the network has none.
     """
+    factor = settings["encoder_learning_rate"]
+    if factor != 1 and not any(name.startswith(ENCODER) for name in names):
+        raise UserError(
+            f"config.optimizer.encoder_learning_rate = {factor} is for networks with an encoder of their own, such as "
+            "config.model.name='encoder_unet': set it to 1"
+        )
+    frozen = tuple(settings["frozen"])
     blocks = sorted({name.split("/")[0] for name in names})
     for prefix in frozen:
         if not prefix or not any(name.startswith(prefix) for name in names):
@@ -86,5 +117,5 @@ def check_frozen(frozen: Sequence[str], names: Collection[str]) -> None:
                 f"config.optimizer.frozen: {prefix!r} is a prefix of no weight. The blocks are {', '.join(blocks)}."
                 + did_you_mean(prefix, blocks)
             )
-    if all(name.startswith(tuple(frozen)) for name in names):
-        raise UserError(f"config.optimizer.frozen = {tuple(frozen)} leaves nothing to train")
+    if all(name.startswith(frozen) for name in names):
+        raise UserError(f"config.optimizer.frozen = {frozen} leaves nothing to train")

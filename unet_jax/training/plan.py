@@ -83,7 +83,8 @@ def compile_step(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding
     built = components.build(config, classes, mesh, components.count_steps(config.train, STEPS_PER_EPOCH))
     model = built.network.model
     shape = (1, *model.smallest_input, classes.channels)
-    shapes = jax.eval_shape(state.make_init(config.seed, model, shape, built.optimizer, config.optimizer.ema > 0))
+    ema, ema_statistics = config.optimizer.ema > 0, config.optimizer.ema_statistics
+    shapes = jax.eval_shape(state.make_init(config.seed, model, shape, built.optimizer, ema, ema_statistics))
     shardings = state.shardings(shapes, mesh, config.mesh.shard_optimizer)
     abstract = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
     arguments = (abstract, abstract_batch(config, classes, mesh), sharding.per_device(mesh, 0))
@@ -173,7 +174,7 @@ def _describe(config: "ConfigDict", planned: Plan) -> list[str]:
         "parameters": train_state.params,
         "batch statistics": train_state.batch_stats,
         "optimizer state": train_state.opt_state,
-        "EMA weights": train_state.ema,
+        "EMA weights": (train_state.ema, train_state.ema_batch_stats),
         "batch": batch,
     }
     weights = sum(math.prod(x.shape) for x in jax.tree.leaves(train_state.params))

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from unet_jax import data, metrics, paths
+from unet_jax import data, losses, metrics, paths
 from unet_jax.data import pipeline
+from unet_jax.data.source import shorten
 from unet_jax.errors import UserError
 from unet_jax.evaluation import curves, evaluate, pictures, report
 from unet_jax.inference import forward
@@ -79,22 +80,26 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
     # Resume, or initialise. Nothing is written before all of it has been checked.
     digests = {name: source.ids_digest() for name, source in sources.items()}
     resumed, meta, initial = integrity.newest_good_step(path), {"evaluated": True}, None
-    normalization, image_sizes = forward.Normalization(), None
     if resumed is not None:
         meta |= _read_meta(path, resumed, digests, config.data.root)
-        described = files.read_classes(path)
-        normalization = forward.Normalization.from_json(described.get("normalization"))
-        image_sizes = described.get("image_sizes")
+        facts = files.read_classes(path)
+        normalization = forward.Normalization.from_json(facts.get("normalization"))
     else:
         _check_no_checkpoint(path, min(steps.save_every, steps.eval_every))
-        if config.init_from:
-            initial = pretrained.load_pretrained(config.init_from, built.network)
-            normalization = initial.normalization
-    built = built._replace(network=dataclasses.replace(built.network, normalization=normalization))
+        initial = pretrained.load_pretrained(config, built.network)
+        facts, normalization = {}, initial.normalization
+        if losses.needs_class_counts(config.loss):
+            facts["class_counts"] = evaluate.open_images(sources["train"], config, classes).class_counts()
+    built = built._replace(
+        network=dataclasses.replace(built.network, normalization=normalization),
+        loss=losses.make(config.loss, classes.task, len(classes.names), facts.get("class_counts")),
+    )
     recorded: dict[str, Any] = {}
     if processes.is_main():
-        described = {**classes.to_json(), "image_sizes": image_sizes or sources["train"].size_range()}
+        described = {**classes.to_json(), "image_sizes": facts.get("image_sizes") or sources["train"].size_range()}
         described["normalization"] = normalization.to_json()
+        if "class_counts" in facts:
+            described["class_counts"] = facts["class_counts"]
         recorded = record.make(config, described)
         if resumed is not None:
             record.check(path, resumed, meta, recorded)
@@ -113,6 +118,7 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
         ema=config.optimizer.ema > 0,
         mesh=mesh,
         shard_optimizer=config.mesh.shard_optimizer,
+        ema_statistics=config.optimizer.ema_statistics,
     )
     writer = checkpoints.CheckpointWriter(path)
     first_step = resumed or 0
@@ -121,7 +127,8 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
         processes.print_on_main(f"Resuming from step {resumed} of {path}")
     elif initial is not None:
         state = pretrained.with_pretrained(state, initial)
-        processes.print_on_main(initial.summary)
+        if initial.summary:
+            processes.print_on_main(initial.summary)
     if processes.is_main():
         metrics_log.rewind(path, first_step, meta["evaluated"])
         files.record_environment(path, first_step, f"{jax.device_count()} x {jax.devices()[0].device_kind}")
@@ -218,10 +225,14 @@ def _print_summary(config, built, steps, images, state) -> None:
     cached = "cached" if images["train"].cached else "read again each epoch"
     training = log.tile_summary("training", built.crop, built.input_size)
     validation = log.tile_summary("validation", config.data.size, built.eval_input_size)
+    weights = ""
+    if losses.needs_class_counts(config.loss):
+        of_class = zip(classes.names, built.loss.class_weights, strict=True)
+        weights = f"weights  of the classes: {shorten([f'{name} {weight:.3g}' for name, weight in of_class])}\n"
     processes.print_on_main(
         f"{parameter_overview.get_parameter_overview(state.params, include_stats=False)}\n"
         f"data     {len(images['train'].source)} training and {len(images['validation'].source)} validation images of "
-        f"{height}x{width}, {len(classes.names)} classes ({classes.task}), {cached}\n"
+        f"{height}x{width}, {len(classes.names)} classes ({classes.task}), {cached}\n{weights}"
         f"tiles    {training}; {validation}\n"
         f"devices  {log.mesh_summary(built.network.mesh)}; {jax.process_count()} process(es)\n"
         f"steps    {steps.total} of {config.train.batch_size} images, {steps.per_epoch:.1f} an epoch"

@@ -23,12 +23,14 @@ class TrainState:
     batch_stats: PyTree  # running averages of batch normalisation; empty without
     opt_state: PyTree  # of the optimizer
     ema: PyTree  # exponential moving average of `params`; None if disabled
+    ema_batch_stats: PyTree = None  # likewise of `batch_stats`
 
     @property
     def eval_variables(self) -> dict[str, PyTree]:
-        """What the network is evaluated with: the EMA weights if enabled."""
+        """What the network is evaluated with: the EMA of weights and statistics, each if enabled."""
         params = self.params if self.ema is None else self.ema
-        return {"params": params, "batch_stats": self.batch_stats}
+        batch_stats = self.batch_stats if self.ema_batch_stats is None else self.ema_batch_stats
+        return {"params": params, "batch_stats": batch_stats}
 
 
 def create(
@@ -39,6 +41,7 @@ def create(
     ema: bool,
     mesh: jax.sharding.Mesh,
     shard_optimizer: bool = False,
+    ema_statistics: bool = False,
 ) -> TrainState:
     """A new state, initialised on the devices that will hold it.
 
@@ -46,27 +49,34 @@ def create(
       image_shape: `[B, H, W, C]` of any image batch that the network takes.
       ema: whether to keep EMA weights.
       mesh: every array is whole on each of its devices.
-      shard_optimizer: whether `opt_state` and `ema` are sharded over the devices along `data` instead (as stage 1 of
+      shard_optimizer: whether optimizer state and EMA are sharded over the devices along `data` instead (as stage 1 of
         ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054).
+      ema_statistics: whether to keep an EMA of the averages of batch normalisation.
     """
-    init = make_init(seed, model, image_shape, optimizer, ema)
+    init = make_init(seed, model, image_shape, optimizer, ema, ema_statistics)
     return jax.jit(init, out_shardings=shardings(jax.eval_shape(init), mesh, shard_optimizer))()
 
 
 def make_init(
-    seed: int, model: nn.Module, image_shape: tuple[int, ...], optimizer: optax.GradientTransformation, ema: bool
+    seed: int,
+    model: nn.Module,
+    image_shape: tuple[int, ...],
+    optimizer: optax.GradientTransformation,
+    ema: bool,
+    ema_statistics: bool = False,
 ) -> Callable[[], TrainState]:
     """The function that initialises a new state; the arguments are those of `create`."""
 
     def init():
         variables = model.init(jax.random.key(seed), jnp.zeros(image_shape))
-        params = variables["params"]
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            batch_stats=variables.get("batch_stats", {}),
+            batch_stats=batch_stats,
             opt_state=optimizer.init(params),
             ema=jax.tree.map(jnp.copy, params) if ema else None,
+            ema_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema_statistics else None,
         )
 
     return init
@@ -77,6 +87,5 @@ def shardings(state: TrainState, mesh: jax.sharding.Mesh, shard_optimizer: bool)
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), state)
     if not shard_optimizer:
         return whole
-    return whole.replace(
-        opt_state=sharding.split_largest_axis(mesh, state.opt_state), ema=sharding.split_largest_axis(mesh, state.ema)
-    )
+    names = ("opt_state", "ema", "ema_batch_stats")
+    return whole.replace(**{name: sharding.split_largest_axis(mesh, getattr(state, name)) for name in names})

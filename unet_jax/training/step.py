@@ -41,7 +41,7 @@ def make_train_step(
       augmentation: `config.augment`, or any mapping with its fields.
       seed: of augmentation and dropout.
       shardings: of the state, see `state.shardings`.
-      ema: decay of the EMA weights; 0 is off.
+      ema: decay of the EMA weights, and of the statistics if the state has an EMA of them; 0 is off.
       microbatches: how many parts a batch has.
       skip_nonfinite: whether a step whose loss, gradients or new weights are not finite leaves the state as it was.
     """
@@ -99,11 +99,17 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema_params = state.ema
-        if ema_params is not None:  # the decay rises from 0.1, so that the initial weights are soon forgotten
-            decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
-            ema_params = optax.incremental_update(params, ema_params, 1 - decay)
-        new_state = TrainState(state.step + 1, params, batch_stats, opt_state, ema_params)
+        # The decay rises from 0.1, so that the initial weights are soon forgotten.
+        decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+        average = lambda new, old: None if old is None else optax.incremental_update(new, old, 1 - decay)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            ema=average(params, state.ema),
+            ema_batch_stats=average(batch_stats, state.ema_batch_stats),
+        )
         # The norm of the new weights shows whether the new state is finite, not only the one before.
         metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients), "param_norm": optax.tree.norm(params)}
         if skip_nonfinite:

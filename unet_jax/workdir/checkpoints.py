@@ -1,6 +1,6 @@
 """Checkpoints by Orbax: written asynchronously; the latest two and the best, each with the whole state.
 
-checkpoints/<step>/variables   weights, EMA weights, batch statistics: all that evaluation needs
+checkpoints/<step>/variables   weights, batch statistics, EMA of both: all that evaluation needs
                    training    optimizer state
                    meta        JSON: what else the loop needs to resume; what config.json and classes.json held
                    metrics     JSON: the score that picks the best
@@ -163,7 +163,7 @@ def read_meta(workdir: epath.PathLike, step: int) -> dict[str, Any]:
 def read_variables(
     workdir: epath.PathLike, step: int | None, sharding: jax.sharding.Sharding
 ) -> tuple[int, dict[str, PyTree]]:
-    """A step, None is the best, and its variables: `params`, and `batch_stats` and `ema` if they were saved.
+    """A step, None is the best, and its variables: `params`, and what was saved of the others, see `_items`.
 
     Raises:
       UserError: there is none, or it is damaged.
@@ -201,5 +201,6 @@ def _first_line(error: Exception) -> str:
 
 def _items(state) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
     """The fields of a state in two items: for evaluation, and for training only. Empty fields are left out."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats, "ema": state.ema}
+    names = ("params", "batch_stats", "ema", "ema_batch_stats")
+    variables = {name: getattr(state, name) for name in names}
     return {k: v for k, v in variables.items() if v}, {"step": state.step, "opt_state": state.opt_state}

@@ -17,8 +17,8 @@ from unet_jax.workdir import files, schema
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# Fields that say where files are; what is in them is checked by other means.
-PLACES = ("data.root", "init_from")
+# Fields that say where files are. What is in the data is checked by other means; weights are read once, at the start.
+PLACES = ("data.root", "init_from", "model.pretrained")
 
 
 def make(config: "ConfigDict", classes: dict[str, Any]) -> dict[str, Any]:
