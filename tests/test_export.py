@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -25,6 +26,9 @@ from unet_jax.errors import UserError
 from unet_jax.evaluation import evaluate
 from unet_jax.inference import forward, predict, resize, trained
 from unet_jax.interop import export
+from unet_jax.models import encoders
+from unet_jax.models.encoder_unet import EncoderUNet
+from unet_jax.models.encoders import efficientnet_lite, layers, resnet
 from unet_jax.parallel import sharding
 
 # Every setting of `config.model` that changes the graph, and every task.
@@ -76,12 +80,12 @@ assert not {"flax", "unet_jax"} & sys.modules.keys()
 """
 
 
-def _network(images, task="multiclass", normalization=None, **settings):
+def _network(images, task="multiclass", normalization=None, channels=3, **settings):
     """A network with random weights and statistics that predicts each class about equally often."""
     config = tiny.get_config()
     config.model.update({"dropout": 0.0, "norm": "none", "features": (4, 6, 8), **settings})
     names = ("road", "sky") if task == "binary" else ("road", "sky", "pole", "wall")
-    classes = data.Classes(task, names, tuple((60 * i, 0, 255) for i in range(len(names))))
+    classes = data.Classes(task, names, tuple((60 * i, 0, 255) for i in range(len(names))), channels)
     mesh = sharding.create_mesh(0, 1)
     network = forward.create_network(config.model, classes, mesh, normalization)
     random = np.random.default_rng(1)
@@ -91,9 +95,9 @@ def _network(images, task="multiclass", normalization=None, **settings):
             return np.float32(random.uniform(0.1, 0.3, x.shape))
         return np.float32(random.normal(0, np.sqrt(2 / np.prod(x.shape[:-1])), x.shape))
 
-    variables = jax.tree.map(draw, models.abstract_variables(network.model, 3))
+    variables = jax.tree.map(draw, models.abstract_variables(network.model, channels))
     # Logits with mean 0 and standard deviation 1, so that every class is predicted.
-    logits = jax.jit(network.logits)(variables, images[:2, 240:277, 200:253])
+    logits = jax.jit(network.logits)(variables, images[:2, 240:277, 200:253, :channels])
     mean, deviation, head = logits.mean((0, 1, 2)), logits.std((0, 1, 2)), variables["params"]["head"]
     head.update(kernel=head["kernel"] / deviation, bias=(head["bias"] - mean) / deviation)
     not_resized = (tuple(config.data.size),) * 2
@@ -186,11 +190,47 @@ def test_onnx_agrees_without_flax_on_real_images_of_any_size(networks, images, o
     _compare(networks[name], images, onnx_files, name, "onnx")
 
 
+# Tiny encoders in the place of the published ones, with every kind of block that those have.
+TINY_ENCODERS = {
+    "efficientnet_lite0": partial(efficientnet_lite.EfficientNetLite, (4, 4, 6, 6, 8, 8, 8), (1,) * 7),
+    "resnet18": partial(resnet.ResNet, (1,) * 4, False),
+    "resnet50": partial(resnet.ResNet, (1,) * 4, True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "encoder, settings",
+    [
+        ("efficientnet_lite0", dict(features=(4, 6, 6, 8), upsample="nearest", norm="batch", channels=1)),
+        ("resnet18", dict(features=(4, 4, 6, 6, 8), upsample="transposed_3x3", encoder_norm="frozen", task="binary")),
+        ("resnet50", dict(features=(4, 6, 6), upsample="bilinear", norm="group", task="multilabel")),
+    ],
+)
+def test_graphs_of_networks_with_an_encoder(images, monkeypatch, encoder, settings):
+    found = encoders.find(encoder)
+    make = lambda **settings: TINY_ENCODERS[encoder](layers.Settings(**settings))
+    module = sys.modules[f"unet_jax.models.encoders.{encoders.NAMES[encoder]}"]
+    monkeypatch.setitem(module.ENCODERS, encoder, found._replace(make=make))
+    normalization = forward.Normalization(found.mean, (16.0,))  # brighter than it expects, so that ReLU6 caps
+    network = _network(images, name="encoder_unet", encoder=encoder, normalization=normalization, **settings)
+    if encoder == "resnet50":
+        graphs, sizes = [_onnx(network)], [(37, 53), (32, 70)]
+    else:
+        graphs, sizes = _graphs(network), [(37, 53)]
+    for h, w in sizes:
+        batch = images[:2, 240 : 240 + h, 200 : 200 + w, : network.classes.channels]
+        logits = jax.jit(network.network.logits)(network.variables, batch)
+        expected = np.asarray(forward.to_probability(logits, network.classes.task))
+        for graph in graphs:
+            label, probability = map(np.asarray, graph(batch))
+            assert _agree(network, label, probability, expected, 1e-5) > 0.99
+
+
 def test_margins_in_closed_form_equal_those_of_the_network(networks):
-    for network in networks.values():
-        model = network.model
+    for model in (EncoderUNet(2), *(network.model for network in networks.values())):
         for axis, (before, smallest, covered) in enumerate(export.geometry(model)):
-            for length in range(1, 60):
+            for length in range(1, 70):
                 padded = smallest + (length - covered + model.stride - 1) // model.stride * model.stride
                 assert model.margins((length, length))[axis] == (before, padded - length - before)
     image = np.random.default_rng(0).integers(0, 256, (1, 3, 1, 3), np.uint8)  # margins longer than the image
@@ -203,7 +243,7 @@ def test_onnx_is_refused_for_other_networks(networks):
         pass
 
     network = dataclasses.replace(networks["paper"].network, model=Other())
-    with pytest.raises(UserError, match=r"ONNX is written only for config.model.name = 'unet', not for Other"):
+    with pytest.raises(UserError, match=r"only for config.model.name = 'unet' and 'encoder_unet', not for Other"):
         export.to_onnx(dataclasses.replace(networks["paper"], network=network))
 
 
@@ -283,10 +323,14 @@ GREY_LEVEL = 2e-3
 
 def _graphs(network, **settings):
     """What the exported graphs make of a batch: label and probability."""
+    exported = jax.export.deserialize(export.to_stablehlo(network, **settings))
+    return [_onnx(network, **settings), exported.call]
+
+
+def _onnx(network, **settings):
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(export.to_onnx(network, **settings).SerializeToString())
-    exported = jax.export.deserialize(export.to_stablehlo(network, **settings))
-    return [lambda image: session.run(["label", "probability"], {"image": image}), exported.call]
+    return lambda image: session.run(["label", "probability"], {"image": image})
 
 
 @pytest.mark.slow

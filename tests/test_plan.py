@@ -10,7 +10,7 @@ import pytest
 from configs import camvid, carla, default, folder, isbi2012, oxford_iiit_pet
 from unet_jax import data, models
 from unet_jax.errors import UserError
-from unet_jax.models import unet
+from unet_jax.models import encoders, unet
 from unet_jax.parallel import sharding
 from unet_jax.training import plan, program
 
@@ -68,6 +68,18 @@ def test_flops_of_training_equal_the_known_numbers(settings, image, outputs, exp
     # less than 0.5 % of it in all of these networks.
     assert 2.985 * forward < training < 3 * forward
     assert training / 1e9 == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    # In multiply-adds, with the classifiers that are left out here: EfficientNet-Lite0 0.385 G, torchvision's 1.814 G.
+    [("efficientnet_lite0", 0.385e9 - 7 * 7 * 320 * 1280 - 1280e3), ("resnet18", 1.814e9 - 512e3)],
+)
+def test_flops_of_encoders_equal_the_known_numbers(name, expected):
+    encoder, image = encoders.find(name).make(), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    variables = jax.eval_shape(lambda image: encoder.init(jax.random.key(0), image, False), image)
+    found = program.flops(lambda variables, image: encoder.apply(variables, image, False), variables, image)
+    assert found / 2 == pytest.approx(expected, rel=0.002)
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from unet_jax.inference import forward
 from unet_jax.inference.resize import triangle
 from unet_jax.inference.trained import Trained
 from unet_jax.metrics import confusion
+from unet_jax.models.encoder_unet import EncoderUNet
 from unet_jax.models.unet import UNet
 from unet_jax.parallel import sharding
 
@@ -183,20 +184,23 @@ def reflect_pad(model: nn.Module, image: jax.Array) -> jax.Array:
 
 
 def to_onnx(trained: Trained, resize: bool = True) -> "onnx.ModelProto":
-    """A U-Net as a float32 ONNX model, with `graph_metadata` in its `metadata_props`; a `UserError` for other networks.
+    """The network as a float32 ONNX model, with `graph_metadata` in its `metadata_props`.
 
-    Without `resize`, images must be resized before, unless training did not resize its own.
+    Without `resize`, images must be resized before, unless training did not resize its own. Raises a `UserError` for a
+    network or an encoder that `onnx_networks` does not have.
     """
-    if not isinstance(trained.model, UNet):
-        name = type(trained.model).__name__
-        raise UserError(f"ONNX is written only for config.model.name = 'unet', not for {name}; use StableHLO instead")
+    if not isinstance(trained.model, UNet | EncoderUNet):
+        raise UserError(
+            "ONNX is written only for config.model.name = 'unet' and 'encoder_unet', not for "
+            f"{type(trained.model).__name__}; use StableHLO instead"
+        )
     onnx = optional("onnx")
-    from unet_jax.interop import unet_onnx
+    from unet_jax.interop import onnx_graph, onnx_networks
 
-    task, outputs, graph = trained.classes.task, trained.classes.num_outputs, unet_onnx.Graph()
+    task, outputs, graph = trained.classes.task, trained.classes.num_outputs, onnx_graph.Graph()
     x, resize = graph.add("Cast", "image", to=onnx.TensorProto.FLOAT), resize and trained.resizes
     if resize:
-        x = unet_onnx.resize_image(graph, x, np.array(trained.size), trained.config.data.resize)
+        x = onnx_graph.resize_image(graph, x, np.array(trained.size), trained.config.data.resize)
     size = graph.add("Shape", x, start=1, end=3)
     x = graph.add("Div", x, np.float32(255))
     normalization = trained.network.normalization
@@ -204,13 +208,13 @@ def to_onnx(trained: Trained, resize: bool = True) -> "onnx.ModelProto":
         x = graph.add("Sub", x, np.float32(normalization.mean) / np.float32(255))
         x = graph.add("Div", x, np.float32(normalization.scale) / np.float32(255))
     x = graph.add("Transpose", _reflect_pad_onnx(graph, trained.model, x), perm=(0, 3, 1, 2))  # ONNX convolves NCHW
-    x = unet_onnx.add_unet(graph, trained.model, _weights(trained), x)
+    x = onnx_networks.add_network(graph, trained.model, _weights(trained), x)
     logits = graph.add("Slice", graph.add("Transpose", x, perm=(0, 2, 3, 1)), np.array([0, 0]), size, np.array([1, 2]))
     activation = ("Softmax", dict(axis=-1)) if task == "multiclass" else ("Sigmoid", {})
     if resize:
         small = graph.add(activation[0], logits, **activation[1])
         own_size = graph.add("Shape", "image", start=1, end=3)
-        decisive = unet_onnx.resize_bilinear(graph, small, own_size, output="probability")
+        decisive = onnx_graph.resize_bilinear(graph, small, own_size, output="probability")
     else:
         graph.add(activation[0], logits, **activation[1], output="probability")
         decisive = logits  # probabilities close to 1 can be equal where logits are not
@@ -236,7 +240,7 @@ def to_onnx(trained: Trained, resize: bool = True) -> "onnx.ModelProto":
     return proto
 
 
-def _reflect_pad_onnx(graph, model: UNet, x: str) -> str:
+def _reflect_pad_onnx(graph, model: nn.Module, x: str) -> str:
     """`reflect_pad` as ONNX nodes."""
     zero, one, two = np.arange(3)
     for axis, numbers in enumerate(geometry(model), 1):
