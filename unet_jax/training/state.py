@@ -54,7 +54,8 @@ def create(
       ema_statistics: whether to keep an EMA of the averages of batch normalisation.
     """
     init = make_init(seed, model, image_shape, optimizer, ema, ema_statistics)
-    return jax.jit(init, out_shardings=shardings(jax.eval_shape(init), mesh, shard_optimizer))()
+    where = shardings(jax.eval_shape(init), mesh, shard_optimizer)
+    return jax.jit(init, out_shardings=where, compiler_options=sharding.run_once_options(mesh))()
 
 
 def make_init(
