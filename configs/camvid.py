@@ -24,7 +24,4 @@ def get_config():
     config.data.labels = (*(f"{index} {name}" for index, name in enumerate(NAMES)), "11 -> ignore")
     config.data.channels = 3
     config.data.size = (192, 256)
-
-    config.optimizer.learning_rate = 2e-3
-    config.train.batch_size = 2
     return config

@@ -20,6 +20,4 @@ def get_config():
     config.data.labels = ("0 background", "1 car")
     config.data.channels = 3
     config.data.size = (192, 288)
-
-    config.train.batch_size = 4
     return config

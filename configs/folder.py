@@ -16,7 +16,9 @@ def get_config():
     config.data.root = "data/folder"
     config.data.size = (256, 256)
 
-    config.model.features = (16, 32, 64, 128, 256)
+    config.model.name = "encoder_unet"  # starts from ImageNet weights
+    config.model.features = (32, 48, 64, 128)
+    config.model.upsample = "nearest"
 
     config.augment.flip_horizontal = True
     config.augment.rotate = 15.0
@@ -29,8 +31,13 @@ def get_config():
     config.loss.cross_entropy = 0.5
     config.loss.dice = 0.5
 
+    config.optimizer.name = "adamw"
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.decayed = "kernels"
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.clip_norm = 1.0
+    config.optimizer.ema = 0.99
+    config.optimizer.ema_statistics = True
     config.train.batch_size = 8
     config.train.epochs = 100.0
     config.train.eval_every_epochs = 5.0

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.py"
 # Imported by the process that commands are forked from, because commands import them.
-PRELOADED = ("clu.metric_writers", "clu.parameter_overview", "matplotlib.pyplot", "tensorflow")
+PRELOADED = ("clu.metric_writers", "matplotlib.pyplot", "tensorflow")
 PRELOADED += ("unet_jax.data.shapes", "unet_jax.training.loop")
 _context = multiprocessing.get_context("forkserver")
 

@@ -1,5 +1,6 @@
 """Training logs: console, `metrics.jsonl` and TensorBoard."""
 
+import collections
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -128,6 +129,14 @@ def tile_summary(use: str, size: Sequence[int], input_size: Sequence[int]) -> st
     shown = f"{use} predicts {size[0]}x{size[1]}"
     same = tuple(size) == tuple(input_size)
     return shown if same else f"{shown} from {input_size[0]}x{input_size[1]}, mirrored where needed"
+
+
+def network_summary(params: Mapping) -> str:
+    """The number of parameters, in all and of each part: layers of one name, as `down_0` and `down_1`, are one part."""
+    parts: collections.Counter[str] = collections.Counter()
+    for name, tree in params.items():
+        parts[name.rstrip("0123456789").rstrip("_")] += sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return f"{parts.total():,} parameters: " + ", ".join(f"{name} {count:,}" for name, count in parts.items())
 
 
 def mesh_summary(mesh: jax.sharding.Mesh) -> str:

@@ -219,8 +219,6 @@ def _finish_again(path: epath.Path, config: "ConfigDict", classes: data.Classes,
 
 
 def _print_summary(config, built, steps, images, state) -> None:
-    from clu import parameter_overview
-
     classes, (height, width) = built.network.classes, config.data.size
     cached = "cached" if images["train"].cached else "read again each epoch"
     training = log.tile_summary("training", built.crop, built.input_size)
@@ -230,7 +228,7 @@ def _print_summary(config, built, steps, images, state) -> None:
         of_class = zip(classes.names, built.loss.class_weights, strict=True)
         weights = f"weights  of the classes: {shorten([f'{name} {weight:.3g}' for name, weight in of_class])}\n"
     processes.print_on_main(
-        f"{parameter_overview.get_parameter_overview(state.params, include_stats=False)}\n"
+        f"network  {log.network_summary(state.params)}\n"
         f"data     {len(images['train'].source)} training and {len(images['validation'].source)} validation images of "
         f"{height}x{width}, {len(classes.names)} classes ({classes.task}), {cached}\n{weights}"
         f"tiles    {training}; {validation}\n"
