@@ -24,4 +24,7 @@ def get_config():
     config.data.labels = (*(f"{index} {name}" for index, name in enumerate(NAMES)), "11 -> ignore")
     config.data.channels = 3
     config.data.size = (192, 256)
+
+    config.loss.class_weights = ("sqrt",)
+    config.train.epochs = 60.0
     return config

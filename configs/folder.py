@@ -17,7 +17,7 @@ def get_config():
     config.data.size = (256, 256)
 
     config.model.name = "encoder_unet"  # starts from ImageNet weights
-    config.model.features = (32, 48, 64, 128)
+    config.model.features = (64, 96, 192)  # of the decoder: the head is at stride 4
     config.model.upsample = "nearest"
 
     config.augment.flip_horizontal = True

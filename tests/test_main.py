@@ -83,7 +83,15 @@ def test_train_and_evaluate_from_the_command_line(tmp_path):
     config = f"--config={ROOT / 'configs' / 'shapes.py'}"
     result = run_main(config, *settings, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for expected in ("step 4/4", "images/s", "waiting for data", "left 0:00", "memory", " parameters: down ", "Finished: 4 steps"):
+    for expected in (
+        "step 4/4",
+        "images/s",
+        "waiting for data",
+        "left 0:00",
+        "memory",
+        " parameters: down ",
+        "Finished: 4 steps",
+    ):
         assert expected in result.stdout
     assert (tmp_path / "runs" / "shapes" / "config.json").exists()
     again = run_main(config, *settings, cwd=tmp_path)

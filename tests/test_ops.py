@@ -59,6 +59,16 @@ def _check_convolution(padding, shape, features, winograd):
     assert ("dot_general" in str(jax.make_jaxpr(ours)(x, kernel))) == winograd
 
 
+def test_1x1_convolution_for_one_cpu_and_its_gradients_equal_the_plain_one():
+    x, kernel, weights = _normal(2, 5, 4, 3), _normal(1, 1, 3, 6, seed=1), _normal(2, 5, 4, 6, seed=2)
+    plain = lambda x, kernel: jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    for a, b in zip(*(jax.vjp(f, x, kernel)[1](weights) for f in (ops.conv_1x1_on_cpu, plain)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)  # sums of at most 40 products of size one
+    np.testing.assert_allclose(ops.conv_1x1_on_cpu(x, kernel), plain(x, kernel), atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_transposed_convolution_and_its_gradients_equal_those_of_flax(size):
     x, kernel = _normal(2, 5, 4, 3), _normal(size, size, 3, 6, seed=1)

@@ -35,7 +35,7 @@ from measure import WORKS, Row, Settings, Work  # noqa: E402
 from unet_jax.errors import UserError, check_choice  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
-ON_CPU = ("carla-8", "carla-32")  # works small enough for a CPU
+ON_CPU = ("carla-8", "carla-32", "lite0-8")  # works small enough for a CPU
 _TIMES = "work, dtype, contender, ms, quartiles, images/s"
 _STEP = f"{_TIMES}, speed, memory, compiled in, GFLOP, of peak"
 _SCALING = "direction, factor, image, batch, ms, quartiles, images/s, cost, operations, memory"

@@ -33,7 +33,7 @@ class Work(NamedTuple):
     """A network and a batch of images."""
 
     name: str
-    model: Mapping[str, Any]  # settings of the network, as in `config.model`
+    model: Mapping[str, Any]  # settings of `UNet`, or of `EncoderUNet` if there is an `encoder_name`
     channels: int
     classes: int
     size: tuple[int, int]  # height and width of images and labels
@@ -45,12 +45,14 @@ _CARLA = {"features": (32, 64, 128, 256, 512), "upsample": "transposed_3x3", "ex
 _CARLA |= {"dropout": 0.3, "dropout_on_skip": True}
 _UNET = {"features": (64, 128, 256, 512, 1024)}
 _PAPER = {**_UNET, "padding": "valid", "dropout": 0.5}
+_LITE0 = {"encoder_name": "efficientnet_lite0", "features": (32, 48, 64, 128)}
 WORKS = {
     work.name: work
     for work in (
         *(Work(f"carla-{n}", _CARLA, 3, 23, (96, 128), n) for n in (8, 32)),
         *(Work(f"unet-{n}", _UNET, 1, 2, (n, n), 4) for n in (256, 512)),
         *(Work(f"paper-{n}", _PAPER, 1, 2, (388, 388), n, margin=92) for n in (1, 8, 16)),
+        Work("lite0-8", _LITE0, 3, 11, (192, 256), 8),
     )
 }
 

@@ -14,7 +14,7 @@ from measure import Task, Work, draw_batch
 
 from unet_jax import data, losses
 from unet_jax.inference import forward
-from unet_jax.models import unet
+from unet_jax.models import encoder_unet, unet
 from unet_jax.parallel import sharding
 from unet_jax.training import augment, program, state, step
 
@@ -28,7 +28,8 @@ def make_networks(work: Work, dtype: str, mesh: jax.sharding.Mesh) -> list[forwa
     classes = data.Classes("multiclass", *[(str(i),) * work.classes for i in "ab"], channels=work.channels)
     networks = []
     for conv_impl in ("cpu" if sharding.is_one_cpu(mesh) else "plain", "plain"):
-        model = unet.UNet(work.classes, conv_impl=conv_impl, dtype=dtype, **work.model)
+        make = encoder_unet.EncoderUNet if "encoder_name" in work.model else unet.UNet
+        model = make(work.classes, conv_impl=conv_impl, dtype=dtype, **work.model)
         assert np.all(np.array(model.margins(work.size)) == work.margin), model.margins(work.size)
         networks.append(forward.Network(model, classes, mesh))
     return networks
@@ -114,7 +115,7 @@ def _predict(task: Task, mesh: jax.sharding.Mesh) -> Prepared:
     variables = sharding.jit_replicated(mesh, networks[0].model.init)(jax.random.key(0), jnp.zeros(shape))
     options = {"out_shardings": sharding.by_example(mesh), "compiler_options": sharding.compiler_options(mesh)}
     functions = (jax.jit(network.probability, **options) for network in networks)
-    compiled, facts = _compile(variables, *functions, variables, image)
+    compiled, facts = _compile(variables["params"], *functions, variables, image)
     return _repeat(compiled, variables, image), facts
 
 

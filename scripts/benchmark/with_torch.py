@@ -12,6 +12,7 @@ import torch
 from measure import Task, Work, draw_batch
 from torch import nn
 from torch.nn import functional as F
+from torch_encoder_unet import EncoderUNet
 
 DEVICES = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "rocm": "cuda"}  # platform of JAX -> device of PyTorch
 Run = Callable[[int], dict[str, float] | None]  # takes n steps and waits for their end
@@ -64,7 +65,13 @@ def _block(inputs: int, outputs: int, border: int, depth: int = 2) -> nn.Sequent
     return nn.Sequential(*layers)
 
 
-def make_run(suite: str, model: UNet, work: Work, dtype: str, compiled: bool = False) -> Run:
+def make_network(work: Work) -> UNet | EncoderUNet:
+    """The network of a work in training mode, channels-last, on the CPU."""
+    make = EncoderUNet if "encoder_name" in work.model else UNet
+    return make(work).to(memory_format=torch.channels_last)
+
+
+def make_run(suite: str, model: nn.Module, work: Work, dtype: str, compiled: bool = False) -> Run:
     """A function that takes n steps of softmax cross-entropy and Adam and returns the last `loss`, or that predicts.
 
     The `model` is in training mode, channels-last, on the device to use. bfloat16 is `torch.autocast`: weights, loss,
@@ -126,7 +133,7 @@ def build(task: Task) -> tuple[Run, dict[str, Any]]:
     if task.suite == "matmul":
         a, b = (torch.randn(work.size, dtype=getattr(torch, task.dtype), device=device) for _ in range(2))
         return _repeat(torch.matmul, a, b), {"gflop": 2 * work.size[0] ** 3 / 1e9}
-    model = UNet(work).to(device, memory_format=torch.channels_last)
+    model = make_network(work).to(device)
     compiled = task.contender == "PyTorch compiled"
     run = make_run(task.suite, model, work, task.dtype, compiled)
     facts = {"parameters": sum(weight.numel() for weight in model.parameters())}

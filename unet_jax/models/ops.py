@@ -98,7 +98,7 @@ def _winograd(x, transformed, border, contracted):
         tiles = _both(_transform_input, [[member(i, j) for j in range(4)] for i in range(4)])
         multiply = lambda tile, kernel: lax.dot_general(tile, kernel, (((3,), (contracted,)), ((), ())))
         y = _both(_transform_output, [list(map(multiply, *pair)) for pair in zip(tiles, transformed, strict=True)])
-        return _depth_to_space(jnp.stack([member for row in y for member in row], axis=3))
+        return depth_to_space(jnp.stack([member for row in y for member in row], axis=3))
 
     if blocks == 1:
         return convolve(x)
@@ -131,6 +131,24 @@ def _both(transform, grid):
 
 
 @jax.custom_vjp
+def conv_1x1_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x` `[B, H, W, C]`, `kernel` `[1, 1, C, F]` -> `[B, H, W, F]`, in the form that is fast on one CPU.
+
+    For the kernel's gradient, XLA's convolution takes up to five times as long and the product that JAX derives nine.
+    """
+    return x @ kernel[0, 0]
+
+
+def _conv_1x1_backward(residuals, gradient):
+    x, kernel = residuals
+    rows, row_gradients = (array.reshape(-1, array.shape[-1]) for array in (x, gradient))
+    return gradient @ kernel[0, 0].T, lax.dot_general(rows, row_gradients, (((0,), (0,)), ((), ())))[None, None]
+
+
+conv_1x1_on_cpu.defvjp(lambda x, kernel: (conv_1x1_on_cpu(x, kernel), (x, kernel)), _conv_1x1_backward)
+
+
+@jax.custom_vjp
 def max_pool_2x2(x: jax.Array) -> jax.Array:
     """2x2 max-pool of stride 2: `[B, H, W, C]` with even H and W -> `[B, H/2, W/2, C]`.
 
@@ -158,7 +176,7 @@ def _max_pool_backward(residuals, gradient):
         first = free & (member == y)
         parts.append(jnp.where(first, gradient, 0))
         free &= ~first
-    return (_depth_to_space(jnp.stack(parts, axis=3)),)
+    return (depth_to_space(jnp.stack(parts, axis=3)),)
 
 
 max_pool_2x2.defvjp(_max_pool_forward, _max_pool_backward)
@@ -179,7 +197,7 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
     return x
 
 
-def _depth_to_space(phases: jax.Array) -> jax.Array:
+def depth_to_space(phases: jax.Array) -> jax.Array:
     """`[B, H, W, 4, C]`, the four members of each 2x2 window in row-major order -> `[B, 2H, 2W, C]`."""
     b, h, w, _, c = phases.shape
     return phases.reshape(b, h, w, 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c)
@@ -196,7 +214,7 @@ def conv_transpose_2x(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if kernel.shape[0] == 2:  # row 2i+a takes x[i] by kernel row 1-a
         b, h, w, channels = x.shape
         taps = jnp.flip(kernel, (0, 1)).transpose(2, 0, 1, 3)  # one product for all phases
-        return _depth_to_space((x @ taps.reshape(channels, -1)).reshape(b, h, w, 4, -1))
+        return depth_to_space((x @ taps.reshape(channels, -1)).reshape(b, h, w, 4, -1))
     if kernel.shape[0] != 3:
         raise ValueError(f"kernel size {kernel.shape[0]}: only 2 and 3 are supported")
     # Row 2i takes x[i-1] by kernel row 0 and x[i] by row 2; row 2i+1 takes x[i] by row 1.
@@ -212,7 +230,7 @@ def conv_transpose_2x(x: jax.Array, kernel: jax.Array) -> jax.Array:
         for a in (0, 1)
         for b in (0, 1)
     ]
-    return _depth_to_space(jnp.stack(phases, axis=3))
+    return depth_to_space(jnp.stack(phases, axis=3))
 
 
 def repeat_2x(x: jax.Array) -> jax.Array:
@@ -246,99 +264,3 @@ def dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
     """
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), 0)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Convolution of each channel by a kernel of its own, padded as TensorFlow's SAME: one pixel less at the top and
-    left if an even side is halved.
-
-    On CPUs it is a sum of shifted products: 20 to 200 times faster there than the plain form, and its gradients 60
-    to 400 times. `lax.platform_dependent` chooses, so that an exported program is fast on every device.
-
-    Args:
-      x: `[B, H, W, C]`.
-      kernel: `[k, k, 1, C]`, k odd.
-      stride: 1 or 2.
-
-    Returns:
-      `[B, ceil(H / stride), ceil(W / stride), C]`.
-    """
-    ours, plain = (partial(f, stride=stride) for f in (_depthwise_products, _depthwise_plain))
-    return lax.platform_dependent(x, kernel, cpu=ours, default=plain)
-
-
-def _depthwise_forward(x, kernel, stride):
-    return depthwise_conv(x, kernel, stride), (x, kernel)
-
-
-def _depthwise_backward(stride, residuals, gradient):
-    ours, plain = (partial(f, stride=stride) for f in (_depthwise_gradients, _depthwise_plain_gradients))
-    return lax.platform_dependent(*residuals, gradient, cpu=ours, default=plain)
-
-
-depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
-
-
-def _depthwise_plain(x, kernel, stride):
-    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": x.shape[-1]}
-    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", **options)
-
-
-def _depthwise_plain_gradients(x, kernel, gradient, stride):
-    (x_gradient,) = jax.linear_transpose(lambda x: _depthwise_plain(x, kernel, stride), x)(gradient)
-    (kernel_gradient,) = jax.linear_transpose(lambda kernel: _depthwise_plain(x, kernel, stride), kernel)(gradient)
-    return x_gradient, kernel_gradient
-
-
-def _same(x, kernel, stride):
-    """Rows above and below, and columns left and right, that TensorFlow's SAME pads."""
-    border = kernel.shape[0] // 2
-    return [(border - (stride - 1) * (1 - length % 2), border) for length in x.shape[1:3]]
-
-
-def _taps(x, kernel, stride):
-    """What each value of a depthwise kernel is multiplied by, in row-major order, each as large as the output."""
-    x = jnp.pad(x, ((0, 0), *_same(x, kernel, stride), (0, 0)))
-    k = kernel.shape[0]
-    part = lambda x, i, axis: lax.slice_in_dim(x, i, x.shape[axis] - k + 1 + i, stride, axis)
-    return [part(part(x, i, 1), j, 2).astype(jnp.float32) for i in range(k) for j in range(k)]
-
-
-def _depthwise_products(x, kernel, stride):
-    values = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
-    return sum(tap * value for tap, value in zip(_taps(x, kernel, stride), values, strict=True)).astype(x.dtype)
-
-
-def _depthwise_gradients(x, kernel, gradient, stride):
-    x_gradient = _depthwise_x_gradient(x, kernel, gradient, stride)
-    products = [tap * gradient.astype(jnp.float32) for tap in _taps(x, kernel, stride)]
-    # One reduction that adds all taps up at once reads the images once; a sum for each is five times slower.
-    add = lambda sums, terms: [a + b for a, b in zip(sums, terms, strict=True)]
-    sums = lax.reduce(products, [jnp.float32(0)] * len(products), add, (1, 2))
-    return x_gradient, jnp.stack(sums).sum(1).reshape(kernel.shape).astype(kernel.dtype)
-
-
-def _depthwise_x_gradient(x, kernel, gradient, stride):
-    """Each of the stride**2 phases of `x` meets the taps of the kernel of one parity."""
-    k, kernel = kernel.shape[0], kernel.astype(jnp.float32)
-    height, width = gradient.shape[1:3]
-    above, left = (before for before, _ in _same(x, kernel, stride))
-    border = k // 2
-    padded = jnp.pad(gradient, ((0, 0), (border, border), (border, border), (0, 0)))
-
-    def taps(phase, before):  # of one axis: the indices into the kernel, and where the gradient begins
-        return [(i, border + (phase + before - i) // stride) for i in range(k) if (phase + before - i) % stride == 0]
-
-    phases = [
-        sum(
-            padded[:, top : top + height, start : start + width].astype(jnp.float32) * kernel[i, j, 0]
-            for i, top in taps(a, above)
-            for j, start in taps(b, left)
-        ).astype(x.dtype)
-        for a in range(stride)
-        for b in range(stride)
-    ]
-    if stride == 1:
-        return phases[0]
-    return _depth_to_space(jnp.stack(phases, axis=3))[:, : x.shape[1], : x.shape[2]]

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from unet_jax.errors import UserError, check_choice
 from unet_jax.models import ops
+from unet_jax.models.batch_norm import BatchNorm
 
 UPSAMPLE = ("transposed_2x2", "transposed_3x3", "nearest", "bilinear")
 _he = partial(nn.initializers.variance_scaling, mode="fan_in", distribution="normal")
@@ -199,8 +200,9 @@ class ConvBlock(nn.Module):
         for _ in range(self.depth):
             x = self.conv(self.features, (3, 3), use_bias=self.norm == "none")(x)  # a norm brings its own bias
             if self.norm == "batch":
-                x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype)(x)
-            elif self.norm == "group":
+                x = BatchNorm(not train, activation=nn.relu, dtype=self.dtype)(x)
+                continue
+            if self.norm == "group":
                 x = nn.GroupNorm(num_groups=gcd(8, self.features), dtype=self.dtype)(x)
             x = nn.relu(x)
         return x

@@ -9,6 +9,8 @@ from flax import linen as nn
 from jax import lax
 
 from unet_jax.models import ops
+from unet_jax.models.batch_norm import BatchNorm
+from unet_jax.models.depthwise import depthwise_conv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +42,8 @@ class ConvNorm(nn.Module):
         )(x)
         if self.settings.frozen:
             x = FrozenNorm(self.epsilon, self.settings.dtype, name="norm")(x)
-        else:  # with the usual momentum of such networks, 0.99, averages would follow a short run too slowly
-            norm = nn.BatchNorm(not train, momentum=0.9, epsilon=self.epsilon, dtype=self.settings.dtype, name="norm")
-            x = norm(x)
-        return x if self.activation is None else self.activation(x)
+            return x if self.activation is None else self.activation(x)
+        return BatchNorm(not train, self.epsilon, self.activation, self.settings.dtype, name="norm")(x)
 
 
 class Conv(nn.Module):
@@ -62,9 +62,11 @@ class Conv(nn.Module):
         kernel = self.param("kernel", nn.initializers.he_normal(), (k, k, inputs, self.features))
         kernel = kernel.astype(self.settings.dtype)
         if self.depthwise:
-            return ops.depthwise_conv(x, kernel, self.stride)
+            return depthwise_conv(x, kernel, self.stride)
         if self.settings.conv_impl == "cpu" and k == 3 and self.stride == 1 and self.padding in ("SAME", 1):
             return ops.conv_3x3_on_cpu(x, kernel, "SAME")
+        if self.settings.conv_impl == "cpu" and k == 1:
+            return ops.conv_1x1_on_cpu(x[:, :: self.stride, :: self.stride], kernel)
         padding = self.padding if isinstance(self.padding, str) else [(self.padding, self.padding)] * 2
         return lax.conv_general_dilated(
             x, kernel, [self.stride] * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
