@@ -2,7 +2,7 @@
 
 python -m unet_jax.main --config=configs/camvid.py --config.data.root=FOLDER/CamVid
 
-Mean IoU 0.401 on 8 validation frames (34 frames to train on, not the whole data set), after 14 minutes on 2 CPU cores.
+Mean IoU 0.600 on 8 validation frames (34 frames to train on, not the whole data set), after 3 minutes on 2 CPU cores.
 
 The folder holds train/, trainannot/, val/, valannot/ (and test/, testannot/) and the lists train.txt, val.txt and
 test.txt. Label 11, void, is ignored.
