@@ -117,7 +117,8 @@ def test_overlapping_masks_are_written_one_file_each(config, tmp_path):
 def test_a_binary_network_on_a_folder_of_16_bit_images(tmp_path, capsys):
     config = folder.get_config()
     config.data.root, config.data.size, config.data.variant = str(tmp_path / "data"), (32, 32), "binary"
-    config.model.features, config.train.batch_size, config.train.epochs = (4, 8), 8, 2.0
+    config.model.name, config.model.features = "unet", (4, 8)
+    config.train.batch_size, config.train.epochs = 8, 2.0
     (tmp_path / "data/images").mkdir(parents=True)
     for k in range(10):
         mask = np.zeros((40, 40), np.uint8)
