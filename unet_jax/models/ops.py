@@ -5,8 +5,7 @@ training step on a CPU, and not deterministic on a GPU), and a strided transpose
 `tests/test_ops.py` holds each function against the plain one, gradients included.
 """
 
-import functools
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -193,7 +192,7 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
         width[axis] = (1, 1)
         padded = jnp.pad(x, width, constant_values=-jnp.inf)
         shifted = (lax.slice_in_dim(padded, i, i + length, 2, axis) for i in range(3))
-        x = functools.reduce(jnp.maximum, shifted)
+        x = reduce(jnp.maximum, shifted)
     return x
 
 
