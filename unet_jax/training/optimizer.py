@@ -110,12 +110,17 @@ def check_names(settings: Mapping, names: Collection[str]) -> None:
             "config.model.name='encoder_unet': set it to 1"
         )
     frozen = tuple(settings["frozen"])
-    blocks = sorted({name.split("/")[0] for name in names})
-    for prefix in frozen:
-        if not prefix or not any(name.startswith(prefix) for name in names):
-            raise UserError(
-                f"config.optimizer.frozen: {prefix!r} is a prefix of no weight. The blocks are {', '.join(blocks)}."
-                + did_you_mean(prefix, blocks)
-            )
+    check_prefixes("config.optimizer.frozen", frozen, names)
     if all(name.startswith(frozen) for name in names):
         raise UserError(f"config.optimizer.frozen = {frozen} leaves nothing to train")
+
+
+def check_prefixes(field: str, prefixes: Sequence[str], names: Collection[str]) -> None:
+    """Raises a `UserError` that lists the blocks if one of the `prefixes` in a `field` begins none of the `names`."""
+    blocks = sorted({name.split("/")[0] for name in names})
+    for prefix in prefixes:
+        if not prefix or not any(name.startswith(prefix) for name in names):
+            raise UserError(
+                f"{field}: {prefix!r} is a prefix of no weight. The blocks are {', '.join(blocks)}."
+                + did_you_mean(prefix, blocks)
+            )

@@ -1,6 +1,5 @@
 """What a new run starts from: weights of another run, published weights of its encoder, or random ones."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -8,10 +7,10 @@ import numpy as np
 from etils import epath
 
 from unet_jax import data, models
-from unet_jax.errors import UserError, did_you_mean
+from unet_jax.errors import UserError
 from unet_jax.inference import forward, trained
 from unet_jax.parallel import sharding
-from unet_jax.training import state
+from unet_jax.training import optimizer, state
 from unet_jax.weights import encoder_weights
 from unet_jax.workdir import checkpoints, files
 
@@ -43,7 +42,7 @@ def load_pretrained(config: "ConfigDict", network: forward.Network) -> Pretraine
     if parts and not config.init_from:
         raise UserError(f"config.init_parts = {parts} needs config.init_from, the work directory to take them from")
     loaded = _load_run(config.init_from, parts, network) if config.init_from else NOTHING
-    has_encoder = first_conv.startswith("encoder/")
+    has_encoder = first_conv.startswith(optimizer.ENCODER)
     if not has_encoder or not config.model.pretrained or f"params/{first_conv}" in loaded.arrays:
         return loaded
     encoder = encoder_weights.load(config.model.encoder, config.model.pretrained, network.classes.channels)
@@ -79,7 +78,8 @@ def _load_run(path: epath.PathLike, parts: tuple[str, ...], network: forward.Net
             del differing[first_conv]
             arrays[first_conv] = adapted
     if parts:
-        _check_parts(parts, arrays.keys() | differing.keys())
+        below = {name.partition("/")[2] for name in arrays.keys() | differing.keys()}
+        optimizer.check_prefixes("config.init_parts", parts, below)
         is_part = lambda name: name.partition("/")[2].startswith(parts)
         arrays, differing = ({n: x for n, x in found.items() if is_part(n)} for found in (arrays, differing))
         summary += f": {', '.join(parts)}"
@@ -100,18 +100,6 @@ def _load_run(path: epath.PathLike, parts: tuple[str, ...], network: forward.Net
     normalization = forward.Normalization.from_json(values.get("normalization"))
     adapt = lambda numbers: encoder_weights.adapt_numbers(numbers, classes.channels)
     return Pretrained(arrays, forward.Normalization(adapt(normalization.mean), adapt(normalization.scale)), summary)
-
-
-def _check_parts(parts: Sequence[str], names) -> None:
-    """Raises a `UserError` if one of `config.init_parts` is a prefix of no variable of either network."""
-    below = {name.partition("/")[2] for name in names}
-    blocks = sorted({name.split("/")[0] for name in below})
-    for part in parts:
-        if not part or not any(name.startswith(part) for name in below):
-            raise UserError(
-                f"config.init_parts: {part!r} is a prefix of no weight. The blocks are {', '.join(blocks)}."
-                + did_you_mean(part, blocks)
-            )
 
 
 def _flatten(variables: Any) -> dict[str, np.ndarray]:
