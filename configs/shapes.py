@@ -2,7 +2,7 @@
 
 scripts/train.sh          or: python -m unet_jax.main --config=configs/shapes.py
 
-Mean IoU 0.922 on 100 validation images and 0.909 on 100 test images, after 6 minutes on 2 CPU cores.
+Mean IoU 0.921 on 100 validation images and 0.910 on 100 test images, after 4 minutes on 2 CPU cores.
 """
 
 from configs import default
