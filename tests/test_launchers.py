@@ -183,7 +183,7 @@ def test_what_happens_in_a_terminal_lets_all_processes_save(project, launcher, e
     script, *count = launcher
     processes = int(*count or [1])
     terminal = Terminal(project / "scripts" / script, *count, f"--do={','.join(['save'] * processes)}")
-    terminal.wait_for(lambda: terminal.output.count("ready") == processes)
+    terminal.wait_for(lambda: terminal.output.count("ready\r\n") == processes)  # the whole line is out
     terminal.do(event)
     assert terminal.wait() == EVENTS[event], terminal.output
     for index in range(processes):

@@ -69,6 +69,20 @@ def test_1x1_convolution_for_one_cpu_and_its_gradients_equal_the_plain_one():
     np.testing.assert_allclose(ops.conv_1x1_on_cpu(x, kernel), plain(x, kernel), atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 4, 3), (1, 1, 1, 3)])
+def test_convolution_of_doubled_features_and_its_gradients_equal_those_of_copied_pixels(shape):
+    x, kernel = _normal(*shape), _normal(3, 3, 3, 6, seed=1)
+    plain = lambda x, kernel: jax.lax.conv_general_dilated(
+        ops.repeat_2x(x), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    expected = plain(x, kernel)
+    # Sums of at most 27 products of size one, kernels added first, and of at most 160 in the gradients.
+    np.testing.assert_allclose(ops.doubled_conv_3x3_on_cpu(x, kernel), expected, atol=1e-5)
+    weights = _normal(*expected.shape, seed=2)
+    for a, b in zip(*(jax.vjp(f, x, kernel)[1](weights) for f in (ops.doubled_conv_3x3_on_cpu, plain)), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_transposed_convolution_and_its_gradients_equal_those_of_flax(size):
     x, kernel = _normal(2, 5, 4, 3), _normal(size, size, 3, 6, seed=1)

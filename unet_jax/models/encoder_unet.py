@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from unet_jax.errors import UserError, check_choice
 from unet_jax.models import encoders, ops
+from unet_jax.models.conv import Conv
 from unet_jax.models.unet import UPSAMPLE, ConvBlock, TransposedConv
 
 LEVELS = 5  # of the encoder; level n has the stride 2**n
@@ -36,13 +37,7 @@ class EncoderUNet(nn.Module):
     dtype: str = "float32"  # of the computation; parameters, normalisation statistics and logits stay float32
 
     def setup(self):
-        conv = partial(
-            nn.Conv,
-            padding="SAME",
-            kernel_init=nn.initializers.he_normal(),
-            conv_general_dilated=ops.conv_on_cpu if self.conv_impl == "cpu" else None,
-            dtype=self.dtype,
-        )
+        conv = partial(Conv, conv_impl=self.conv_impl, dtype=self.dtype)
         glorot = nn.initializers.glorot_uniform()
         remat_block = nn.remat(ConvBlock, static_argnums=2)
         blocks = [remat_block if self.head_level + n in self.remat else ConvBlock for n in range(len(self.features))]
@@ -54,9 +49,10 @@ class EncoderUNet(nn.Module):
         )
         if self.upsample.startswith("transposed"):
             self.up = [TransposedConv(n, int(self.upsample[-1]), glorot, self.dtype) for n in self.features]
-        else:
-            self.up = [ops.repeat_2x if self.upsample == "nearest" else ops.resize_2x] * len(self.features)
-        self.merge = [make(n, 2, conv, self.norm, self.dtype) for make, n in zip(blocks, self.features, strict=True)]
+        doubled = self.upsample == "nearest"
+        self.merge = [
+            make(n, 2, conv, self.norm, self.dtype, doubled) for make, n in zip(blocks, self.features, strict=True)
+        ]
         self.head = nn.Conv(self.num_outputs, (1, 1), kernel_init=glorot, dtype=self.dtype)
 
     def __call__(self, image: jax.Array, keys: jax.Array | None = None) -> jax.Array:
@@ -73,10 +69,13 @@ class EncoderUNet(nn.Module):
 
     def decode(self, x: jax.Array, skips: Sequence[jax.Array], train: bool) -> jax.Array:
         """From the features at stride 32, and the skips at strides 2 to 16, to the logits."""
-        for n, (up, merge) in reversed(list(enumerate(zip(self.up, self.merge, strict=True)))):
-            x = up(x, train) if isinstance(up, nn.Module) else up(x)
+        for n, merge in reversed(list(enumerate(self.merge))):
+            if self.upsample.startswith("transposed"):
+                x = self.up[n](x)
+            elif self.upsample == "bilinear":
+                x = ops.resize_2x(x)
             level = self.head_level + n
-            x = merge(jnp.concatenate([x, skips[level - 1]], axis=-1) if level else x, train)
+            x = merge(x, train, skips[level - 1] if level else None)
         logits = self.head(x).astype(jnp.float32)
         for _ in range(self.head_level):
             logits = ops.resize_2x(logits)

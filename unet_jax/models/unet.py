@@ -16,6 +16,7 @@ from flax import linen as nn
 from unet_jax.errors import UserError, check_choice
 from unet_jax.models import ops
 from unet_jax.models.batch_norm import BatchNorm
+from unet_jax.models.conv import Conv
 
 UPSAMPLE = ("transposed_2x2", "transposed_3x3", "nearest", "bilinear")
 _he = partial(nn.initializers.variance_scaling, mode="fan_in", distribution="normal")
@@ -50,10 +51,10 @@ class UNet(nn.Module):
     def setup(self):
         conv_init, up_init, head_init = INIT[self.kernel_init]
         conv = partial(
-            nn.Conv,
+            Conv,
             padding=self.padding.upper(),
             kernel_init=conv_init,
-            conv_general_dilated=ops.conv_on_cpu if self.conv_impl == "cpu" else None,
+            conv_impl=self.conv_impl,
             dtype=self.dtype,
         )
         block = partial(ConvBlock, conv=conv, norm=self.norm, dtype=self.dtype)
@@ -67,7 +68,8 @@ class UNet(nn.Module):
             self.up = [TransposedConv(width, kernel_size, up_init, dtype=self.dtype) for width in upper]
         else:
             # Padded in a valid network too, as the paper's up-convolution keeps twice the size.
-            self.up = [block(width, 1, conv=partial(conv, padding="SAME")) for width in upper]
+            doubled = self.upsample == "nearest"
+            self.up = [block(width, 1, conv=partial(conv, padding="SAME"), doubled=doubled) for width in upper]
         self.extra = block(self.features[0], 1, norm="none") if self.extra_conv else None
         self.head = nn.Conv(self.num_outputs, (1, 1), kernel_init=head_init, dtype=self.dtype)
 
@@ -101,13 +103,10 @@ class UNet(nn.Module):
         """The expanding path: consumes every skip, from the last to the first."""
         skips = list(skips)
         for up, merge in zip(reversed(self.up), reversed(self.merge), strict=True):
-            if self.upsample == "nearest":
-                x = ops.repeat_2x(x)
-            elif self.upsample == "bilinear":
+            if self.upsample == "bilinear":
                 x = ops.resize_2x(x)
-            x = up(x, train)
-            skip = center_crop(skips.pop(), x.shape[1:3])
-            x = merge(jnp.concatenate([x, skip], axis=-1), train)
+            x = up(x) if self.upsample.startswith("transposed") else up(x, train)
+            x = merge(x, train, center_crop(skips.pop(), x.shape[1:3]))
         assert not skips, f"{len(skips)} skips were not consumed"
         if self.extra is not None:
             x = self.extra(x, train)
@@ -187,18 +186,21 @@ class UNet(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """`depth` times: 3x3 convolution, normalisation, ReLU."""
+    """`depth` times: 3x3 convolution, normalisation, ReLU; the first sees its input as `Conv` says."""
 
     features: int
     depth: int
     conv: partial
     norm: str
     dtype: str
+    doubled: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        for _ in range(self.depth):
-            x = self.conv(self.features, (3, 3), use_bias=self.norm == "none")(x)  # a norm brings its own bias
+    def __call__(self, x: jax.Array, train: bool, skip: jax.Array | None = None) -> jax.Array:
+        for i in range(self.depth):
+            use_bias = self.norm == "none"  # a norm brings its own
+            conv = self.conv(self.features, 3, use_bias=use_bias, doubled=self.doubled and i == 0)
+            x = conv(x, skip if i == 0 else None)
             if self.norm == "batch":
                 x = BatchNorm(not train, activation=nn.relu, dtype=self.dtype)(x)
                 continue
@@ -217,8 +219,7 @@ class TransposedConv(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        del train  # the resizing blocks need it
+    def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))

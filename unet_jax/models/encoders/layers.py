@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from unet_jax.models import ops
 from unet_jax.models.batch_norm import BatchNorm
-from unet_jax.models.depthwise import depthwise_conv
+from unet_jax.models.conv import Conv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,39 +37,19 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = Conv(
-            self.features, self.kernel_size, self.settings, self.padding, self.stride, self.depthwise, name="conv"
+            self.features,
+            self.kernel_size,
+            self.padding,
+            self.stride,
+            self.depthwise,
+            conv_impl=self.settings.conv_impl,
+            dtype=self.settings.dtype,
+            name="conv",
         )(x)
         if self.settings.frozen:
             x = FrozenNorm(self.epsilon, self.settings.dtype, name="norm")(x)
             return x if self.activation is None else self.activation(x)
         return BatchNorm(not train, self.epsilon, self.activation, self.settings.dtype, name="norm")(x)
-
-
-class Conv(nn.Module):
-    """The convolution of `ConvNorm`, in the form that suits its shape."""
-
-    features: int
-    kernel_size: int
-    settings: Settings
-    padding: str | int
-    stride: int
-    depthwise: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        k, inputs = self.kernel_size, 1 if self.depthwise else x.shape[-1]
-        kernel = self.param("kernel", nn.initializers.he_normal(), (k, k, inputs, self.features))
-        kernel = kernel.astype(self.settings.dtype)
-        if self.depthwise:
-            return depthwise_conv(x, kernel, self.stride)
-        if self.settings.conv_impl == "cpu" and k == 3 and self.stride == 1 and self.padding in ("SAME", 1):
-            return ops.conv_3x3_on_cpu(x, kernel, "SAME")
-        if self.settings.conv_impl == "cpu" and k == 1:
-            return ops.conv_1x1_on_cpu(x[:, :: self.stride, :: self.stride], kernel)
-        padding = self.padding if isinstance(self.padding, str) else [(self.padding, self.padding)] * 2
-        return lax.conv_general_dilated(
-            x, kernel, [self.stride] * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
 
 
 class FrozenNorm(nn.Module):
