@@ -70,9 +70,21 @@ def get_config() -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.cross_entropy = 1.0  # weight of the softmax or sigmoid cross-entropy
-    config.loss.dice = 0.0  # weight of the soft Dice loss
-    # Of the cross-entropy (not Dice): () is 1 for all | one per class | ("balanced",): inverse to the pixels that each
-    # class has in the training images | ("sqrt",): the square roots of those
+    config.loss.cross_entropy_smoothing = 0.0  # label smoothing: the share of the target spread over all classes
+    config.loss.focal = 0.0  # weight of the focal loss
+    config.loss.focal_gamma = 2.0  # 0 is cross-entropy; more attends to the hard pixels
+    config.loss.dice = 0.0  # weight of the soft Dice loss, of each image and class
+    config.loss.batch_dice = 0.0  # of the same over the pixels of the whole batch, for classes that few images have
+    config.loss.generalized_dice = 0.0  # generalised Dice: classes weigh by their area to the power of -2
+    config.loss.tversky = 0.0  # of the Tversky loss
+    config.loss.tversky_alpha = 0.3  # of false positives
+    config.loss.tversky_beta = 0.7  # of false negatives
+    config.loss.tversky_gamma = 1.0  # exponent; 0.75 is the focal Tversky loss of its authors
+    config.loss.lovasz = 0.0  # of the Lovasz softmax or hinge: a surrogate of IoU
+    config.loss.cldice = 0.0  # of the centreline Dice, binary or multilabel: whether thin structures are connected
+    config.loss.cldice_iterations = 10  # at least half the width of the thickest structure in pixels
+    # Of cross-entropy and focal loss (not of areas): () is 1 for all | one per class | ("balanced",): inverse to the
+    # pixels that each class has in the training images | ("sqrt",): the square roots of those
     config.loss.class_weights = ()
     config.loss.border_weight = 0.0  # w0 of the paper's weight map, which also balances the classes; 0 is off
     config.loss.border_sigma = 5.0  # pixels; how wide a gap between cells is still a border

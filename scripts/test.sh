@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/install.sh test
-# One process more than cores, as many tests wait for others; tests of one file share what they have trained.
+# One process more than cores, as many tests wait for others; tests of one file share what they have trained. Files are
+# started in the order of tests/conftest.py, not by their number of tests.
 workers=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
-exec .venv/bin/python -m pytest --numprocesses="$workers" --dist=loadfile "$@"
+exec .venv/bin/python -m pytest --numprocesses="$workers" --dist=loadfile --no-loadscope-reorder "$@"

@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs import default
 from unet_jax import data, losses
 from unet_jax.data import pipeline
 from unet_jax.errors import UserError
@@ -19,7 +20,7 @@ LOGITS = RNG.normal(size=(2, 4, 5, 3)).astype(np.float32)
 
 def _make(task, num_classes=3, class_weights=(), class_counts=None, **settings):
     """A loss of the terms in `settings` alone."""
-    weights = dict.fromkeys(losses.TERMS, 0.0)
+    weights = {**default.get_config().loss, **dict.fromkeys(losses.TERMS, 0.0)}
     return losses.make({**weights, "class_weights": class_weights, **settings}, task, num_classes, class_counts)
 
 
@@ -161,48 +162,48 @@ def test_pixel_weights_multiply_class_weights_and_the_mean_divides_once(task):
 # A new term: one function, its line in `losses.TERMS`, and its fields in `config.loss`.
 
 
-def focal(pixels, gamma):
-    """Focal loss, -(1 - p)^gamma log p of the probability p of the label (Lin et al. 2017, arXiv:1708.02002, eq. 4)."""
+def power(pixels, exponent):
+    """|1 - p|^exponent of the probability p of the label; with 2, the Brier score of two classes halved."""
     if pixels.softmax:
-        log_p = jnp.take_along_axis(jax.nn.log_softmax(pixels.logits), pixels.label[..., None], -1)[..., 0]
+        p = jnp.take_along_axis(jax.nn.softmax(pixels.logits), pixels.label[..., None], -1)[..., 0]
     else:
-        log_p = jax.nn.log_sigmoid(jnp.where(pixels.label > 0, pixels.logits, -pixels.logits))
-    loss = -((1 - jnp.exp(log_p)) ** gamma) * log_p
+        p = jax.nn.sigmoid(jnp.where(pixels.label > 0, pixels.logits, -pixels.logits))
+    loss = (1 - p) ** exponent
     axes = tuple(range(1, loss.ndim))
     return (loss * pixels.weight).sum(axes), pixels.weight.sum(axes)
 
 
 @pytest.fixture
-def with_focal(monkeypatch):
-    monkeypatch.setitem(losses.TERMS, "focal", losses.Term(focal, parameters={"gamma": (0.0, 5.0)}))
+def with_power(monkeypatch):
+    monkeypatch.setitem(losses.TERMS, "power", losses.Term(power, parameters={"exponent": (0.5, 5.0)}))
 
 
-@pytest.mark.usefixtures("with_focal")
+@pytest.mark.usefixtures("with_power")
 @pytest.mark.parametrize("task", ["multiclass", "binary", "multilabel"])
 def test_a_new_term_needs_only_its_function_and_its_fields(task):
     logits, label, mask, probability = _shapes(task)
-    loss = _make(task, cross_entropy=0.5, focal=2.0, focal_gamma=3.0)
+    loss = _make(task, cross_entropy=0.5, power=2.0, power_exponent=3.0)
     cross_entropy = -np.log(probability)[mask].mean()
-    expected = 0.5 * cross_entropy + 2 * (-((1 - probability) ** 3) * np.log(probability))[mask].mean()
+    expected = 0.5 * cross_entropy + 2 * ((1 - probability) ** 3)[mask].mean()
     assert _value(loss, logits, jnp.asarray(label), mask) == pytest.approx(expected, rel=1e-5)
     totals = loss.totals(jnp.asarray(label), mask, logits.shape[-1])
     assert {name: float(total) for name, total in totals.items()} == dict.fromkeys(
-        ("cross_entropy", "focal"), mask.sum()
+        ("cross_entropy", "power"), mask.sum()
     )
 
 
-@pytest.mark.usefixtures("with_focal")
-@pytest.mark.parametrize("gamma", [-1.0, 5.5, float("nan")])
-def test_the_parameters_of_a_new_term_are_checked(gamma):
-    with pytest.raises(UserError, match=rf"config\.loss\.focal_gamma = {gamma} is not in 0\.0\.\.5\.0"):
-        _make("multiclass", focal=1.0, focal_gamma=gamma)
+@pytest.mark.usefixtures("with_power")
+@pytest.mark.parametrize("exponent", [-1.0, 5.5, float("nan")])
+def test_the_parameters_of_a_new_term_are_checked(exponent):
+    with pytest.raises(UserError, match=rf"config\.loss\.power_exponent = {exponent} is not in 0\.5\.\.5\.0"):
+        _make("multiclass", power=1.0, power_exponent=exponent)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("with_focal")
+@pytest.mark.usefixtures("with_power")
 def test_a_new_term_trains_in_microbatches_and_is_evaluated(config):
     with config.unlocked():
-        config.loss.cross_entropy, config.loss.focal, config.loss.focal_gamma = 0.0, 1.0, 2.0
+        config.loss.cross_entropy, config.loss.power, config.loss.power_exponent = 0.0, 1.0, 2.0
     config.train.accumulate, config.train.batch_size = 2, 4
     state, history = helpers.run_steps(config, helpers.one_device(), steps=2)
     assert np.isfinite([step["loss"] for step in history]).all() and history[0]["grad_norm"] > 0
@@ -217,4 +218,4 @@ def test_a_new_term_trains_in_microbatches_and_is_evaluated(config):
     image, label = (np.stack([example[name] for example in examples]) for name in ("image", "label"))
     probability = np.asarray(built.network.probability(state.eval_variables, image), np.float64)
     p = np.take_along_axis(probability, label[..., None].astype(int), -1)
-    assert result.loss == pytest.approx((-((1 - p) ** 2) * np.log(p)).mean(), rel=1e-5)
+    assert result.loss == pytest.approx(((1 - p) ** 2).mean(), rel=1e-5)

@@ -6,13 +6,15 @@ import jax
 import numpy as np
 import pytest
 
+from unet_jax import losses
+from unet_jax.errors import UserError
 from unet_jax.parallel import sharding
 from unet_jax.training import components, plan, step
 
 
 @pytest.fixture
 def gradient_config(config):
-    """SGD with a rate of 1: the weights change by the gradient. All loss terms, and pixels that count nowhere."""
+    """SGD with a rate of 1: the weights change by the gradient. Two terms, and pixels that count nowhere."""
     config.model.norm, config.augment.rotate = "none", 45.0
     config.loss.dice, config.loss.class_weights = 0.5, (0.5, 1.0, 2.0, 1.0, 3.0, 1.0, 0.0)
     config.optimizer.name, config.optimizer.momentum, config.optimizer.learning_rate = "sgd", 0.0, 1.0
@@ -27,12 +29,19 @@ def _compile(config, mesh):
 def test_gradients_of_microbatches_add_up_to_those_of_the_batch(gradient_config, norm):
     config = gradient_config
     config.model.norm = norm
+    config.loss.update({n: 0.5 for n, term in losses.TERMS.items() if not term.combine and "multiclass" in term.tasks})
     whole, whole_history = helpers.run_steps(config, helpers.two_devices(), steps=1)
     config.train.accumulate = 4
     accumulated, history = helpers.run_steps(config, helpers.two_devices(), steps=1)
     # Weights of size one less their gradients: float32 rounding of sums over 8 x 48 x 48 pixels in another order.
     chex.assert_trees_all_close(accumulated.params, whole.params, atol=1e-6)
     assert history[0]["loss"] == pytest.approx(whole_history[0]["loss"], abs=1e-6)
+
+
+def test_a_loss_of_the_whole_batch_is_refused_with_microbatches(config):
+    config.loss.batch_dice, config.train.accumulate = 0.5, 2
+    with pytest.raises(UserError, match=r"config.loss.batch_dice is computed from the whole batch at once.*use config"):
+        helpers.build(config, helpers.one_device())
 
 
 def test_steps_with_microbatches_compile_once(gradient_config, monkeypatch):

@@ -47,7 +47,7 @@ GOLDEN = [2.078961, 1.308313, 2.061543, 736.96637]
 def test_one_device_equals_eight(config, space, variant, norm, name, rate):
     # Not Adam with a normalisation: Adam divides each gradient by its magnitude, and some gradients of weights before a
     # normalisation are nearly zero, so that it amplifies their rounding (to 4e-5 in the weights; the losses agree).
-    config.data.variant, config.model.norm, config.loss.dice = variant, norm, 0.5
+    config.data.variant, config.model.norm, config.loss.dice, config.loss.batch_dice = variant, norm, 0.5, 0.5
     config.optimizer.name, config.optimizer.learning_rate = name, rate
     one, one_history = helpers.run_steps(config, helpers.one_device())
     eight, eight_history = helpers.run_steps(config, sharding.create_mesh(0, space))

@@ -22,6 +22,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     activation: Callable | None = None
     dtype: str = "float32"  # of the result; statistics are float32
+    frozen: bool = False  # whether training uses the running averages too, and changes no variable
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -30,8 +31,9 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape)
         average_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         average_var = self.variable("batch_stats", "var", jnp.ones, shape)
-        if self.use_running_average:
-            y = _normalize(x, scale, bias, average_mean.value, average_var.value, self.epsilon)
+        if self.use_running_average or self.frozen:
+            variables = scale, bias, average_mean.value, average_var.value
+            y = _normalize(x, *(lax.stop_gradient(variables) if self.frozen else variables), self.epsilon)
             y = y.astype(self.dtype)
             return self.activation(y) if self.activation else y
         y, mean, var = normalize_batch(x, scale, bias, self.epsilon, self.activation)

@@ -63,6 +63,11 @@ def build(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, 
     evaluate.check(config.eval, classes)
     border.pixel_weight_fn(config.loss, classes)
     loss = losses.make(config.loss, classes.task, len(classes.names))
+    if config.train.accumulate > 1 and loss.of_whole_batch():
+        raise UserError(
+            f"config.loss.{loss.of_whole_batch()[0]} is computed from the whole batch at once, which microbatches do "
+            "not see: set config.train.accumulate to 1, or use config.loss.dice"
+        )
     network = forward.create_network(config.model, classes, mesh)
     crop = augment.check(config.augment, config.data.size)
     if config.model.encoder_norm == "frozen" and config.optimizer.weight_decay and config.optimizer.decayed == "all":

@@ -4,9 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
 from unet_jax.models.batch_norm import BatchNorm
 from unet_jax.models.conv import Conv
@@ -46,27 +44,11 @@ class ConvNorm(nn.Module):
             dtype=self.settings.dtype,
             name="conv",
         )(x)
-        if self.settings.frozen:
-            x = FrozenNorm(self.epsilon, self.settings.dtype, name="norm")(x)
-            return x if self.activation is None else self.activation(x)
-        return BatchNorm(not train, self.epsilon, self.activation, self.settings.dtype, name="norm")(x)
-
-
-class FrozenNorm(nn.Module):
-    """Batch normalisation with the variables of `flax.linen.BatchNorm`, none of which training changes."""
-
-    epsilon: float
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape)
-        bias = self.param("bias", nn.initializers.zeros, shape)
-        mean, var = (
-            self.variable("batch_stats", name, init, shape).value
-            for name, init in (("mean", jnp.zeros), ("var", jnp.ones))
-        )
-        factor = scale * lax.rsqrt(var + self.epsilon)
-        factor, offset = lax.stop_gradient((factor, bias - mean * factor))
-        return x * factor.astype(self.dtype) + offset.astype(self.dtype)
+        return BatchNorm(
+            not train,
+            self.epsilon,
+            self.activation,
+            self.settings.dtype,
+            self.settings.frozen,
+            name="norm",
+        )(x)

@@ -1,8 +1,8 @@
 """Loss terms as sums and weights per example, so that a mean over a batch or a whole split divides once, exactly.
 
-To add a term: a function like those below, its line in `TERMS`, and its weight and parameters in `config.loss`. The
-weight of the term `focal` is `config.loss.focal`, its parameter `gamma` is `config.loss.focal_gamma`. Pixels outside
-the mask count nowhere.
+To add a term: a function like those of `terms.py`, its line in `TERMS`, and its weight and parameters in `config.loss`.
+The weight of the term `focal` is `config.loss.focal`, its parameter `gamma` is `config.loss.focal_gamma`. Pixels
+outside the mask count nowhere.
 """
 
 import dataclasses
@@ -11,62 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from unet_jax.errors import UserError, check_choice
-
-# One term of a batch: the weighted sum and the weight of each example, float32 [B]. Its mean: sum(sums) / sum(weights).
-Sums = tuple[jax.Array, jax.Array]
-
-
-class Pixels(NamedTuple):
-    """What a term is computed from; D = `[B, H, W]` for a softmax, `[B, H, W, K]` for K sigmoids."""
-
-    logits: jax.Array  # float32 `[B, H, W, K]`; K = 1 for a binary task
-    label: jax.Array  # int32 of shape D; a legal class where masked
-    mask: jax.Array  # bool of shape D: which elements count
-    weight: jax.Array  # float32 of shape D: mask times class and pixel weights
-    softmax: bool  # whether the classes exclude each other (`multiclass`)
-
-
-def cross_entropy(pixels: Pixels) -> Sums:
-    """Softmax or sigmoid cross-entropy, the weighted mean over pixels (and masks, for a multilabel task)."""
-    if pixels.softmax:
-        loss = _softmax_cross_entropy(pixels.logits, pixels.label)
-    else:
-        loss = optax.sigmoid_binary_cross_entropy(pixels.logits, pixels.label)
-    axes = tuple(range(1, loss.ndim))
-    return (loss * pixels.weight).sum(axes), pixels.weight.sum(axes)
-
-
-def _softmax_cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """`[..., K]` and `[...]` -> `[...]`.
-
-    As `optax.softmax_cross_entropy_with_integer_labels`, but the logit of the label is chosen by comparison: fused with
-    the rest, no one-hot labels are stored, and the gradient is no scatter, which GPUs add up in any order.
-    """
-    logits = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    chosen = jnp.where(label[..., None] == jnp.arange(logits.shape[-1]), logits, 0).sum(-1)
-    return jnp.log(jnp.exp(logits).sum(-1)) - chosen
-
-
-def dice(pixels: Pixels, smooth: float = 1.0) -> Sums:
-    """Soft Dice loss, 1 - (2 sum p t + s) / (sum p + sum t + s), s = 1, over the pixels of each image and class.
-
-    The mean over images and classes, as in the test of the PyTorch U-Net (Milletari et al. 2016, arXiv:1606.04797, eq.
-    for D, without squares in the denominator). Images without any counted pixel weigh nothing.
-    """
-    if pixels.softmax:
-        target = (pixels.label[..., None] == jnp.arange(pixels.logits.shape[-1])) & pixels.mask[..., None]
-        probability = jax.nn.softmax(pixels.logits) * pixels.mask[..., None]
-    else:
-        target = (pixels.label > 0) & pixels.mask
-        probability = jax.nn.sigmoid(pixels.logits) * pixels.mask
-    overlap = jnp.where(target, probability, 0).sum((1, 2))
-    total = probability.sum((1, 2)) + target.sum((1, 2))
-    loss = 1 - (2 * overlap + smooth) / (total + smooth)  # [B, K]
-    counted = pixels.mask.any(tuple(range(1, pixels.mask.ndim))).astype(jnp.float32)
-    return loss.mean(-1) * counted, counted
+from unet_jax.losses import terms
+from unet_jax.losses.cldice import cldice
+from unet_jax.losses.lovasz import lovasz
+from unet_jax.losses.terms import Pixels, Sums
 
 
 class Term(NamedTuple):
@@ -74,10 +24,23 @@ class Term(NamedTuple):
 
     function: Callable[..., Sums]  # of `Pixels` and the parameters
     parameters: Mapping[str, tuple[float, float]] = {}  # name -> (lowest, highest) value of `config.loss.<term>_<name>`
+    tasks: tuple[str, ...] = ("multiclass", "binary", "multilabel")
+    # What the two arrays `[B, ...]` of all examples make together, if not the mean; JAX and NumPy arrays alike.
+    combine: Callable | None = None
 
 
 FROM_COUNTS = ("balanced", "sqrt")  # class weights from the pixels of each class, see `balanced_weights`
-TERMS = {"cross_entropy": Term(cross_entropy), "dice": Term(dice)}
+_SHARE = (0.0, 1.0)
+TERMS = {
+    "cross_entropy": Term(terms.cross_entropy, {"smoothing": (0.0, 0.5)}),
+    "focal": Term(terms.focal, {"gamma": (0.0, 10.0)}),
+    "dice": Term(terms.dice),
+    "generalized_dice": Term(terms.generalized_dice),
+    "batch_dice": Term(terms.batch_dice, combine=terms.dice_of_batch),
+    "tversky": Term(terms.tversky, {"alpha": _SHARE, "beta": _SHARE, "gamma": (0.1, 3.0)}),
+    "lovasz": Term(lovasz),
+    "cldice": Term(cldice, {"iterations": (1, 100)}, tasks=("binary", "multilabel")),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +78,16 @@ class Loss:
     def totals(
         self, label: jax.Array, mask: jax.Array, num_outputs: int, pixel_weights: jax.Array | None = None
     ) -> dict[str, jax.Array]:
-        """What the terms of a whole batch divide by; the microbatches of a step share it."""
+        """What the terms of a whole batch divide by; the microbatches of a step share it.
+
+        Only for a loss whose terms are all means, see `of_whole_batch`.
+        """
         logits = jnp.zeros((*label.shape[:3], num_outputs))  # the weights do not depend on them
         return {name: weight.sum() for name, (_, weight) in self.terms(logits, label, mask, pixel_weights).items()}
+
+    def of_whole_batch(self) -> list[str]:
+        """The terms that are no mean over examples, so that microbatches cannot add them up."""
+        return [name for name in self.weights if TERMS[name].combine]
 
     def combine(self, terms: Mapping[str, Sums], totals: Mapping[str, jax.Array] | None = None):
         """The weighted sum of the means of the terms; JAX and NumPy arrays alike.
@@ -127,7 +97,11 @@ class Loss:
         total = 0.0
         for name, weight in self.weights.items():
             sums, counts = terms[name]
-            total = total + weight * sums.sum() / (counts.sum() if totals is None else totals[name]).clip(1e-12)
+            if TERMS[name].combine:
+                value = TERMS[name].combine(sums, counts)
+            else:
+                value = sums.sum() / (counts.sum() if totals is None else totals[name]).clip(1e-12)
+            total = total + weight * value
         return total
 
 
@@ -159,7 +133,8 @@ def make(settings: Mapping, task: str, num_classes: int, class_counts: Sequence[
         are all 1: which they are does not change what a step costs.
 
     Raises:
-      UserError: no term has weight, a weight or parameter is out of range, or the number of class weights is wrong.
+      UserError: no term has weight, a term is not for the task, a weight or parameter is out of range, or the number of
+        class weights is wrong.
     """
     weights = {name: settings[name] for name in TERMS}
     class_weights = tuple(settings["class_weights"])
@@ -172,6 +147,11 @@ def make(settings: Mapping, task: str, num_classes: int, class_counts: Sequence[
         raise UserError(f"config.loss needs weights >= 0, at least one of them > 0: {weights}")
     parameters: dict[str, dict[str, float]] = {}
     for name, term in TERMS.items():
+        if weights[name] and task not in term.tasks:
+            raise UserError(
+                f"config.loss.{name} = {weights[name]} is for the tasks {' and '.join(term.tasks)}, not for {task}; "
+                "for two classes, config.data.variant = 'binary'"
+            )
         parameters[name] = {parameter: settings[f"{name}_{parameter}"] for parameter in term.parameters}
         for parameter, value in parameters[name].items():
             lowest, highest = term.parameters[parameter]
