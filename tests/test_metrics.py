@@ -35,7 +35,10 @@ def test_confusion_equals_numpy():
     counts = confusion.confusion(jnp.asarray(prediction), label_given, mask, "multiclass", 5)
     assert counts.dtype == jnp.int32
     for i in range(3):  # of each example
-        assert (np.asarray(counts[i]) == _numpy_confusion(prediction[i], label[i], mask[i], 5)).all()
+        expected = _numpy_confusion(prediction[i], label[i], mask[i], 5)
+        assert (np.asarray(counts[i]) == expected).all()
+        given = label_given[i].astype(np.uint8), prediction[i].astype(np.uint8)
+        assert (confusion.count(given[1], np.asarray(given[0]), mask[i], "multiclass", 5) == expected).all()
     assert counts.sum() == mask.sum()
 
 
@@ -47,6 +50,7 @@ def test_multilabel_confusion_equals_numpy_per_class():
         for k in range(4):
             expected = _numpy_confusion(prediction[i, ..., k], label[i, ..., k], mask[i, ..., k], 2)
             assert (np.asarray(counts[i, k]) == expected).all()
+            assert (confusion.count(prediction[i], label[i], mask[i], "multilabel", 4)[k] == expected).all()
 
 
 def test_scores_worked_by_hand():

@@ -10,7 +10,7 @@ from etils import epath
 from unet_jax import data, losses, metrics
 from unet_jax.data import border, pipeline
 from unet_jax.errors import UserError, check_choice, escape_line
-from unet_jax.evaluation import scores
+from unet_jax.evaluation import own_size, scores
 from unet_jax.inference import forward, trained
 from unet_jax.metrics import confusion
 from unet_jax.parallel import processes, sharding
@@ -168,12 +168,12 @@ def evaluate_workdir(
     split = split or default_split(data_dir)
     opened = open_split(network, path, split, data_dir)
     tta = network.resolve_tta(tta)
-    result = evaluate_split(network, opened, tta)
     source = opened.images.source
+    result = evaluate_split(network, opened, tta)._replace(own_size=own_size.count(network, source, tta))
     total = len(source) if split == "all" else len(data.load_with_faults(settings, "all"))
     processes.print_on_main(
         f"{path}, step {network.step}, {describe_split(split, len(source), total, settings.root or settings.name)}; "
-        f"test-time augmentation {tta}\n{scores.format_table(result.loss, result.records, result.pixels)}"
+        f"test-time augmentation {tta}\n{scores.format(result)}"
     )
     if processes.is_main():
         described = {"step": network.step, "split": split, "data_root": settings.root, "images": len(source)}

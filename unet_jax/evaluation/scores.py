@@ -28,24 +28,42 @@ class Evaluation(NamedTuple):
     confusion: np.ndarray  # counts of each image, int64 `[N, K, K]`, or `[N, K, 2, 2]` of overlapping masks, in order
     names: Sequence[str]  # of the classes
     losses: Sequence[float]  # of each image
+    # The same counts at the images' own sizes, see `own_size.count`; None if not counted, or all have the size above.
+    own_size: np.ndarray | None = None
 
     @property
     def pixels(self) -> dict[str, int]:
         """Pixels of each class in the ground truth."""
-        return dict(zip(self.names, confusion.pixel_counts(self.confusion.sum(0)).tolist(), strict=True))
+        return _pixels(self.names, self.confusion)
 
     def image_records(self) -> list[list[metrics.Record]]:
         """The metrics of each image alone."""
         return [metrics.records(metrics.Counts(counts, self.names)) for counts in self.confusion]
 
 
+def _pixels(names: Sequence[str], counts: np.ndarray) -> dict[str, int]:
+    return dict(zip(names, confusion.pixel_counts(counts.sum(0)).tolist(), strict=True))
+
+
 def to_json(result: Evaluation) -> dict[str, Any]:
-    """The scores as they are in `eval.json`; JSON has no number for a loss that is not finite."""
-    values: dict[str, Any] = {"loss": result.loss if math.isfinite(result.loss) else None}
-    for record in result.records:
+    """The scores as they are in `eval.json`; JSON has no number for a loss that is not finite.
+
+    Those at the images' own sizes, if they were counted, are nested in `own_size`.
+    """
+    loss = result.loss if math.isfinite(result.loss) else None
+    values = {"loss": loss, **_counts_to_json(result.records, result.names, result.confusion)}
+    if result.own_size is None:
+        return values
+    records = metrics.records(metrics.Counts(result.own_size.sum(0), result.names))
+    return {**values, "own_size": _counts_to_json(records, result.names, result.own_size)}
+
+
+def _counts_to_json(records: Sequence[metrics.Record], names: Sequence[str], counts: np.ndarray) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for record in records:
         values[record.key] = record.value
         values |= {f"{record.key}_{name}": detail for name, detail in record.details.items()}
-    return {**values, "pixels": result.pixels, "confusion": result.confusion.sum(0).tolist()}
+    return {**values, "pixels": _pixels(names, counts), "confusion": counts.sum(0).tolist()}
 
 
 def to_csv(result: Evaluation, ids: Sequence[str]) -> str:
@@ -65,8 +83,22 @@ def to_csv(result: Evaluation, ids: Sequence[str]) -> str:
     return file.getvalue()
 
 
+def format(result: Evaluation) -> str:
+    """The scores as text: a table, and one more at the images' own sizes if they were counted."""
+    table = format_table(result.loss, result.records, result.pixels)
+    if result.own_size is None:
+        return table
+    records = metrics.records(metrics.Counts(result.own_size.sum(0), result.names))
+    own_table = _table(records, _pixels(result.names, result.own_size))
+    return f"{table}\n\nat the images' own sizes, as --mode=predict writes them:\n{own_table}"
+
+
 def format_table(loss: float | None, records: Sequence[metrics.Record], pixels: Mapping[str, int]) -> str:
     """The scores as text: a line per class, then those of the whole split; `pixels` are those of the ground truth."""
+    return _table(records, pixels, f"loss {number(loss)}")
+
+
+def _table(records: Sequence[metrics.Record], pixels: Mapping[str, int], *more: str) -> str:
     total = sum(pixels.values())
     width = max(map(len, (*pixels, "class")))
     columns = [record for record in records if record.per_class]
@@ -75,7 +107,7 @@ def format_table(loss: float | None, records: Sequence[metrics.Record], pixels: 
         share = "" if not count else f"   {count / total:8.3%}"
         lines.append(f"{name:{width}}" + "".join(f"   {number(r.value[name]):>6}" for r in columns) + share)
     scalars = [f"{r.title} {number(r.value)}{_threshold(r)}" for r in metrics.summary(records)]
-    scalars += [f"(over {sum(map(bool, pixels.values()))} classes present)", f"loss {number(loss)}"]
+    scalars += [f"(over {sum(map(bool, pixels.values()))} classes present)", *more]
     notes = {f"({record.note})": None for record in records if record.note}
     return "\n".join([*lines, "   ".join([*scalars, *notes])])
 

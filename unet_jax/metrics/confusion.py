@@ -42,6 +42,16 @@ def confusion(prediction: jax.Array, label: jax.Array, mask: jax.Array, task: st
     return jax.vmap(count)(label * num_classes + prediction, mask).reshape(-1, num_classes, num_classes)
 
 
+def count(prediction: np.ndarray, label: np.ndarray, mask: np.ndarray, task: str, num_classes: int) -> np.ndarray:
+    """`confusion` of one image, or some rows of it, in NumPy: int64 `[K, K]`, or `[K, 2, 2]` for a multilabel task."""
+    cells = lambda row, column, counted, size: np.bincount(
+        row[counted].astype(np.int64) * size + column[counted], minlength=size**2
+    ).reshape(size, size)
+    if task != "multilabel":
+        return cells(label, prediction, mask, num_classes)
+    return np.stack([cells(label[..., k], prediction[..., k], mask[..., k], 2) for k in range(num_classes)])
+
+
 def records(counts: np.ndarray, names: Sequence[str]) -> list[Record]:
     """Scores of the classes `names` from summed confusion counts `[K, K]` or `[K, 2, 2]`, rows are the ground truth.
 
