@@ -142,35 +142,6 @@ def test_other_images_are_all_scored_and_no_scores_land_over_others(cars, tmp_pa
     assert kept in report.write(cars, data_dir=unseen).read_text()
 
 
-def test_images_of_other_sizes_are_also_scored_at_their_own(cars, tmp_path, capsys):
-    for name, (height, width) in {"a": (16, 24), "b": (37, 50), "c": (200, 31)}.items():
-        mask = np.zeros((height, width), np.uint8)
-        mask[height // 4 : height // 2, 5:15] = 255
-        image = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
-        helpers.save_image(image, tmp_path / "sizes/images" / f"{name}.png")
-        helpers.save_image(mask, tmp_path / "sizes/masks" / f"{name}.png")
-    result = evaluate.evaluate_workdir(cars, None, str(tmp_path / "sizes"), tta="horizontal")
-    own_table = capsys.readouterr().out.split("at the images' own sizes, as --mode=predict writes them:")[1]
-    network = unet_jax.load(cars)
-    for name, counts in zip("abc", result.own_size, strict=True):
-        image, mask = (helpers.read_image(tmp_path / f"sizes/{kind}/{name}.png") for kind in ("images", "masks"))
-        predicted = network.predict_image(image, tta="horizontal")[..., 0] > 0.5
-        expected = [[((mask > 0) == row) & (predicted == column) for column in (0, 1)] for row in (0, 1)]
-        assert (counts == np.sum(expected, (2, 3))).all() and counts.sum() == mask.size
-    written = json.loads((cars / "eval.json").read_text())
-    own = written["own_size"]
-    of_counts = metrics.flatten(metrics.records(metrics.Counts(result.own_size.sum(0), result.names)))
-    assert own["miou"] == of_counts["miou"] and own["dice"]["car"] == of_counts["dice/car"]
-    assert np.sum(own["confusion"]) == 16 * 24 + 37 * 50 + 200 * 31
-    assert np.sum(written["confusion"]) == 3 * 16 * 24
-    assert f"mean IoU {of_counts['miou']:.4f}" in own_table and "loss" not in own_table
-    shutil.rmtree(tmp_path / "sizes")  # what a report finds then
-    kept = "eval.json, 3 images, test-time augmentation horizontal"
-    assert kept in report.write(cars, data_dir=str(tmp_path / "sizes")).read_text()
-    evaluate.evaluate_workdir(cars, None, None)  # all of the size of the training
-    assert "own_size" not in json.loads((cars / "eval.json").read_text()) and "own sizes" not in capsys.readouterr().out
-
-
 def test_files_of_scores_have_short_safe_names_and_one_folder_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = lambda root: scores.data_name(root, "data/cars", "folder")

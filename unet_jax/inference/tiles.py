@@ -139,13 +139,14 @@ class Predictor:
             for n, begin, tile, (before, after) in zip(image.shape[:2], starts, self.tile, self._margins, strict=True)
         ]
         places = list(itertools.product(*starts))
+        rows = sharding.process_rows(self._mesh, self._batch_size)
         pending: list = []
         with tqdm.tqdm(total=len(places), desc="Predicting", unit=" tiles", disable=not progress) as bar:
             for first in range(0, len(places), self._batch_size):
                 chosen = places[first : first + self._batch_size]
                 windows = [self._window(image, index, place) for place in chosen]
                 windows += windows[:1] * (self._batch_size - len(chosen))
-                batch = sharding.put_batch(self._mesh, {"image": np.stack(windows)})
+                batch = sharding.put_batch(self._mesh, {"image": np.stack(windows)[rows]})
                 pending.append((len(chosen), self._step(self._variables, batch["image"])))
                 if len(pending) > 1:
                     yield from self._fetch(pending.pop(0), bar)
