@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
     config.model.dropout_on_skip = False  # whether the lowest skip is taken after its dropout
     config.model.norm = "batch"  # none | batch | group
     config.model.extra_conv = False  # one more 3x3 convolution before the head
+    config.model.block = "plain"  # of the encoder: plain | residual (unet only)
     config.model.kernel_init = "he"  # he | paper: of the weights
     config.model.remat = ()  # levels, 0 is the top, whose activations are rematerialised to save memory
     # encoder_unet only

@@ -37,10 +37,10 @@ VARIANTS = {
     "carla": dict(upsample="transposed_3x3", extra_conv=True),
     "keras": dict(upsample="nearest"),
     "bilinear": dict(upsample="bilinear", norm="group"),
-    "valid bilinear": dict(padding="valid", upsample="bilinear", norm="group", extra_conv=True),
+    "valid bilinear": dict(padding="valid", upsample="bilinear", norm="group", extra_conv=True, block="residual"),
     "valid nearest": dict(padding="valid", upsample="nearest", norm="batch"),
     "valid transposed_3x3": dict(padding="valid", upsample="transposed_3x3", features=(4, 6, 6, 8)),
-    "binary": dict(norm="batch", task="binary"),
+    "binary": dict(norm="batch", task="binary", block="residual"),
     "multilabel": dict(padding="valid", extra_conv=True, norm="batch", task="multilabel"),
     "two levels": dict(features=(3, 5), task="binary"),
     "normalized": dict(

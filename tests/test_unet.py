@@ -1,3 +1,5 @@
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,8 @@ import pytest
 
 from unet_jax import models
 from unet_jax.errors import UserError
-from unet_jax.models.unet import UNet
+from unet_jax.models.conv import Conv
+from unet_jax.models.unet import ConvBlock, UNet
 
 PAPER = dict(num_outputs=2, padding="valid", dropout=0.5)
 CARLA = dict(
@@ -80,6 +83,25 @@ def test_every_skip_reaches_the_logits(settings):
         assert jnp.abs(gradient).max() > 1e-6, f"skip {level} is not used"
     expected = model.output_size((60, 60))
     chex.assert_shape(model.apply(variables, image), (1, *expected, 2))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_a_residual_block_adds_its_input_before_the_last_relu(padding):
+    """With zeros for the last convolution, the shortcut remains: cropped, and projected to another width."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 9, 3)), jnp.float32)
+    inner = x if padding == "SAME" else x[:, 2:-2, 2:-2]
+    for features in (3, 5):
+        block = ConvBlock(features, 2, partial(Conv, padding=padding), "none", "float32", residual=True)
+        params = block.init(jax.random.key(0), x, False)["params"]
+        assert ("shortcut" in params) == (features == 5)
+        kernel = params["shortcut"]["kernel"][0, 0] if features == 5 else np.eye(3)
+        zeros = jax.tree.map(jnp.zeros_like, params["Conv_1"])
+        found = block.apply({"params": {**params, "Conv_1": zeros}}, x, False)
+        np.testing.assert_allclose(found, np.maximum(inner @ kernel, 0), atol=1e-6)
+    normalized = ConvBlock(5, 2, partial(Conv, padding=padding), "batch", "float32", residual=True)
+    variables = normalized.init(jax.random.key(0), x, False)
+    assert set(variables["batch_stats"]) == {"BatchNorm_0", "BatchNorm_1", "shortcut_norm"}
+    assert (normalized.apply(variables, x, False) >= 0).all()
 
 
 def test_an_unused_skip_is_an_error():

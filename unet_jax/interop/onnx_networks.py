@@ -41,12 +41,12 @@ def _unet(layers: "Layers", model: UNet, x: str) -> str:
     shrinkage = 4 * (1 - padding)  # of the height and width, by two convolutions
     # `length` is the height of `x` for the smallest input. Skips are cropped by the same amount for images of any size.
     length, skips = model.smallest_input[0], []
-    lowest = len(model.features) - 1
+    lowest, residual = len(model.features) - 1, model.block == "residual"
     for level in range(lowest):
-        x, length = layers.block(x, f"down_{level}", padding), length - shrinkage
+        x, length = layers.block(x, f"down_{level}", padding, residual), length - shrinkage
         skips.append((x, length))
         x, length = layers.graph.add("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2]), length // 2
-    x, length = layers.block(x, f"down_{lowest}", padding), length - shrinkage
+    x, length = layers.block(x, f"down_{lowest}", padding, residual), length - shrinkage
     for level in reversed(range(lowest)):
         x, length = layers.up(x, f"up_{level}", model.upsample), 2 * length
         skip, skip_length = skips.pop()
@@ -166,17 +166,29 @@ class Layers:
         normalized = self.graph.add("Reshape", flat, self.graph.add("Shape", x))
         return self.graph.add("Add", self.graph.add("Mul", normalized, scale), bias)
 
-    def block(self, x: str, path: str, padding: int) -> str:
+    def block(self, x: str, path: str, padding: int, residual: bool = False) -> str:
         """`unet.ConvBlock`; the weights determine the number of convolutions and the normalisation."""
-        for i in count():
-            if f"params/{path}/Conv_{i}/kernel" not in self.weights:
-                return x
-            x = self.conv(x, f"{path}/Conv_{i}", padding)
-            if f"params/{path}/BatchNorm_{i}/scale" in self.weights:
-                x = self.batch_norm(x, f"{path}/BatchNorm_{i}", 1e-5)
-            elif f"params/{path}/GroupNorm_{i}/scale" in self.weights:
-                x = self.group_norm(x, f"{path}/GroupNorm_{i}")
-            x = self.graph.add("Relu", x)
+        entering, depth = x, next(i for i in count() if f"params/{path}/Conv_{i}/kernel" not in self.weights)
+        for i in range(depth):
+            x = self.norm(self.conv(x, f"{path}/Conv_{i}", padding), f"{path}/BatchNorm_{i}", f"{path}/GroupNorm_{i}")
+            if not residual or i + 1 < depth:
+                x = self.graph.add("Relu", x)
+        if not residual:
+            return x
+        if f"params/{path}/shortcut/kernel" in self.weights:
+            entering = self.norm(self.conv(entering, f"{path}/shortcut", 0), f"{path}/shortcut_norm")
+        if crop := depth * (1 - padding):
+            entering = self.graph.add("Slice", entering, np.array([crop] * 2), np.array([-crop] * 2), np.array([2, 3]))
+        return self.graph.add("Relu", self.graph.add("Add", x, entering))
+
+    def norm(self, x: str, *paths: str) -> str:
+        """The normalisation, batch or group, that has weights at one of the paths; `x` itself if there is none."""
+        for path in paths:
+            if f"batch_stats/{path}/mean" in self.weights:
+                return self.batch_norm(x, path, 1e-5)
+            if f"params/{path}/scale" in self.weights:
+                return self.group_norm(x, path)
+        return x
 
     def up(self, x: str, path: str, upsample: str) -> str:
         """Up-sampling by two as `config.model.upsample` says; the plain U-Net has a convolution after a resize."""

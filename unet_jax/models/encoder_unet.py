@@ -129,7 +129,8 @@ def create(num_outputs: int, **settings) -> EncoderUNet:
     check_choice("config.model.norm", settings["norm"], ("none", "batch", "group"))
     check_choice("config.model.encoder_norm", settings["encoder_norm"], ("batch", "frozen"))
     check_choice("config.model.dtype", settings["dtype"], ("float32", "bfloat16"))
-    for name, value in (("padding", "same"), ("dropout_on_skip", False), ("extra_conv", False), ("kernel_init", "he")):
+    of_unet = {"padding": "same", "dropout_on_skip": False, "extra_conv": False, "kernel_init": "he", "block": "plain"}
+    for name, value in of_unet.items():
         if settings[name] != value:
             raise UserError(
                 f"config.model.{name} = {settings[name]!r} is for config.model.name = 'unet'; with 'encoder_unet' it "

@@ -40,6 +40,7 @@ class UNet(nn.Module):
     dropout_on_skip: bool = False  # whether the lowest skip is taken after its dropout (CARLA) or before (Keras ISBI)
     norm: str = "none"  # `none`, `batch` or `group`, before each activation
     extra_conv: bool = False  # whether one more 3x3 convolution stands before the head
+    block: str = "plain"  # of the encoder, or `residual`: adds its input, as in the ResEnc presets of nnU-Net
     # `he` (truncated He-normal; Glorot-uniform where no ReLU follows) or `paper` (N(0, sqrt(2/N)) everywhere).
     kernel_init: str = "he"
     # Levels, 0 is the top, whose blocks are rematerialised: they keep no activations and recompute them in the backward
@@ -61,7 +62,8 @@ class UNet(nn.Module):
         remat_block = partial(nn.remat(ConvBlock, static_argnums=2), **block.keywords)
         blocks = [remat_block if level in self.remat else block for level in range(len(self.features))]
         upper = self.features[:-1]
-        self.down = [make(width, 2) for make, width in zip(blocks, self.features, strict=True)]
+        residual = self.block == "residual"
+        self.down = [make(width, 2, residual=residual) for make, width in zip(blocks, self.features, strict=True)]
         self.merge = [make(width, 2) for make, width in zip(blocks, upper, strict=False)]
         if self.upsample.startswith("transposed"):
             kernel_size = int(self.upsample[-1])
@@ -186,7 +188,11 @@ class UNet(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """`depth` times: 3x3 convolution, normalisation, ReLU; the first sees its input as `Conv` says."""
+    """`depth` times: 3x3 convolution, normalisation, ReLU; the first sees its input as `Conv` says.
+
+    A residual one adds its input before the last ReLU, projected if it is of another width (He et al. 2015,
+    arXiv:1512.03385, section 3.3, option B) and cropped if the convolutions are not padded.
+    """
 
     features: int
     depth: int
@@ -194,20 +200,26 @@ class ConvBlock(nn.Module):
     norm: str
     dtype: str
     doubled: bool = False
+    residual: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, skip: jax.Array | None = None) -> jax.Array:
+        entering, conv = x, partial(self.conv, self.features, use_bias=self.norm == "none")  # a norm brings its own
         for i in range(self.depth):
-            use_bias = self.norm == "none"  # a norm brings its own
-            conv = self.conv(self.features, 3, use_bias=use_bias, doubled=self.doubled and i == 0)
-            x = conv(x, skip if i == 0 else None)
-            if self.norm == "batch":
-                x = BatchNorm(not train, activation=nn.relu, dtype=self.dtype)(x)
-                continue
-            if self.norm == "group":
-                x = nn.GroupNorm(num_groups=gcd(8, self.features), dtype=self.dtype)(x)
-            x = nn.relu(x)
-        return x
+            x = conv(3, doubled=self.doubled and i == 0)(x, skip if i == 0 else None)
+            x = self.normalize(x, train, None if self.residual and i + 1 == self.depth else nn.relu)
+        if not self.residual:
+            return x
+        if entering.shape[-1] != self.features:
+            entering = self.normalize(conv(1, name="shortcut")(entering), train, None, name="shortcut_norm")
+        return nn.relu(x + center_crop(entering, x.shape[1:3]))
+
+    def normalize(self, x: jax.Array, train: bool, activation: Callable | None, name: str | None = None) -> jax.Array:
+        if self.norm == "batch":
+            return BatchNorm(not train, activation=activation, dtype=self.dtype, name=name)(x)
+        if self.norm == "group":
+            x = nn.GroupNorm(num_groups=gcd(8, self.features), dtype=self.dtype, name=name)(x)
+        return activation(x) if activation else x
 
 
 class TransposedConv(nn.Module):
@@ -232,6 +244,7 @@ def create(num_outputs: int, **settings) -> UNet:
     check_choice("config.model.upsample", settings["upsample"], UPSAMPLE)
     check_choice("config.model.norm", settings["norm"], ("none", "batch", "group"))
     check_choice("config.model.kernel_init", settings["kernel_init"], INIT)
+    check_choice("config.model.block", settings["block"], ("plain", "residual"))
     check_choice("config.model.dtype", settings["dtype"], ("float32", "bfloat16"))
     if not 2 <= len(settings["features"]) <= 10 or not all(isinstance(n, int) and n > 0 for n in settings["features"]):
         raise UserError(f"config.model.features = {settings['features']} needs 2 to 10 positive widths, top to bottom")
