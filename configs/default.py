@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
     config.model.extra_conv = False  # one more 3x3 convolution before the head
     config.model.block = "plain"  # of the encoder: plain | residual (unet only)
     config.model.kernel_init = "he"  # he | paper: of the weights
+    config.model.deep_supervision = 0  # levels below the top whose logits training sees too, each at half the weight
     config.model.remat = ()  # levels, 0 is the top, whose activations are rematerialised to save memory
     # encoder_unet only
     config.model.encoder = "efficientnet_lite0"  # efficientnet_lite0 | _lite1 | _lite2 | resnet18 | resnet34 | resnet50

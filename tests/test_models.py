@@ -27,6 +27,7 @@ class Strided(nn.Module):
     width: int = 8
     remat: Sequence[int] = ()
     conv_impl: str = "plain"
+    deep_supervision: int = 0
 
     stride = 4
     smallest_input = (4, 4)

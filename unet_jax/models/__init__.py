@@ -3,7 +3,8 @@
 To add one: a file in this folder and its name in `NAMES`. What the rest of the package asks of a network:
 
 `__call__(image, keys=None)`  float images `[B, H, W, C]` -> float32 logits `[B, H', W', num_outputs]`, (H', W') =
-                              `output_size((H, W))`; in training mode when `keys`, one random key per example, are given
+                              `output_size((H, W))`; in training mode when `keys`, one random key per example, are
+                              given: then maybe a tuple, see `deep_supervision`
 `margins(size)`               (above, below), (left, right): what an image needs around it for all of it to be predicted
 `output_size(size)`           height and width of the logits; raises a `UserError` for a size that it cannot take
 `smallest_input`              height and width of the smallest image that it takes
@@ -11,6 +12,8 @@ To add one: a file in this folder and its name in `NAMES`. What the rest of the 
 `is_local`                    whether an output pixel depends only on its neighbourhood: tiles then have no seams
 `remat`, `conv_impl`          fields: levels that are rematerialised; `plain`, or `cpu` for a single CPU device
 `head`                        the name of the last layer, whose shape depends on the number of classes
+`deep_supervision`            field: how many more logits, of H' / 2, H' / 4, ..., training mode returns; their layers
+                              are called `deep_head_0`, `deep_head_1`, ...
 `first_conv`                  the path below `params` of the kernel that meets the image
 """
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 from unet_jax.errors import UserError, check_choice
 from unet_jax.models import encoders, ops
 from unet_jax.models.conv import Conv
-from unet_jax.models.unet import UPSAMPLE, ConvBlock, TransposedConv
+from unet_jax.models.unet import UPSAMPLE, ConvBlock, TransposedConv, check_deep_supervision
 
 LEVELS = 5  # of the encoder; level n has the stride 2**n
 
@@ -31,6 +31,7 @@ class EncoderUNet(nn.Module):
     upsample: str = "nearest"  # `nearest` or `bilinear`, without weights; `transposed_2x2` or `transposed_3x3`
     dropout: float = 0.0  # rate on the encoder's last features; 0 is none
     norm: str = "batch"  # of the decoder: `none`, `batch` or `group`
+    deep_supervision: int = 0  # more heads, at as many levels below the top of the decoder, for training; see `UNet`
     encoder_norm: str = "batch"  # `batch`, or `frozen`: averages, scales and biases stay as they are loaded
     remat: Sequence[int] = ()  # levels of encoder and decoder whose blocks are rematerialised; level n has stride 2**n
     conv_impl: str = "plain"  # or `cpu`, on a single CPU device; the result is the same
@@ -53,13 +54,14 @@ class EncoderUNet(nn.Module):
         self.merge = [
             make(n, 2, conv, self.norm, self.dtype, doubled) for make, n in zip(blocks, self.features, strict=True)
         ]
-        self.head = nn.Conv(self.num_outputs, (1, 1), kernel_init=glorot, dtype=self.dtype)
+        head = partial(nn.Conv, self.num_outputs, (1, 1), kernel_init=glorot, dtype=self.dtype)
+        self.head, self.deep_head = head(), [head() for _ in range(self.deep_supervision)]
 
-    def __call__(self, image: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    def __call__(self, image: jax.Array, keys: jax.Array | None = None) -> jax.Array | tuple[jax.Array, ...]:
         """float `[B, H, W, C]` -> float32 logits `[B, H, W, num_outputs]`; H and W are multiples of 32.
 
         `keys` `[B]` are random keys for dropout; None at evaluation: no dropout, and the running averages of batch
-        normalisation.
+        normalisation. With keys and `deep_supervision` n the logits, and those at 1/2, ..., 1/2^n of their size.
         """
         self.output_size(image.shape[1:3])
         *skips, x = self.encoder(image.astype(self.dtype), keys is not None)
@@ -67,8 +69,9 @@ class EncoderUNet(nn.Module):
             x = ops.dropout(x, keys, self.dropout)
         return self.decode(x, skips, train=keys is not None)
 
-    def decode(self, x: jax.Array, skips: Sequence[jax.Array], train: bool) -> jax.Array:
+    def decode(self, x: jax.Array, skips: Sequence[jax.Array], train: bool) -> jax.Array | tuple[jax.Array, ...]:
         """From the features at stride 32, and the skips at strides 2 to 16, to the logits."""
+        deep: list[jax.Array] = []
         for n, merge in reversed(list(enumerate(self.merge))):
             if self.upsample.startswith("transposed"):
                 x = self.up[n](x)
@@ -76,7 +79,14 @@ class EncoderUNet(nn.Module):
                 x = ops.resize_2x(x)
             level = self.head_level + n
             x = merge(x, train, skips[level - 1] if level else None)
-        logits = self.head(x).astype(jnp.float32)
+            if 0 < n <= self.deep_supervision and (train or self.is_initializing()):
+                deep.insert(0, self.enlarge(self.deep_head[n - 1](x)))
+        logits = self.enlarge(self.head(x))
+        return (logits, *deep) if train and deep else logits
+
+    def enlarge(self, logits: jax.Array) -> jax.Array:
+        """From the stride of the head to that of the image."""
+        logits = logits.astype(jnp.float32)
         for _ in range(self.head_level):
             logits = ops.resize_2x(logits)
         return logits
@@ -142,6 +152,7 @@ def create(num_outputs: int, **settings) -> EncoderUNet:
             f"config.model.features = {features} needs 3 to 5 positive widths of the decoder, top to bottom: with "
             "three the head is at stride 4, with four at 2, with five at 1"
         )
+    check_deep_supervision(settings["deep_supervision"], len(features) - 1)
     if not 0 <= settings["dropout"] < 1:
         raise UserError(f"config.model.dropout = {settings['dropout']} is not in [0, 1)")
     if not set(settings["remat"]) <= set(range(LEVELS + 1)):

@@ -43,6 +43,8 @@ class UNet(nn.Module):
     block: str = "plain"  # of the encoder, or `residual`: adds its input, as in the ResEnc presets of nnU-Net
     # `he` (truncated He-normal; Glorot-uniform where no ReLU follows) or `paper` (N(0, sqrt(2/N)) everywhere).
     kernel_init: str = "he"
+    # More heads, at as many levels below the top, whose logits training sees too (Lee et al. 2015, arXiv:1409.5185).
+    deep_supervision: int = 0
     # Levels, 0 is the top, whose blocks are rematerialised: they keep no activations and recompute them in the backward
     # pass (Chen et al. 2016, arXiv:1604.06174); the result is the same.
     remat: Sequence[int] = ()
@@ -73,18 +75,19 @@ class UNet(nn.Module):
             doubled = self.upsample == "nearest"
             self.up = [block(width, 1, conv=partial(conv, padding="SAME"), doubled=doubled) for width in upper]
         self.extra = block(self.features[0], 1, norm="none") if self.extra_conv else None
-        self.head = nn.Conv(self.num_outputs, (1, 1), kernel_init=head_init, dtype=self.dtype)
+        head = partial(nn.Conv, self.num_outputs, (1, 1), kernel_init=head_init, dtype=self.dtype)
+        self.head, self.deep_head = head(), [head() for _ in range(self.deep_supervision)]
 
-    def __call__(self, image: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    def __call__(self, image: jax.Array, keys: jax.Array | None = None) -> jax.Array | tuple[jax.Array, ...]:
         """float `[B, H, W, C]` -> float32 logits `[B, H', W', num_outputs]`, (H', W') = `output_size((H, W))`.
 
         `keys` `[B]` are random keys for dropout; None at evaluation: no dropout, and the running averages of batch
-        normalisation.
+        normalisation. With keys and `deep_supervision` n the logits, and those at 1/2, ..., 1/2^n of their size.
         """
         x, skips = self.encode(image.astype(self.dtype), keys)
         logits = self.decode(x, skips, train=keys is not None)
-        expected = self.output_size(image.shape[1:3])
-        assert logits.shape[1:3] == expected, f"{logits.shape} is not {expected}"
+        found, expected = jax.tree.leaves(logits)[0].shape[1:3], self.output_size(image.shape[1:3])
+        assert found == expected, f"{found} is not {expected}"
         return logits
 
     def encode(self, x: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, list[jax.Array]]:
@@ -101,18 +104,21 @@ class UNet(nn.Module):
                 x = ops.max_pool_2x2(x)
         return x, skips
 
-    def decode(self, x: jax.Array, skips: Sequence[jax.Array], train: bool) -> jax.Array:
+    def decode(self, x: jax.Array, skips: Sequence[jax.Array], train: bool) -> jax.Array | tuple[jax.Array, ...]:
         """The expanding path: consumes every skip, from the last to the first."""
-        skips = list(skips)
-        for up, merge in zip(reversed(self.up), reversed(self.merge), strict=True):
+        skips, deep = list(skips), []
+        for level, (up, merge) in reversed(list(enumerate(zip(self.up, self.merge, strict=True)))):
             if self.upsample == "bilinear":
                 x = ops.resize_2x(x)
             x = up(x) if self.upsample.startswith("transposed") else up(x, train)
             x = merge(x, train, center_crop(skips.pop(), x.shape[1:3]))
+            if 0 < level <= self.deep_supervision and (train or self.is_initializing()):
+                deep.insert(0, self.deep_head[level - 1](x).astype(jnp.float32))
         assert not skips, f"{len(skips)} skips were not consumed"
         if self.extra is not None:
             x = self.extra(x, train)
-        return self.head(x).astype(jnp.float32)
+        logits = self.head(x).astype(jnp.float32)
+        return (logits, *deep) if train and deep else logits
 
     def output_size(self, size: Sequence[int]) -> tuple[int, int]:
         """Height and width of the logits for images of (height, width) `size`.
@@ -254,7 +260,16 @@ def create(num_outputs: int, **settings) -> UNet:
     lowest = len(model.features) - 1
     if not set(model.remat) <= set(range(lowest + 1)):
         raise UserError(f"config.model.remat = {model.remat} must be levels of the network, 0 to {lowest}")
+    check_deep_supervision(model.deep_supervision, lowest - 1)
+    if model.deep_supervision and model.padding != "same":
+        raise UserError("config.model.deep_supervision needs config.model.padding = 'same'")
     return model
+
+
+def check_deep_supervision(heads: int, highest: int) -> None:
+    """Raises a `UserError` unless so many more heads fit below the top of a decoder, at most `highest`."""
+    if not isinstance(heads, int) or not 0 <= heads <= highest:
+        raise UserError(f"config.model.deep_supervision = {heads} is not in 0..{highest}, the levels below the top")
 
 
 def center_crop(x: jax.Array, size: Sequence[int]) -> jax.Array:

@@ -84,15 +84,15 @@ def _load_run(path: epath.PathLike, parts: tuple[str, ...], network: forward.Net
         arrays, differing = ({n: x for n, x in found.items() if is_part(n)} for found in (arrays, differing))
         summary += f": {', '.join(parts)}"
     for name, (found, needed) in differing.items():
-        if parts or not name.startswith("params/head/"):
+        if parts or not name.startswith(("params/head/", "params/deep_head_")):
             raise UserError(
                 f"{field}: {name} is {found or 'absent'} there, but {needed or 'absent'} in this network. Set "
                 "config.model as there, or config.init_parts to what the two have in common"
             )
     if values["channels"] != classes.channels and first_conv in arrays:
         summary += f"; its first convolution, for {values['channels']} channel(s), is adapted to {classes.channels}"
-    if differing:
-        arrays = {name: array for name, array in arrays.items() if not name.startswith("params/head/")}
+    arrays = {name: array for name, array in arrays.items() if name not in differing}
+    if "params/head/bias" in differing:
         (before,), (after,) = differing["params/head/bias"]
         summary += f"; its head has {before} outputs and is replaced by a new one with {after}"
     elif names != classes.names and "params/head/bias" in arrays:

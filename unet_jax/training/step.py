@@ -56,21 +56,30 @@ def make_train_step(
         examples["image"] = network.normalization(examples["image"])
         return {name: sharding.split_height(mesh, values) for name, values in examples.items()}
 
+    level_weights = [2.0**-level for level in range(1 + model.deep_supervision)]  # as nnU-Net has them
+
     def loss_fn(params, batch_stats, examples, keys, totals):
         logits, updates = model.apply(
             {"params": params, "batch_stats": batch_stats}, examples["image"], keys, mutable=["batch_stats"]
         )
-        label = examples["label"]
-        logits = sharding.split_height(mesh, logits[:, : label.shape[1], : label.shape[2]])
-        terms = loss.terms(logits, label, label != classes.ignore_label, examples.get("weight"))
-        return loss.combine(terms, totals), updates.get("batch_stats", {})
+        of_levels = logits if isinstance(logits, tuple) else (logits,)
+        value = 0.0
+        for level, (weight, logits) in enumerate(zip(level_weights, of_levels, strict=True)):
+            label, pixel_weights = _targets(examples, level)
+            logits = logits[:, : label.shape[1], : label.shape[2]]
+            logits = logits if level else sharding.split_height(mesh, logits)
+            terms = loss.terms(logits, label, label != classes.ignore_label, pixel_weights)
+            value += weight * loss.combine(terms, None if totals is None else totals[level])
+        return value / sum(level_weights), updates.get("batch_stats", {})
 
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def accumulated(state, examples, keys):
         """Loss, batch statistics and gradients; microbatch i takes every n-th example, so that none changes device."""
-        label = examples["label"]
-        totals = loss.totals(label, label != classes.ignore_label, classes.num_outputs, examples.get("weight"))
+        totals = []
+        for level in range(len(level_weights)):
+            label, pixel_weights = _targets(examples, level)
+            totals.append(loss.totals(label, label != classes.ignore_label, classes.num_outputs, pixel_weights))
         split = lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
 
         def add(sums, microbatch):
@@ -124,3 +133,10 @@ def make_train_step(
         out_shardings=(shardings, sharding.replicated(mesh)),
         compiler_options=sharding.compiler_options(mesh, remat=bool(model.remat)),
     )
+
+
+def _targets(examples: Mapping[str, jax.Array], level: int) -> tuple[jax.Array, jax.Array | None]:
+    """Label and pixel weights for logits of 1 / 2^level of the size: those of the pixel in the middle of each."""
+    chosen = slice(2**level // 2, None, 2**level)
+    label, weight = (examples.get(name) for name in ("label", "weight"))
+    return label[:, chosen, chosen], None if weight is None else weight[:, chosen, chosen]
