@@ -25,6 +25,7 @@ BASE_SETTINGS = {
     "dropout_on_skip": False,
     "norm": "none",
     "extra_conv": False,
+    "block": "plain",
     "kernel_init": "he",
     "dtype": "float32",
 }
