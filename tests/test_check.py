@@ -114,7 +114,7 @@ def test_images_without_faults_are_ok(tmp_path, real_data, capsys):
     assert check.check(config, tmp_path / "sheet.png")
     out = capsys.readouterr().out
     assert "42 pairs; usable: 34 train, 8 validation" in out and out.rstrip().endswith("OK")
-    assert "480x360: 42 (width x height); resized to 256x192" in out
+    assert "480x360: 42 (width x height); resized to 480x360" in out
     row = next(line.split() for line in out.splitlines() if line.startswith("pedestrian"))
     assert row[1] == "9" and row[3] == "26" and row[5] == "8"
     with Image.open(tmp_path / "sheet.png") as sheet:

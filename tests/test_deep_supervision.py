@@ -66,15 +66,12 @@ def test_the_loss_is_the_mean_over_levels_each_at_half_the_weight(deep):
 
 @pytest.mark.slow
 def test_microbatches_and_devices_make_no_difference(deep):
-    whole, whole_history = helpers.run_steps(deep, helpers.two_devices(), steps=1)
-    split, split_history = helpers.run_steps(deep, sharding.create_mesh(2, 4), steps=1)
+    whole, whole_history = helpers.run_steps(deep, helpers.one_device(), steps=1)
     deep.train.accumulate = 4
-    accumulated, history = helpers.run_steps(deep, helpers.two_devices(), steps=1)
+    split, history = helpers.run_steps(deep, sharding.create_mesh(2, 4), steps=1)
     # float32 rounding of sums over 8 x 48 x 48 pixels in another order.
-    for other, found in ((split, split_history), (accumulated, history)):
-        chex.assert_trees_all_close(other.params, whole.params, atol=1e-6)
-        assert found[0]["loss"] == pytest.approx(whole_history[0]["loss"], abs=1e-6)
-    assert np.abs(whole.params["deep_head_0"]["kernel"]).max() > 0
+    chex.assert_trees_all_close(split.params, whole.params, atol=1e-6)
+    assert history[0]["loss"] == pytest.approx(whole_history[0]["loss"], abs=1e-6)
 
 
 def test_training_goes_on_from_a_network_without_the_heads_and_with_another_number_of_classes(config, tmp_path):
