@@ -173,7 +173,7 @@ def evaluate_workdir(
     total = len(source) if split == "all" else len(data.load_with_faults(settings, "all"))
     processes.print_on_main(
         f"{path}, step {network.step}, {describe_split(split, len(source), total, settings.root or settings.name)}; "
-        f"test-time augmentation {tta}\n{scores.format(result)}"
+        f"test-time augmentation {tta}\n{scores.format_evaluation(result)}"
     )
     if processes.is_main():
         described = {"step": network.step, "split": split, "data_root": settings.root, "images": len(source)}

@@ -83,7 +83,7 @@ def to_csv(result: Evaluation, ids: Sequence[str]) -> str:
     return file.getvalue()
 
 
-def format(result: Evaluation) -> str:
+def format_evaluation(result: Evaluation) -> str:
     """The scores as text: a table, and one more at the images' own sizes if they were counted."""
     table = format_table(result.loss, result.records, result.pixels)
     if result.own_size is None:
