@@ -27,7 +27,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, skip: jax.Array | None = None) -> jax.Array:
-        """`skip` `[B, H', W', S]` is concatenated with `x`, after that is doubled if `doubled`."""
+        """`x`, doubled first if `doubled`, and the channels of a `skip` of its size go through the convolution."""
         channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
         k, inputs = self.kernel_size, 1 if self.depthwise else channels
         kernel = self.param("kernel", self.kernel_init, (k, k, inputs, self.features))

@@ -194,7 +194,7 @@ class UNet(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """`depth` times: 3x3 convolution, normalisation, ReLU; the first sees its input as `Conv` says.
+    """`depth` times: 3x3 convolution, normalisation, ReLU; `doubled` and `skip` are those of the first `Conv`.
 
     A residual one adds its input before the last ReLU, projected if it is of another width (He et al. 2015,
     arXiv:1512.03385, section 3.3, option B) and cropped if the convolutions are not padded.
