@@ -15,11 +15,15 @@ def get_config() -> ConfigDict:
     config.init_parts = ()  # prefixes of the weights to take from init_from, as ("encoder",); () is all of them
 
     config.data = ConfigDict()
-    config.data.name = "shapes"  # shapes | carla | oxford_iiit_pet | isbi2012 | folder
+    config.data.name = "shapes"  # shapes | carla | oxford_iiit_pet | isbi2012 | drive | folder
     # shapes: multiclass | multilabel; carla: carla23 | lyft13; pets: trimap | binary; the others: multiclass | binary
     config.data.variant = "multiclass"
     config.data.root = ""  # folder or archive of the images; see the module of the data set
-    config.data.size = (96, 96)  # height, width of what the network sees; the labels are scored at this size
+    # Height, width that images are resized to; the labels are scored at this size. () keeps each image at its own size:
+    # the network sees windows of config.augment.crop, and the labels are scored at the size of the image
+    config.data.size = (96, 96)
+    config.data.scale = 1.0  # size=(): factor on the size of each image
+    config.data.foreground = 1 / 3  # size=(): share of the windows that are centred on a pixel of a class drawn evenly
     config.data.resize = "bilinear"  # of images: bilinear (antialiased) | nearest; labels are always nearest
     config.data.validation = 0.2  # share of the images held out, if the data set has no split of its own
     config.data.cache_gib = 16.0  # of disk for the resized images of all data sets; 0 is no cache
@@ -61,7 +65,7 @@ def get_config() -> ConfigDict:
     config.augment.flip_vertical = False
     config.augment.rotate = 0.0  # degrees, uniform in +-
     config.augment.scale = 0.0  # zoom, uniform in 1 +-
-    config.augment.shift = 0.0  # share of each side, uniform in +-
+    config.augment.shift = 0.0  # share of each side, uniform in +-; not of windows, which lie anywhere (data.size=())
     config.augment.elastic = 0.0  # pixels: standard deviation of the displacements
     config.augment.elastic_grid = 3  # elastic: lattice points a side
     config.augment.interpolation = "bilinear"  # of images that are rotated, scaled, shifted or deformed: or cubic

@@ -227,7 +227,7 @@ def test_the_leftovers_of_a_killed_process_are_never_used(entries):
     assert {path.suffix for path in entries.iterdir()} == {""}
 
 
-@pytest.mark.parametrize("name", ["image", "label", "crc32"])
+@pytest.mark.parametrize("name", ["image", "label", "layout", "crc32"])
 @pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "of another type"])
 def test_a_damaged_entry_is_replaced(config, reads, entries, name, damage, capsys):
     expected = _batches(_open(config))
@@ -236,7 +236,11 @@ def test_a_damaged_entry_is_replaced(config, reads, entries, name, damage, capsy
     if damage == "missing":
         file.unlink()
     else:
-        bad = {"truncated": whole[:-1], "empty": b"", "of another type": whole.replace(b"u", b"f", 1)}
+        bad = {
+            "truncated": whole[:-1],
+            "empty": b"",
+            "of another type": whole.replace(b"<i", b"<f", 1).replace(b"u", b"f", 1),
+        }
         file.write_bytes(bad[damage])
     reads.clear()
     _assert_equal(_batches(_open(config)), expected)
@@ -282,7 +286,7 @@ def test_no_byte_of_an_entry_is_trusted(entries):
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 5), np.uint8)
     open_again = lambda: cache.load_or_write({}, ["image"], 3, lambda i: {"image": images[i]}, 1e6, str)
     open_again()
-    for name, size in (("image", 128 + 60), ("crc32", 128 + 12)):
+    for name, size in (("image", 128 + 60), ("crc32", 128 + 16), ("layout", 128 + 3 * 32)):
         for position in range(name == "crc32", size, 6):
             _flip(entries, name, position, 1 << position % 8)
             found = open_again().take(np.array([2, 0, 0, 1]))["image"]

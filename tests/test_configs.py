@@ -34,7 +34,7 @@ def test_every_config_builds(path):
     built = built._replace(network=dataclasses.replace(built.network, model=model))
     shape = (1, *model.smallest_input, classes.channels)
     before = jax.eval_shape(state.make_init(0, model, shape, built.optimizer, config.optimizer.ema > 0))
-    batch = plan.abstract_batch(config, classes, mesh)
+    batch = plan.abstract_batch(config, built)
     train_step = components.make_train_step(config, built, state.shardings(before, mesh, False))
     after, values = jax.eval_shape(train_step, before, batch, sharding.per_device(mesh, 0))
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)

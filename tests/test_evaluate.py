@@ -250,4 +250,4 @@ def test_images_of_another_task_are_refused(trained):
     network = unet_jax.load(trained)
     network.config.data.variant = "multilabel"
     with pytest.raises(UserError, match="for a multiclass task of 7 classes.* are for a multilabel task of 6"):
-        evaluate.open_split(network, trained, "validation")
+        evaluate.open_split(network, trained, "validation", "none")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -130,6 +131,10 @@ def test_who_has_lost_the_work_directory_is_stopped_before_it_writes_anything(tm
     assert json.loads((tmp_path / "lock").read_text())["token"] == "theirs"
 
 
+def _state(process: int) -> str:
+    return pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 @pytest.mark.slow
 def test_a_second_training_is_refused_and_a_kill_leaves_no_trace(tmp_path):
     flags = commands.training(tmp_path / "run", "--config.train.epochs=4000")
@@ -139,7 +144,9 @@ def test_a_second_training_is_refused_and_a_kill_leaves_no_trace(tmp_path):
     assert second.wait(60) == 1, second.output
     assert f"is in use: process {first.pid} on {socket.gethostname()} (since 2" in second.output
     assert "Traceback" not in second.output and "step" not in second.output
-    first.send(signal.SIGKILL)  # and not waited for: it is a zombie
+    first.send(signal.SIGKILL)
+    while _state(first.pid) != "Z":  # dying takes a while; it is not waited for and stays a zombie
+        time.sleep(0.01)
     third = commands.Command(*flags, folder=tmp_path, devices=1)
     third.wait_for("taking it over")
     third.wait_for("step ")

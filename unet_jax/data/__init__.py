@@ -6,6 +6,7 @@ README.md in this folder describes the data sets and how to add one.
 import dataclasses
 import importlib
 import json
+import math
 from collections.abc import Callable
 
 from unet_jax import defaults
@@ -13,7 +14,8 @@ from unet_jax.data import images
 from unet_jax.data.source import Classes, Source, bullets
 from unet_jax.errors import UserError, check_choice
 
-NAMES = ("shapes", "carla", "oxford_iiit_pet", "isbi2012", "folder")
+UNCACHED = ("data.root", "data.cache_gib", "data.foreground")  # settings that do not change the examples
+NAMES = ("shapes", "carla", "oxford_iiit_pet", "isbi2012", "drive", "folder")
 
 __all__ = ["NAMES", "Classes", "Source", "check_settings", "classes"]
 __all__ += ["infer_settings", "load", "load_with_faults", "reuse_settings"]
@@ -65,9 +67,9 @@ def load_with_faults(config, split: str) -> Source:
     """Like `load`, but returns the usable examples even if there are faulty files; see `Source.faults`."""
     source = _module(config).load(config, split)
     # A field at its default is left out, so that the key of a cached split stays the same when a field is added. Where
-    # the files are and how many may be cached does not change the examples.
+    # the files are, how many may be cached and what is drawn from them does not change the examples.
     settings = defaults.differing(defaults.flatten(json.loads(config.to_json()), "data."))
-    settings = {name: value for name, value in settings.items() if name not in ("data.root", "data.cache_gib")}
+    settings = {name: value for name, value in settings.items() if name not in UNCACHED}
     return dataclasses.replace(source, settings={**settings, "split": split})
 
 
@@ -84,8 +86,19 @@ def check_settings(config) -> None:
     """Raises a `UserError` for an invalid value of the settings that all data sets share."""
     check_choice("config.data.name", config.name, NAMES)
     check_choice("config.data.resize", config.resize, images.RESIZE)
-    if len(config.size) != 2 or not all(isinstance(n, int) and n > 0 for n in config.size):
-        raise UserError(f"config.data.size = {config.size} must be (height, width) in pixels")
+    if len(config.size) not in (0, 2) or not all(isinstance(n, int) and n > 0 for n in config.size):
+        raise UserError(
+            f"config.data.size = {config.size} must be (height, width) in pixels, or () for images at their own size"
+        )
+    if not 0 < config.scale < math.inf:
+        raise UserError(f"config.data.scale = {config.scale} must be positive")
+    if config.size and config.scale != 1:
+        raise UserError(
+            f"config.data.scale = {config.scale} is for images at their own size, not for config.data.size = "
+            f"{tuple(config.size)}"
+        )
+    if not 0 <= config.foreground <= 1:
+        raise UserError(f"config.data.foreground = {config.foreground} is a share, in 0..1")
     if not 0 < config.validation < 1:
         raise UserError(f"config.data.validation = {config.validation} must be between 0 and 1")
     if config.value_range and not (len(config.value_range) == 2 and 0 <= config.value_range[0] < config.value_range[1]):

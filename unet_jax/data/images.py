@@ -3,6 +3,7 @@
 A path may be any path object with `open`: in a folder, a zip archive or a bucket.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import os
@@ -66,11 +67,35 @@ def files_below(folder, ancestors: frozenset = frozenset()) -> list:
 
 
 def map_parallel(function: Callable, items: Sequence, title: str) -> list[Any]:
-    """The results of `function` for all items, in order, computed in threads, with a progress bar called `title`."""
+    """The results of `iterate_parallel`."""
+    return list(iterate_parallel(function, items, title))
+
+
+def iterate_parallel(function: Callable, items: Sequence, title: str) -> Iterator[Any]:
+    """The results of `function` for all items, in order, computed in threads, with a progress bar called `title`.
+
+    It holds no more of them than twice as many as there are threads.
+    """
     import tqdm
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm.tqdm(pool.map(function, items), title, len(items), leave=False, delay=1))
+    threads = os.cpu_count()
+    with (
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
+        tqdm.tqdm(desc=title, total=len(items), leave=False, delay=1) as bar,
+    ):
+        pending: collections.deque = collections.deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) == 2 * threads:
+                    yield pending.popleft().result()
+                    bar.update()
+            while pending:
+                yield pending.popleft().result()
+                bar.update()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def read(path, mode: str) -> np.ndarray:
@@ -192,6 +217,11 @@ def check_same_size(image: np.ndarray, mask: np.ndarray, pair: Pair) -> None:
         f"{pair.image} is {image.shape[1]}x{image.shape[0]} pixels but its mask {pair.mask} is "
         f"{mask.shape[1]}x{mask.shape[0]} (width x height).{hint}"
     )
+
+
+def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
+    """A (height, width) times a factor, in whole pixels."""
+    return tuple(max(1, round(n * scale)) for n in size)
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:

@@ -3,6 +3,8 @@
 The batch of a step is a pure function of (source, seed, step): every epoch is a full shuffle drawn from (seed, epoch),
 epochs follow each other without a gap, and step s takes the positions [s * B, (s + 1) * B). A run resumes at any step
 without reading what came before, and any number of processes sees the same global batches.
+
+What is shuffled are images resized to one size, or, if they keep their own, windows of them, see `windows.py`.
 """
 
 import collections
@@ -12,8 +14,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from unet_jax.data import border, cache, images
+from unet_jax.data import border, cache, images, windows
 from unet_jax.data.source import Source
+from unet_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -30,7 +33,7 @@ def _tensorflow():
 
 
 class Pipeline:
-    """The examples of one `source` at one size, cached on disk if they fit.
+    """The examples of one `source`, at one size or at their own, cached on disk if they fit.
 
     If they are `cached`, they are memory-mapped; if not, they are read again in each epoch.
     """
@@ -38,26 +41,29 @@ class Pipeline:
     def __init__(
         self,
         source: Source,
-        size: tuple[int, int],
+        size: tuple[int, int] | tuple[()],
         resize: str,
         cache_gib: float,
         pixel_weight_fn: border.BorderWeights | None = None,
         notify: Callable[[str], None] = print,
+        scale: float = 1.0,
     ):
         """Fills the cache, reading everything once, in parallel, unless it is there already or does not fit.
 
         Args:
-          size: height and width of the batches.
+          size: height and width that the examples are resized to; () keeps their own.
           resize: the method for images, `bilinear` or `nearest`.
           cache_gib: disk space that the examples of all sources may take; 0 for no cache.
           pixel_weight_fn: label -> loss weights float32 `[H, W]`; None for none.
           notify: called with the reason if the examples cannot be cached, unless it is their size, and if the cache is
             damaged.
+          scale: factor on the size of each example, if they keep their own.
 
         Raises:
           UserError: an example cannot be read, or a value of its label is no class.
         """
         self.source, self._size, self._resize, self._pixel_weight_fn = source, tuple(size), resize, pixel_weight_fn
+        self._scale, self._notify = scale, notify
         self._cached = None
         if source.files is not None and source.settings is not None:
             key_fields = {
@@ -66,29 +72,37 @@ class Pipeline:
                 "settings": dict(source.settings),
                 "size": self._size,
                 "resize": resize,
+                "scale": scale,
                 "pixel_weight_fn": None if pixel_weight_fn is None else pixel_weight_fn.key_fields(),
             }
-            names = ("image", "label") if pixel_weight_fn is None else ("image", "label", "weight")
+            names = ["image", "label"] + ["weight"] * (pixel_weight_fn is not None)
+            names += [] if self._size else ["pixels", "ends"]
             self._cached = cache.load_or_write(key_fields, names, len(source), self._decode, cache_gib * 2**30, notify)
         self.cached = self._cached is not None
         if not self.cached:
             self._spec = {name: (value.shape, value.dtype) for name, value in self._decode(0).items()}
 
     def read(self, index: int) -> Batch:
-        """One example: `image` uint8 `[H, W, C]`, `label` uint8 `[H, W]` or `[H, W, K]`.
+        """One example: `image` uint8 `[H, W, C]`, `label` uint8 `[H, W]` or `[H, W, K]`; read-only.
 
         With a `pixel_weight_fn` also `weight` float32 `[H, W]`.
         """
-        if self.cached:
-            return {name: array[0] for name, array in self._cached.take(np.array([index])).items()}
-        return self._decode(index)
+        example = self._example(index)
+        return {name: example[name] for name in ("image", "label", "weight") if name in example}
+
+    def _example(self, index: int) -> Batch:
+        """`read`, and, if it keeps its size, what `windows.index_pixels` returns."""
+        return self._cached[index] if self.cached else self._decode(index)
 
     def _decode(self, index: int) -> Batch:
-        """`read`, from the source."""
+        """`_example`, from the source."""
         image, label = self.source[index]
-        label = images.resize_label(label, self._size)
-        example = {"image": images.resize_image(image, self._size, self._resize), "label": label}
-        return example if self._pixel_weight_fn is None else {**example, "weight": self._pixel_weight_fn(label)}
+        size = self._size or images.scaled_size(image.shape[:2], self._scale)
+        label = images.resize_label(label, size)
+        example = {"image": images.resize_image(image, size, self._resize), "label": label}
+        if self._pixel_weight_fn is not None:
+            example["weight"] = self._pixel_weight_fn(label)
+        return example if self._size else {**example, **windows.index_pixels(label, self.source.classes)}
 
     def class_counts(self) -> list[int]:
         """Pixels of each class in all labels, at the size of the batches; ignored ones do not count.
@@ -105,7 +119,14 @@ class Pipeline:
 
         return sum(images.map_parallel(count, range(len(self.source)), "Counting pixels")).tolist()
 
-    def train_batches(self, batch_size: int, seed: int, start_step: int, rows: np.ndarray) -> Iterator[Batch]:
+    def train_batches(
+        self,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        rows: np.ndarray,
+        drawn: windows.Windows | None = None,
+    ) -> Iterator[Batch]:
         """Endless training batches: the arrays of `read`, each `[b, ...]`, and `mask` bool `[b]`, all true.
 
         Args:
@@ -113,9 +134,18 @@ class Pipeline:
           seed: of the order.
           start_step: the step whose batch comes first.
           rows: the rows of each global batch that this process feeds, int `[b]`.
+          drawn: how windows are drawn, if the examples keep their own size; the arrays are then those of windows.
+
+        Raises:
+          UserError: windows of examples without a labelled pixel.
         """
+        if drawn is not None:
+            return self._window_batches(batch_size, seed, start_step, rows, drawn)
+        return self._fetch(self._order(len(self.source), batch_size, seed, start_step, rows), len(rows))
+
+    def _order(self, count: int, batch_size: int, seed: int, start_step: int, rows: np.ndarray):
+        """A dataset of those numbers below `count` that this process feeds, int64 `[b]`, of the batches from a step."""
         tf = _tensorflow()
-        count = len(self.source)
 
         @tf.autograph.experimental.do_not_convert
         def shuffled(epoch):
@@ -128,7 +158,48 @@ class Pipeline:
         order = tf.data.Dataset.range(start // count, np.iinfo(np.int64).max).flat_map(shuffled)
         order = order.skip(start % count).batch(batch_size, drop_remainder=True)
         own_rows = tf.autograph.experimental.do_not_convert(lambda indices: tf.gather(indices, rows))
-        return self._fetch(order.map(own_rows), len(rows))
+        return order.map(own_rows)
+
+    def _window_batches(
+        self, batch_size: int, seed: int, start_step: int, rows: np.ndarray, drawn: windows.Windows
+    ) -> Iterator[Batch]:
+        """`train_batches` of windows."""
+        classes, everything = self.source.classes, range(len(self.source))
+        if self.cached:
+            sizes, indexed = ([self._cached.shape(name, i) for i in everything] for name in ("label", "pixels"))
+        else:
+            shapes = lambda i: [self._decode(i)[name].shape for name in ("label", "pixels")]
+            sizes, indexed = zip(*images.map_parallel(shapes, everything, "Reading sizes"), strict=True)
+        labelled = np.flatnonzero([count for (count,) in indexed])
+        if not len(labelled):
+            raise UserError("config.data.labels: every pixel of every training image is ignored")
+        if len(labelled) < len(sizes):
+            self._notify(f"note: no window is drawn from {len(sizes) - len(labelled)} images without labelled pixels")
+        small = sum(height < drawn.size[0] or width < drawn.size[1] for height, width, *_ in sizes)
+        if small:
+            self._notify(
+                f"note: {small} of {len(sizes)} training images are smaller than a window of "
+                f"{drawn.size[0]}x{drawn.size[1]} and are mirrored up to it; the mirrored part does not count"
+            )
+        ends = windows.per_image([size[:2] for size in sizes], drawn.size).cumsum()
+
+        def read(place, window):
+            key = seed, place
+            index = int(np.searchsorted(ends, window, side="right"))
+            if index not in labelled:  # has no window to draw: another image takes its place
+                index = labelled[place % len(labelled)]
+            example = self._example(int(index))
+            return drawn.cut(example, drawn.draw(key, example, classes), classes.ignore_label)
+
+        order = self._order(int(ends[-1]), batch_size, seed, start_step, rows)
+        with concurrent.futures.ThreadPoolExecutor() as workers:
+            pending: collections.deque = collections.deque()
+            for step, chosen in enumerate(order.as_numpy_iterator(), start_step):
+                pending.append(
+                    [workers.submit(read, *pair) for pair in zip(step * batch_size + rows, chosen, strict=True)]
+                )
+                if len(pending) > PREFETCH:
+                    yield _stack([future.result() for future in pending.popleft()])
 
     def eval_batches(self, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
         """Each example once, in order, as batches like those of `train_batches`; `mask` is false for padding."""
@@ -178,3 +249,9 @@ class Pipeline:
     def _gather(self, indices: np.ndarray) -> Batch:
         """The cached examples at `indices`, `[b]`."""
         return self._cached.take(np.maximum(indices, 0)) | {"mask": indices >= 0}
+
+
+def _stack(examples: list[Batch]) -> Batch:
+    """Examples of one size as a batch, none of which is padding."""
+    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    return batch | {"mask": np.ones(len(examples), bool)}

@@ -24,7 +24,7 @@ def load(config, split: str) -> Source:
     """
     meaning = classes(config)
     check_choice("--split", split, (*SPLITS, "all"))
-    if min(config.size) < 48:
+    if not config.size or min(config.size) < 48:
         raise UserError(f"config.data.size = {config.size}: shapes need at least 48x48 pixels")
     for name, smallest in (("shapes_train", 1), ("shapes_validation", 1), ("shapes_seed", 0)):
         if config[name] < smallest:

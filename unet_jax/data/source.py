@@ -76,13 +76,18 @@ class Source:
         check_label(label, num_values, f"example {self.ids[index]!r}", self.classes.ignore_label)
         return image, label
 
+    def sizes(self) -> list[tuple[int, int]]:
+        """The (height, width) of each image."""
+        read_size = self.read_size or (lambda index: self.read(index)[0].shape[:2])
+        return images.map_parallel(read_size, range(len(self)), "Reading sizes")
+
     def size_range(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """The smallest and the largest (height, width) of the images, each axis by itself.
 
         If `read_size` cannot tell, of 32 images spread evenly: enough where all are of one size, or of any.
         """
         if self.read_size is not None:
-            sizes = images.map_parallel(self.read_size, range(len(self)), "Reading sizes")
+            sizes = self.sizes()
         else:
             chosen = np.unique(np.linspace(0, len(self) - 1, 32).astype(int)).tolist()
             sizes = images.map_parallel(lambda index: self.read(index)[0].shape[:2], chosen, "Reading sizes")

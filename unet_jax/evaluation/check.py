@@ -109,11 +109,18 @@ def _print_sizes(config: "ConfigDict", classes: data.Classes, good: Sequence[Exa
     model = models.create(num_outputs=classes.num_outputs, **config.model)
     sizes = collections.Counter(example.size for example in good)
     shown = ", ".join(f"{w}x{h}: {count}" for (h, w), count in sizes.most_common(6))
-    height, width = config.data.size
-    print_on_main(f"sizes     {shown}{', ...' if len(sizes) > 6 else ''} (width x height); resized to {width}x{height}")
+    height, width = config.data.size or config.augment.crop
+    kept = "kept" if config.data.scale == 1 else f"scaled by {config.data.scale:g}"
+    becomes = f"resized to {width}x{height}" if config.data.size else f"{kept}, seen in windows of {width}x{height}"
+    print_on_main(f"sizes     {shown}{', ...' if len(sizes) > 6 else ''} (width x height); {becomes}")
     print_on_main(f"channels  {classes.channels}")
-    rows, columns = map(sum, model.margins(config.data.size))
+    rows, columns = map(sum, model.margins((height, width)))
     mirrored = f"mirrored up to {width + columns}x{height + rows}" if rows or columns else "not padded"
+    if not config.data.size:
+        scaled = [images.scaled_size(example.size, config.data.scale) for example in good]
+        small = sum(h < height or w < width for h, w in scaled)
+        if small:
+            print_on_main(f"note      {small} of {len(good)} images are smaller than a window: mirrored up to it")
     padded = sum(count for size, count in sizes.items() if any(map(sum, model.margins(size))))
     print_on_main(
         f"network   {width}x{height} is {mirrored}; at their own size {padded} of {len(good)} images are mirrored at "

@@ -1,6 +1,6 @@
 """Evaluation: a whole split, every pixel once, whatever the batch size and the number of devices."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from unet_jax import data, losses, metrics
 from unet_jax.data import border, pipeline
 from unet_jax.errors import UserError, check_choice, escape_line
 from unet_jax.evaluation import own_size, scores
-from unet_jax.inference import forward, trained
+from unet_jax.inference import forward, tiles, trained
 from unet_jax.metrics import confusion
 from unet_jax.parallel import processes, sharding
 from unet_jax.workdir import checkpoints
@@ -84,26 +84,92 @@ def evaluate(
     return scores.Evaluation(float(loss.combine(terms)), found, counts, names, alone)
 
 
+class Scorer:
+    """Scores the images of a split, and predicts some of them, with any weights of a network; compiled once."""
+
+    def __init__(
+        self,
+        network: forward.Network,
+        images: pipeline.Pipeline,
+        loss: losses.Loss,
+        batch_size: int,
+        *,
+        tile: tuple[int, int] | None = None,
+        tta: str = "none",
+        em_scores: bool = False,
+    ):
+        """Compiles lazily.
+
+        Args:
+          network: the network.
+          images: of the split.
+          loss: of the training.
+          batch_size: of images of one size.
+          tile: (height, width) predicted at a time, if the images keep their own size.
+          tta: test-time augmentation, one of `forward.VIEWS`.
+          em_scores: whether to compute the scores of the ISBI 2012 challenge as well.
+        """
+        self._network, self._images, self._loss, self._batch_size = network, images, loss, batch_size
+        self._rows = sharding.process_rows(network.mesh, batch_size)
+        self._predictor = tile and tiles.Predictor(network, None, tile, tta)
+        if tile:
+            self._at_own_size = own_size.Evaluator(loss, network.classes, tile, em_scores)
+            return
+        self._step = make_eval_step(network, loss, tta, em_scores)
+        self._labels = sharding.jit_replicated(network.mesh, lambda *inputs: network.labels(*inputs, tta=tta))
+
+    def score(self, variables: Mapping, stop_signal: Callable[[], int] = lambda: 0) -> scores.Evaluation | None:
+        """Scores all images; gives up, with None, once any process has a `stop_signal()`."""
+        if self._predictor:
+            return self._at_own_size.evaluate(lambda x: self._bands(variables, x), self._images, stop_signal)
+        batches = self._images.eval_batches(self._batch_size, self._rows)
+        return evaluate(self._step, variables, batches, self._loss, self._network, stop_signal)
+
+    def labels(self, variables: Mapping, indices: Sequence[int]) -> list[np.ndarray]:
+        """The predicted labels of some images, uint8 `[H, W]`, or `[H, W, K]` for a multilabel task."""
+        found, read = [], lambda index: self._images.read(index)["image"]
+        if self._predictor:
+            for index in indices:
+                bands = [band for _, band in self._bands(variables, read(index))]
+                found.append(forward.to_label(np.concatenate(bands), self._network.task))
+            return found
+        for start in range(0, len(indices), self._batch_size):  # batches as those scored, so that logits round alike
+            chosen = [read(index) for index in indices[start : start + self._batch_size]]
+            padded = np.stack(chosen + chosen[:1] * (self._batch_size - len(chosen)))[self._rows]
+            batch = sharding.put_batch(self._network.mesh, {"image": padded})
+            found += list(jax.device_get(self._labels(variables, batch["image"])))[: len(chosen)]
+        return found
+
+    def _bands(self, variables, image):
+        return self._predictor.bands(image, variables=variables)
+
+
 def open_images(source: data.Source, config: "ConfigDict", classes: data.Classes) -> pipeline.Pipeline:
     """The images of a source as `config` describes them, with the pixel weights of its loss."""
     settings, pixel_weight_fn = config.data, border.pixel_weight_fn(config.loss, classes)
     return pipeline.Pipeline(
-        source, settings.size, settings.resize, settings.cache_gib, pixel_weight_fn, processes.print_on_main
+        source,
+        settings.size,
+        settings.resize,
+        settings.cache_gib,
+        pixel_weight_fn,
+        processes.print_on_main,
+        scale=settings.scale,
     )
 
 
 class Split(NamedTuple):
-    """One split of the images of a work directory, and how its scores are computed."""
+    """One split of the images of a work directory, and what scores it."""
 
     images: pipeline.Pipeline
-    loss: losses.Loss
-    batch_size: int
+    scorer: Scorer
 
 
 def open_split(
     network: trained.Trained,
     path: epath.PathLike,
     split: str,
+    tta: str,
     data_dir: str | None = None,
     images: pipeline.Pipeline | None = None,
 ) -> Split:
@@ -113,6 +179,7 @@ def open_split(
       network: of the work directory `path`.
       path: the work directory.
       split: `train`, `validation`, `test` or `all`.
+      tta: test-time augmentation, one of `forward.VIEWS`.
       data_dir: the root of other images, which becomes `config.data.root`. If all of them are opened and have the names
         of the training images, a warning is printed: they may be those, moved, most of which the network has seen.
       images: those of the split, if they are open already.
@@ -134,15 +201,9 @@ def open_split(
     devices = network.mesh.shape["data"]
     batch_size = -(-config.train.batch_size // devices) * devices  # the scores do not depend on it
     loss = losses.make(config.loss, classes.task, len(classes.names), network.class_counts)
-    return Split(images, loss, batch_size)
-
-
-def evaluate_split(network: trained.Trained, split: Split, tta: str) -> scores.Evaluation:
-    """Scores a trained network on an open split, with test-time augmentation `tta`, one of `forward.VIEWS`."""
-    rows = sharding.process_rows(network.mesh, split.batch_size)
-    step = make_eval_step(network.network, split.loss, tta, network.config.eval.em_scores)
-    batches = split.images.eval_batches(split.batch_size, rows)
-    return evaluate(step, network.variables, batches, split.loss, network.network)
+    tile = None if config.data.size else network.size
+    scorer = Scorer(network.network, images, loss, batch_size, tile=tile, tta=tta, em_scores=config.eval.em_scores)
+    return Split(images, scorer)
 
 
 def evaluate_workdir(
@@ -166,10 +227,10 @@ def evaluate_workdir(
     network = trained.load(path, step)
     settings, trained_root = network.config.data, network.config.data.root
     split = split or default_split(data_dir)
-    opened = open_split(network, path, split, data_dir)
     tta = network.resolve_tta(tta)
+    opened = open_split(network, path, split, tta, data_dir)
     source = opened.images.source
-    result = evaluate_split(network, opened, tta)._replace(own_size=own_size.count(network, source, tta))
+    result = opened.scorer.score(network.variables)._replace(own_size=own_size.count(network, source, tta))
     total = len(source) if split == "all" else len(data.load_with_faults(settings, "all"))
     processes.print_on_main(
         f"{path}, step {network.step}, {describe_split(split, len(source), total, settings.root or settings.name)}; "

@@ -1,7 +1,6 @@
 """Pictures of labelled images: panels during training, maps of errors, contact sheets."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -31,17 +30,17 @@ class Panels:
         self._ids = [images.source.ids[i] for i in chosen]
         for name in self._ids:
             self._file(0, name)  # an id that names no file should not wait for the first evaluation
-        self._examples = [images.read(i) for i in chosen]
+        self._indices, self._examples = chosen, [images.read(i) for i in chosen]
 
-    def draw(self, step: int, predict: Callable[[np.ndarray], Any]) -> None:
+    def draw(self, step: int, predict: Callable[[Sequence[int]], Sequence[np.ndarray]]) -> None:
         """Writes one PNG per image into `<folder>/<step>/`; raises a `UserError` if that cannot be written.
 
-        `predict` maps uint8 images `[B, H, W, C]` to predicted labels.
+        `predict` maps indices of images to their predicted labels.
         """
-        for name, example in zip(self._ids, self._examples, strict=True):  # one by one: images may be large
-            prediction = np.asarray(predict(example["image"][None]))[0]
-            if not processes.is_main():
-                continue
+        predictions = predict(self._indices)
+        if not processes.is_main():
+            return
+        for name, example, prediction in zip(self._ids, self._examples, predictions, strict=True):
             panel = draw_panel(**example, prediction=prediction, classes=self._classes)
             file = self._file(step, name)
             try:

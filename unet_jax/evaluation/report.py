@@ -15,7 +15,7 @@ from unet_jax.data import pipeline
 from unet_jax.errors import UserError, escape_line
 from unet_jax.evaluation import evaluate, page, scores
 from unet_jax.inference import trained
-from unet_jax.parallel import processes, sharding
+from unet_jax.parallel import processes
 from unet_jax.workdir import files, metrics_log
 
 SHOWN = {"worst": 6, "median": 3, "best": 3}  # images, at most, in this order
@@ -51,7 +51,9 @@ def write(
     tta = network.resolve_tta()
     missing = None
     try:
-        results = _measure(network, split, evaluate.open_split(network, path, split, data_dir, images), tta, data_dir)
+        results = _measure(
+            network, split, evaluate.open_split(network, path, split, tta, data_dir, images), tta, data_dir
+        )
     except UserError as error:
         missing = str(error)
         processes.print_on_main(f"The report shows no images, because they cannot be read: {missing}")
@@ -88,27 +90,20 @@ def _measure(
 ) -> page.Results:
     """Scores the split, ranks its images by their mean IoU, and predicts those to show once more, to hold no others."""
     source = split.images.source
-    result = evaluate.evaluate_split(network, split, tta)
+    result = split.scorer.score(network.variables)
     records = result.image_records()
     chosen = choose([metrics.value_of("miou", of_image) for of_image in records], source.ids)
 
-    label_step = sharding.jit_replicated(network.mesh, network.network.labels, static_argnames="tta")
-    rows = sharding.process_rows(network.mesh, split.batch_size)
     pictures, all_chosen = {}, [index for indices in chosen.values() for index in indices]
-    for start in range(0, len(all_chosen), split.batch_size):  # batches as those scored, so that logits round alike
-        part = all_chosen[start : start + split.batch_size]
-        examples = [split.images.read(index) for index in part]
-        padding = [examples[0]] * (split.batch_size - len(examples))
-        batch = {"image": np.stack([example["image"] for example in examples + padding])[rows]}
-        images = sharding.put_batch(network.mesh, batch)["image"]
-        predictions = jax.device_get(label_step(network.variables, images, tta=tta))
-        for i, example, prediction in zip(part, examples, predictions, strict=False):
-            pictures[i] = page.Picture(source.ids[i], records[i], example["image"], example["label"], prediction)
+    for i, prediction in zip(all_chosen, split.scorer.labels(network.variables, all_chosen), strict=True):
+        example = split.images.read(i)
+        pictures[i] = page.Picture(source.ids[i], records[i], example["image"], example["label"], prediction)
     shown = {rank: [pictures[index] for index in indices] for rank, indices in chosen.items()}
 
-    (height, width), count = network.config.data.size, len(source)
+    count, size = len(source), network.config.data.size
     kind = "all {} image{}" if name == "all" else f"{{}} {name} image{{}}"
-    origin = f"{kind.format(count, 's' if count != 1 else '')} of {height}x{width}"
+    origin = f"{kind.format(count, 's' if count != 1 else '')} "
+    origin += f"of {size[0]}x{size[1]}" if size else "at their own size"
     if data_dir is not None:
         origin += f" in {escape_line(data_dir)}"
     if tta != "none":

@@ -112,9 +112,7 @@ class Network:
         else:
             views = [(degrees // 90, mirrored) for degrees, mirrored in VIEWS[tta]]
             mean = cut(sum(_unview(probability(_view(window, *view)), *view) for view in views)) / len(views)
-        tiny = jnp.finfo(mean.dtype).tiny
-        log_mean = jnp.log(mean.clip(tiny))
-        return log_mean if self.task == "multiclass" else log_mean - jnp.log((1 - mean).clip(tiny))
+        return to_logits(mean, self.task)
 
     def margins(self, size: Sequence[int], tta: str = "none") -> list[tuple[int, int]]:
         """Pixels needed around a window of (height, width) `size`: (above, below), (left, right)."""
@@ -191,6 +189,13 @@ def reflect_pad(image: jax.Array, margins: Sequence[tuple[int, int]]) -> jax.Arr
 def to_probability(logits: jax.Array, task: str) -> jax.Array:
     """Softmax, or sigmoids."""
     return jax.nn.softmax(logits) if task == "multiclass" else jax.nn.sigmoid(logits)
+
+
+def to_logits(probability: jax.Array, task: str) -> jax.Array:
+    """Logits whose `to_probability` is `probability`; finite, where that is 0 or 1."""
+    tiny = jnp.finfo(probability.dtype).tiny
+    log = jnp.log(probability.clip(tiny))
+    return log if task == "multiclass" else log - jnp.log((1 - probability).clip(tiny))
 
 
 def to_label(probability: np.ndarray, task: str, threshold: float = 0.5) -> np.ndarray:

@@ -139,7 +139,8 @@ def _describe(network: trained.Trained, scale: str) -> str:
     show = lambda size: f"{size[1]}x{size[0]}"
     to = show(network.size)
     if scale == "native" or (scale == "train" and not network.resizes):
-        text = "at their own size"
+        factor = network.config.data.scale
+        text = "at their own size" if scale == "native" or factor == 1 else f"scaled by {factor:g} as in training"
     elif scale == "fit" or network.source_sizes is None:
         return f"resized to {to} and back"
     else:

@@ -31,7 +31,7 @@ class Predictor:
     def __init__(
         self,
         network: forward.Network,
-        variables: Mapping,
+        variables: Mapping | None,
         tile: Sequence[int],
         tta: str = "none",
         batch_size: int = 1,
@@ -39,7 +39,7 @@ class Predictor:
         """Compiles lazily, on the first image.
 
         Args:
-          network: the network, and `variables` its weights.
+          network: the network, and `variables` its weights; None if they come with each image.
           tile: (height, width) predicted at a time; the attribute `tile` is rounded to a multiple of the stride.
           tta: test-time augmentation, one of `forward.VIEWS`.
           batch_size: tiles at a time, rounded up to a multiple of the devices that share a batch.
@@ -58,7 +58,7 @@ class Predictor:
         self.tile = tuple(max(n // self._stride, 1 if seamless else 2) * self._stride for n in tile)
         self._overlap = [0 if seamless else ceil(n / 4 / self._stride) * self._stride for n in self.tile]
         self._margins = network.margins(self.tile, tta)
-        self._variables = jax.device_put(variables, sharding.replicated(self._mesh))
+        self._variables = variables and jax.device_put(variables, sharding.replicated(self._mesh))
 
         def probability(variables, window):
             logits = network.window_logits(variables, window, self.tile, tta)
@@ -93,8 +93,13 @@ class Predictor:
             out[finished] = band
         return out
 
-    def bands(self, image: np.ndarray, progress: bool = False) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yields rows and their probabilities float32 `[rows, W, K]`, from top to bottom; see `probability`."""
+    def bands(
+        self, image: np.ndarray, progress: bool = False, variables: Mapping | None = None
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yields rows and their probabilities float32 `[rows, W, K]`, from top to bottom; see `probability`.
+
+        `variables` are other weights than those that the predictor was made with.
+        """
         check_image(image, self._classes.channels)
         size = image.shape[:2]
         starts = [self._starts(n, axis) for axis, n in enumerate(size)]
@@ -102,7 +107,7 @@ class Predictor:
         (height, width), left = self.tile, starts[1]
         band = np.zeros((height, left[-1] + width, self._classes.num_outputs), np.float32)
         places = itertools.product(range(len(starts[0])), range(len(left)))
-        for (i, j), tile in zip(places, self._tiles(image, starts, progress), strict=True):
+        for (i, j), tile in zip(places, self._tiles(image, starts, progress, variables), strict=True):
             band[:, left[j] : left[j] + width] += weights[0][i][:, None, None] * weights[1][j][:, None] * tile
             if j + 1 == len(left):  # rows that the next row of tiles does not reach are finished
                 top = starts[0][i]
@@ -129,7 +134,7 @@ class Predictor:
             total[start : start + tile] += window
         return [(window / total[start : start + tile]).astype(np.float32) for start in starts]
 
-    def _tiles(self, image: np.ndarray, starts: list[list[int]], progress: bool) -> Iterator[np.ndarray]:
+    def _tiles(self, image, starts: list[list[int]], progress: bool, variables) -> Iterator[np.ndarray]:
         """The probabilities of each tile, row by row; the next batch is read while the device works."""
         import tqdm
 
@@ -147,7 +152,7 @@ class Predictor:
                 windows = [self._window(image, index, place) for place in chosen]
                 windows += windows[:1] * (self._batch_size - len(chosen))
                 batch = sharding.put_batch(self._mesh, {"image": np.stack(windows)[rows]})
-                pending.append((len(chosen), self._step(self._variables, batch["image"])))
+                pending.append((len(chosen), self._step(variables or self._variables, batch["image"])))
                 if len(pending) > 1:
                     yield from self._fetch(pending.pop(0), bar)
             yield from self._fetch(pending.pop(0), bar)

@@ -40,7 +40,7 @@ class Trained:
 
     @functools.cached_property
     def predictor(self) -> Callable[[str], tiles.Predictor]:
-        """Test-time augmentation -> what predicts images in tiles of `config.data.size`; compiled once."""
+        """Test-time augmentation -> what predicts images in tiles of `size`; compiled once."""
         return functools.cache(lambda tta: tiles.Predictor(self.network, self.variables, self.size, tta))
 
     @property
@@ -55,13 +55,13 @@ class Trained:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width that training resized its images to: `config.data.size`."""
-        return tuple(self.config.data.size)
+        """Height and width that training resized its images to, or of its windows if it kept them at their own size."""
+        return tuple(self.config.data.size or self.config.augment.crop)
 
     @property
     def resizes(self) -> bool:
         """Whether images of other sizes must be resized, as they were, or may have been, in training."""
-        return self.source_sizes != (self.size, self.size)
+        return bool(self.config.data.size) and self.source_sizes != (self.size, self.size)
 
     @functools.cached_property
     def _warn_once(self):
@@ -166,7 +166,17 @@ class Trained:
         return resize.resize_bands(bands, new, size, interpolation)
 
     def predicted_size(self, size: tuple[int, int], scale: str) -> tuple[int, int]:
-        """The (height, width) at which an image of `size` is predicted; see `resize.predicted_size`."""
+        """The (height, width) at which an image of `size` is predicted; see `resize.predicted_size`.
+
+        A network that was trained on images at their own size has no size to `fit`: a `UserError`.
+        """
+        if not self.config.data.size:
+            if scale == "fit":
+                raise UserError(
+                    "scale = 'fit' is for networks trained on images resized to one size; this one was trained on "
+                    "images at their own size: choose 'train'"
+                )
+            return image_files.scaled_size(size, self.config.data.scale if scale == "train" else 1.0)
         return resize.predicted_size(scale, size, self.size, self.source_sizes)
 
     def read_image(self, file: epath.PathLike) -> np.ndarray:

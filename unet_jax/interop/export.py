@@ -77,7 +77,9 @@ def describe_input(trained: Trained, resize: bool = True) -> str:
         low, high = trained.config.data.value_range
         text += f", 16-bit values {low}..{high} as 0..255"
     if not trained.resizes:
-        return f"{text}, of any size, at the scale of the training images, which were not resized"
+        factor = trained.config.data.scale
+        resized = "were not resized" if factor == 1 else f"were scaled by {factor:g}: scale these as well"
+        return f"{text}, of any size, at the scale of the training images, which {resized}"
     if not resize:
         return f"{text}, which must be resized to {to} (height x width, {trained.config.data.resize}) as in training"
     text += f", of any size: resized to {to} (height x width), and the result back."

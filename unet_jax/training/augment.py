@@ -5,10 +5,14 @@ Window, rotation, zoom, shift and elastic deformation are one map of coordinates
 once. Labels and weights take the nearest pixel and never blend. Outside the image the label is the ignore label, while
 the image is mirrored: a valid network looks beyond the window that it predicts.
 
+Where images keep their own size, windows of them are drawn before, see `data/windows.py`, and come with as much around
+them as the transforms can `reach`: then the window is not drawn here, but in the middle.
+
 To add one: its field in `config.augment`, its limit in `LIMITS`, and a function with the next free number in
 `INTENSITY` (or a step in `_window`, if it moves pixels).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -25,17 +29,47 @@ LIMITS = {"rotate": 180, "scale": 0.9, "shift": 1, "brightness": 1, "contrast": 
 
 
 def check(settings: Mapping, size: Sequence[int]) -> tuple[int, int]:
-    """Checks the ranges of `config.augment` for images of (height, width) `size`; returns the size of the window."""
+    """Checks the ranges of `config.augment` for images of (height, width) `size`; returns the size of the window.
+
+    `size` is empty if images keep their own.
+    """
+    crop = tuple(settings["crop"]) or tuple(size)
+    if not size and (len(crop) != 2 or not all(isinstance(c, int) and c > 0 for c in crop)):
+        raise UserError(
+            f"config.data.size = () keeps images at their own size, so config.augment.crop = {crop} must be the "
+            "(height, width) of the windows to train on, such as (256, 256)"
+        )
+    size = size or crop
     for name, limit in {**LIMITS, "elastic": min(size)}.items():
         if not 0 <= settings[name] <= limit:
             raise UserError(f"config.augment.{name} = {settings[name]} is not in 0..{limit}")
     if not 2 <= settings["elastic_grid"] <= min(size):
         raise UserError(f"config.augment.elastic_grid = {settings['elastic_grid']} is not in 2..{min(size)}")
     check_choice("config.augment.interpolation", settings["interpolation"], resample.INTERPOLATION)
-    crop = tuple(settings["crop"]) or tuple(size)
     if len(crop) != 2 or not all(isinstance(c, int) and 0 < c <= s for c, s in zip(crop, size, strict=True)):
         raise UserError(f"config.augment.crop = {crop} must be (height, width) within config.data.size = {tuple(size)}")
     return crop
+
+
+def reach(settings: Mapping, margins: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """How far beyond a window of `config.augment.crop` its pixels can come from: (above and below, left and right).
+
+    Displacements are normally distributed: three standard deviations of them count, and beyond is mirrored.
+
+    Args:
+      settings: `config.augment`.
+      margins: how many pixels the image extends beyond the window: (above, below), (left, right).
+    """
+    if not any(settings[name] for name in ("rotate", "scale", "elastic")):
+        return tuple(map(max, margins))
+    half = [size / 2 + max(margin) for size, margin in zip(settings["crop"], margins, strict=True)]
+    found = []
+    for own, other, size in zip(half, half[::-1], settings["crop"], strict=True):
+        angle = min(math.radians(settings["rotate"]), math.atan2(other, own))  # the corner is furthest there
+        turned = math.cos(angle) * own + math.sin(angle) * other
+        taps = 2  # of cubic interpolation
+        found.append(math.ceil(turned / (1 - settings["scale"]) - size / 2 + 3 * settings["elastic"]) + taps)
+    return tuple(found)
 
 
 def augment(
@@ -44,6 +78,7 @@ def augment(
     settings: Mapping,
     margins: Sequence[tuple[int, int]],
     ignore_label: int,
+    is_cut: bool = False,
 ) -> dict[str, jax.Array]:
     """Transforms a batch by the `settings` of `config.augment`; pixels from outside the image get the `ignore_label`.
 
@@ -52,36 +87,40 @@ def augment(
       batch: `image` float `[B, H, W, C]` in 0..1; `label` integer `[B, H, W]` or `[B, H, W, K]`; maybe `weight` float
         `[B, H, W]`.
       margins: how many pixels the image extends beyond the window: (above, below), (left, right).
+      is_cut: whether the images are windows already, with `reach` around them.
 
     Returns:
       the same fields and types; labels and weights `[B, h, w, ...]` of the window, images with the margins around it.
     """
-    return jax.vmap(lambda key, example: _augment_one(key, example, settings, margins, ignore_label))(keys, dict(batch))
+    one = lambda key, example: _augment_one(key, example, settings, margins, ignore_label, is_cut)
+    return jax.vmap(one)(keys, dict(batch))
 
 
-def _augment_one(key, example, settings, margins, ignore_label):
+def _augment_one(key, example, settings, margins, ignore_label, is_cut):
     horizontal, vertical = jax.random.bernoulli(jax.random.fold_in(key, FLIP), 0.5, (2,))
     if settings["flip_horizontal"]:
         example = jax.tree.map(lambda x: jnp.where(horizontal, x[:, ::-1], x), example)
     if settings["flip_vertical"]:
         example = jax.tree.map(lambda x: jnp.where(vertical, x[::-1], x), example)
-    example = _window(key, example, settings, margins, ignore_label)
+    example = _window(key, example, settings, margins, ignore_label, is_cut)
     image = example["image"]
     for number, change in INTENSITY:
         image = change(jax.random.fold_in(key, number), image, settings)
     return {**example, "image": image}
 
 
-def _window(key, example, settings, margins, ignore_label):
+def _window(key, example, settings, margins, ignore_label, is_cut):
     """Cuts the window out of the transformed image, with its margins."""
     image = example["image"]
     size = image.shape[:2]
     crop = tuple(settings["crop"]) or size
+    if is_cut:
+        settings = {**settings, "shift": 0.0}  # it lies anywhere in its image
     warps = any(settings[name] for name in ("rotate", "scale", "shift", "elastic"))
     if not warps and crop == size and not any(map(sum, margins)):
         return example
     count = jnp.array([s - c + 1 for s, c in zip(size, crop, strict=True)])
-    start = jax.random.randint(jax.random.fold_in(key, CROP), (2,), 0, count)
+    start = (count - 1) // 2 if is_cut else jax.random.randint(jax.random.fold_in(key, CROP), (2,), 0, count)
     rows, columns = (
         first - before + jnp.arange(before + length + after)
         for first, length, (before, after) in zip(start, crop, margins, strict=True)

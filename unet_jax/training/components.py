@@ -8,7 +8,7 @@ import jax
 import optax
 
 from unet_jax import data, losses, models
-from unet_jax.data import border
+from unet_jax.data import border, images, windows
 from unet_jax.errors import UserError, check_choice
 from unet_jax.evaluation import evaluate
 from unet_jax.inference import forward
@@ -44,8 +44,10 @@ class Components(NamedTuple):
     schedule: optax.Schedule  # step -> learning rate
     optimizer: optax.GradientTransformation  # with the schedule
     crop: tuple[int, int]  # what a training step predicts
+    windows: windows.Windows | None  # how windows of that size are drawn; None if images are resized to one size
     input_size: tuple[int, int]  # what the network is given for it
-    eval_input_size: tuple[int, int]  # what the network is given for a whole image
+    eval_size: tuple[int, int]  # what it predicts at a time when it is evaluated: whole images, or tiles of them
+    eval_input_size: tuple[int, int]  # what the network is given for it
 
 
 def build(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, steps: Steps) -> Components:
@@ -69,7 +71,11 @@ def build(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, 
             "not see: set config.train.accumulate to 1, or use config.loss.dice"
         )
     network = forward.create_network(config.model, classes, mesh)
-    crop = augment.check(config.augment, config.data.size)
+    crop, drawn = augment.check(config.augment, config.data.size), None
+    if not config.data.size:
+        reach = augment.reach(config.augment, network.margins(crop))
+        drawn = windows.Windows(crop, reach, config.data.foreground)
+    eval_size = tuple(config.data.size) or crop
     if config.model.encoder_norm == "frozen" and config.optimizer.weight_decay and config.optimizer.decayed == "all":
         raise UserError(
             "config.optimizer.weight_decay would shrink scales and biases, which config.model.encoder_norm = 'frozen' "
@@ -84,7 +90,9 @@ def build(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, 
         schedule=schedule,
         optimizer=optimizer.make_optimizer(config.optimizer, schedule),
         crop=crop,
-        eval_input_size=_input_size("config.data.size", network, config.data.size),  # first: maybe it is the crop too
+        windows=drawn,
+        eval_size=eval_size,
+        eval_input_size=_input_size("config.data.size", network, eval_size),  # first: maybe it is the crop too
         input_size=_input_size("config.augment.crop", network, crop),
     )
 
@@ -97,6 +105,15 @@ def _input_size(field: str, network: forward.Network, size: Sequence[int]) -> tu
     except UserError as error:
         raise UserError(f"{field} = {tuple(size)}, for which the network needs {height} rows: {error}") from error
     return height, width
+
+
+def examples_per_epoch(config: "ConfigDict", source: data.Source) -> int:
+    """Training examples in an epoch: images, or as many windows as cover them if they keep their own size."""
+    if config.data.size:
+        return len(source)
+    window = augment.check(config.augment, config.data.size)
+    sizes = [images.scaled_size(size, config.data.scale) for size in source.sizes()]
+    return int(windows.per_image(sizes, window).sum())
 
 
 def count_steps(settings: Mapping, steps_per_epoch: float) -> Steps:
@@ -116,6 +133,7 @@ def make_train_step(config: "ConfigDict", components: Components, shardings: sta
         components.optimizer,
         components.loss,
         augmentation=config.augment,
+        is_cut=components.windows is not None,
         seed=config.seed,
         shardings=shardings,
         ema=config.optimizer.ema,

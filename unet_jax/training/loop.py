@@ -9,7 +9,7 @@ from etils import epath
 
 from unet_jax import metrics
 from unet_jax.errors import Interrupted, UserError
-from unet_jax.evaluation import evaluate, report, scores
+from unet_jax.evaluation import report, scores
 from unet_jax.parallel import processes, sharding, signals
 from unet_jax.training import setup, state
 from unet_jax.workdir import integrity, lock
@@ -106,11 +106,7 @@ def evaluate_and_save(
     variables, result = train_state.eval_variables, None
     due = run.steps.evaluates(step)
     if due and not stop_signal:
-        network, batch_size = run.components.network, run.config.train.batch_size
-        batches = run.images["validation"].eval_batches(batch_size, run.rows)
-        result = evaluate.evaluate(
-            run.eval_step, variables, batches, run.components.loss, network, lambda: deferred.received
-        )
+        result = run.scorer.score(variables, lambda: deferred.received)
     run.lock.check()
     if result is not None:
         run.log.add_evaluation(step, result)
@@ -121,7 +117,7 @@ def evaluate_and_save(
         score = None if result is None else metrics.value_of(run.config.eval.best_metric, result.records)
         run.writer.save(step, train_state, meta, score, replace)
     if result is not None and not stop_signal:  # while the checkpoint is being written
-        run.panels.draw(step, lambda image: run.label_step(variables, image))
+        run.panels.draw(step, lambda indices: run.scorer.labels(variables, indices))
     run.log.restart_clock()
     return stop_signal
 

@@ -87,7 +87,7 @@ def compile_step(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding
     shapes = jax.eval_shape(state.make_init(config.seed, model, shape, built.optimizer, ema, ema_statistics))
     shardings = state.shardings(shapes, mesh, config.mesh.shard_optimizer)
     abstract = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
-    arguments = (abstract, abstract_batch(config, classes, mesh), sharding.per_device(mesh, 0))
+    arguments = (abstract, abstract_batch(config, built), sharding.per_device(mesh, 0))
 
     started = time.monotonic()
     compiled = components.make_train_step(config, built, shardings).lower(*arguments).compile()
@@ -108,14 +108,15 @@ def flops(config: "ConfigDict", planned: Plan) -> int:
     return program.flops(step, *planned.arguments)
 
 
-def abstract_batch(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh) -> dict:
+def abstract_batch(config: "ConfigDict", built: components.Components) -> dict:
     """A batch as `Pipeline.train_batches` yields it and `sharding.put_batch` shards it, without its values."""
-    count, size = config.train.batch_size, tuple(config.data.size)
+    count, classes = config.train.batch_size, built.network.classes
+    size = built.windows.extent if built.windows else tuple(config.data.size)
     masks = (len(classes.names),) if classes.task == "multilabel" else ()
     fields = {"image": ((*size, classes.channels), np.uint8), "label": (size + masks, np.uint8), "mask": ((), bool)}
     if config.loss.border_weight:
         fields["weight"] = (size, np.float32)
-    where = sharding.by_example(mesh)
+    where = sharding.by_example(built.network.mesh)
     return {n: jax.ShapeDtypeStruct((count, *shape), kind, sharding=where) for n, (shape, kind) in fields.items()}
 
 
@@ -183,7 +184,7 @@ def _describe(config: "ConfigDict", planned: Plan) -> list[str]:
         f"network                {weights:,} weights, {config.model.dtype}, {len(classes.names)} classes "
         f"({classes.task}); {log.tile_summary('training', built.crop, built.input_size)}",
         f"devices                {log.mesh_summary(mesh)}",
-        f"step                   {count} images of {config.data.size[0]}x{config.data.size[1]}x{classes.channels}, "
+        f"step                   {count} images of {'x'.join(map(str, batch['image'].shape[1:]))}, "
         f"accumulate={config.train.accumulate}, remat={tuple(config.model.remat)}, "
         f"shard_optimizer={config.mesh.shard_optimizer}",
         "",

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from unet_jax import data, losses, metrics, paths
@@ -35,7 +34,6 @@ class Run:
     components: components.Components  # network, loss, optimizer, sizes
     steps: components.Steps  # when to evaluate, to save and to end
     images: Mapping[str, pipeline.Pipeline]  # the splits `train` and `validation`
-    rows: np.ndarray  # of each global batch, those that this process feeds
     example_digests: Mapping[str, str]  # of the ids of each split; a checkpoint holds them
     record: Mapping[str, Any]  # of `record.make`, for the checkpoints; empty on other processes than the main one
     first_step: int  # steps taken before this run
@@ -43,8 +41,7 @@ class Run:
     state: train_state.TrainState  # after `first_step`; the first step donates it
     batches: Iterator[pipeline.Batch]  # from `first_step` on, as the devices hold them
     train_step: Callable  # (state, batch, signals) -> (state, metrics)
-    eval_step: Callable  # see `evaluate.make_eval_step`
-    label_step: Callable  # (variables, images) -> predicted labels, for the panels
+    scorer: evaluate.Scorer  # of the validation images
     writer: checkpoints.CheckpointWriter
     log: log.TrainingLog
     panels: pictures.Panels
@@ -73,7 +70,7 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
     with processes.main_first("data"):
         sources = {split: data.load(config.data, split) for split in ("train", "validation")}
     classes, batch_size = sources["train"].classes, config.train.batch_size
-    steps = components.count_steps(config.train, len(sources["train"]) / batch_size)
+    steps = components.count_steps(config.train, components.examples_per_epoch(config, sources["train"]) / batch_size)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
     built = components.build(config, classes, mesh, steps)
 
@@ -135,7 +132,7 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
 
     # Batches and compiled steps.
     rows = sharding.process_rows(mesh, batch_size)
-    batches = images["train"].train_batches(batch_size, config.seed, first_step, rows)
+    batches = images["train"].train_batches(batch_size, config.seed, first_step, rows, built.windows)
     _print_summary(config, built, steps, images, state)
     train_step, batches = _compile(config, built, state, batches)
     return Run(
@@ -145,7 +142,6 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
         components=built,
         steps=steps,
         images=images,
-        rows=rows,
         example_digests=digests,
         record=recorded,
         first_step=first_step,
@@ -153,8 +149,14 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
         state=state,
         batches=batches,
         train_step=train_step,
-        eval_step=evaluate.make_eval_step(built.network, built.loss, em_scores=config.eval.em_scores),
-        label_step=sharding.jit_replicated(mesh, built.network.labels),
+        scorer=evaluate.Scorer(
+            built.network,
+            images["validation"],
+            built.loss,
+            batch_size,
+            tile=built.windows and built.eval_size,
+            em_scores=config.eval.em_scores,
+        ),
         writer=writer,
         log=log.TrainingLog(
             path,
@@ -219,21 +221,23 @@ def _finish_again(path: epath.Path, config: "ConfigDict", classes: data.Classes,
 
 
 def _print_summary(config, built, steps, images, state) -> None:
-    classes, (height, width) = built.network.classes, config.data.size
+    classes, windows = built.network.classes, built.windows
+    size = "at their own size" if windows else f"of {config.data.size[0]}x{config.data.size[1]}"
+    kind = "windows, as many as cover the training images" if windows else "images"
     cached = "cached" if images["train"].cached else "read again each epoch"
     training = log.tile_summary("training", built.crop, built.input_size)
-    validation = log.tile_summary("validation", config.data.size, built.eval_input_size)
+    validation = log.tile_summary("validation", built.eval_size, built.eval_input_size)
     weights = ""
     if losses.needs_class_counts(config.loss):
         of_class = zip(classes.names, built.loss.class_weights, strict=True)
         weights = f"weights  of the classes: {shorten([f'{name} {weight:.3g}' for name, weight in of_class])}\n"
     processes.print_on_main(
         f"network  {log.network_summary(state.params)}\n"
-        f"data     {len(images['train'].source)} training and {len(images['validation'].source)} validation images of "
-        f"{height}x{width}, {len(classes.names)} classes ({classes.task}), {cached}\n{weights}"
+        f"data     {len(images['train'].source)} training and {len(images['validation'].source)} validation images "
+        f"{size}, {len(classes.names)} classes ({classes.task}), {cached}\n{weights}"
         f"tiles    {training}; {validation}\n"
         f"devices  {log.mesh_summary(built.network.mesh)}; {jax.process_count()} process(es)\n"
-        f"steps    {steps.total} of {config.train.batch_size} images, {steps.per_epoch:.1f} an epoch"
+        f"steps    {steps.total} of {config.train.batch_size} {kind}, {steps.per_epoch:.1f} an epoch"
     )
 
 

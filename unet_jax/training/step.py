@@ -22,6 +22,7 @@ def make_train_step(
     loss: losses.Loss,
     *,
     augmentation: Mapping[str, Any],
+    is_cut: bool = False,
     seed: int,
     shardings: TrainState,
     ema: float = 0.0,
@@ -39,6 +40,7 @@ def make_train_step(
 
     Args:
       augmentation: `config.augment`, or any mapping with its fields.
+      is_cut: whether the images are windows with what surrounds them, see `augment.augment`.
       seed: of augmentation and dropout.
       shardings: of the state, see `state.shardings`.
       ema: decay of the EMA weights, and of the statistics if the state has an EMA of them; 0 is off.
@@ -52,7 +54,8 @@ def make_train_step(
         examples = {name: batch[name] for name in batch if name != "mask"}
         examples["image"] = forward.to_unit(batch["image"])
         crop = augmentation["crop"] or batch["image"].shape[1:3]
-        examples = augment.augment(keys, examples, augmentation, network.margins(crop), classes.ignore_label)
+        margins = network.margins(crop)
+        examples = augment.augment(keys, examples, augmentation, margins, classes.ignore_label, is_cut)
         examples["image"] = network.normalization(examples["image"])
         return {name: sharding.split_height(mesh, values) for name, values in examples.items()}
 
