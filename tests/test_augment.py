@@ -112,6 +112,41 @@ def test_a_window_has_margins_from_the_image_mirrored_at_its_border(settings):
     np.testing.assert_allclose(whole, mirrored, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(shift=0.5),
+        dict(rotate=180.0, scale=0.3, flip_horizontal=True),
+        dict(rotate=20.0, scale=0.5, interpolation="cubic"),
+    ],
+    ids=str,
+)
+def test_what_surrounds_a_window_that_was_cut_before_is_enough(settings):
+    settings, margins = OFF | settings | dict(crop=(24, 40)), ((3, 1), (0, 4))
+    reach = augment.reach(settings, margins)
+    keys = jax.random.split(jax.random.key(1), 200)
+
+    def apply(reach):
+        height, width = 24 + 2 * reach[0], 40 + 2 * reach[1]
+        ramp = jnp.linspace(0, 0.5, height)[:, None] + jnp.linspace(0, 0.5, width)
+        image = jnp.broadcast_to(ramp[None, ..., None], (200, height, width, 1))
+        batch = {"image": image, "label": jnp.zeros((200, height, width), jnp.uint8)}
+        return augment.augment(keys, batch, settings, margins, 255, is_cut=True), ramp
+
+    batch, ramp = apply(reach)
+    assert batch["image"].shape == (200, 28, 44, 1) and batch["label"].shape == (200, 24, 40)
+    assert (batch["label"] == 0).all()
+    for axis in (1, 2):  # still a plane: nothing is mirrored
+        assert jnp.abs(jnp.diff(batch["image"], 2, axis)).max() < 1e-5
+    if settings["rotate"]:
+        less, _ = apply([round(0.8 * n) for n in reach])
+        assert jnp.abs(jnp.diff(less["image"], 2, 1)).max() > 1e-3  # so it is not much more than enough
+    else:
+        top, left = (n - before for n, (before, _) in zip(reach, margins, strict=True))
+        np.testing.assert_array_equal(batch["image"][0, ..., 0], ramp[top : top + 28, left : left + 44])
+
+
 def test_multilabel_masks_are_warped_together():
     image, label = _blobs()
     masks = jnp.stack([label, 1 - label], -1)
@@ -150,6 +185,9 @@ def test_a_setting_out_of_range_is_an_error_that_names_it():
     with pytest.raises(UserError, match=r"interpolation = 'cubik'.*Did you mean 'cubic'"):
         augment.check(OFF | dict(interpolation="cubik"), (64, 64))
     assert augment.check(OFF | dict(crop=(32, 48)), (64, 64)) == (32, 48)
+    assert augment.check(OFF | dict(crop=(32, 48)), ()) == (32, 48)
+    with pytest.raises(UserError, match=r"config\.data\.size = \(\).*so config\.augment\.crop = \(\) must be"):
+        augment.check(OFF, ())
 
 
 def test_numbered_keys_draw_what_earlier_versions_drew():
