@@ -78,7 +78,7 @@ def test_images_that_are_scaled_are_scored_at_both_sizes(config, tmp_path):
     network = unet_jax.load(workdir)
     assert network.predicted_size((90, 31), "train") == (45, 16)
     assert network.predicted_size((90, 31), "native") == (90, 31)
-    with pytest.raises(UserError, match="scale = 'fit' is for networks trained on images resized to one size"):
+    with pytest.raises(UserError, match="the scale 'fit' is for networks trained on images resized to one size"):
         network.predict_image(np.zeros((90, 31, 3), np.uint8), "fit")
 
 

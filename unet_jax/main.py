@@ -65,8 +65,9 @@ flags.DEFINE_enum(
     "scale",
     "train",
     ["train", "fit", "native"],
-    "predict: train resizes each image as training resized its images, larger ones no further; fit to config.data.size "
-    "whatever its size; native not at all. What is then not of config.data.size is predicted in overlapping tiles.",
+    "predict: train resizes each image as training resized its images, larger ones no further, or none if training saw "
+    "windows; fit to config.data.size whatever its size; native not at all. What is then not of the size of the "
+    "training is predicted in overlapping tiles.",
 )
 flags.DEFINE_enum(
     "interpolation", "bilinear", ["bilinear", "nearest"], "predict: of probabilities back to the image's own size."

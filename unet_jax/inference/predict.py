@@ -50,7 +50,7 @@ def predict_files(
       tta: test-time augmentation, one of `forward.TTA`; None is `config.eval.tta`.
       scale: at which size an image is predicted, one of `resize.SCALES`: `train` resizes it as training resized its
         images, larger ones by no more than that; `fit` to `config.data.size`; `native` not at all. What is then not of
-        the size `config.data.size` is predicted in tiles of it, which overlap.
+        the size `Trained.size` is predicted in tiles of it, which overlap.
       interpolation: of probabilities to the size of the image, one of `resize.INTERPOLATION`.
       probabilities: `none`, `png` or `npy`.
       threshold: of the probability of a sigmoid.
@@ -69,6 +69,7 @@ def predict_files(
     output = epath.Path(output)
     image_files = _find(inputs, output)
     network = trained.load(path, step)
+    network.predicted_size(network.size, scale)  # an error, if it has no size to fit
     classes = network.classes
     sigmoid = classes.task != "multiclass"
     if threshold != 0.5 and not sigmoid:

@@ -173,7 +173,7 @@ class Trained:
         if not self.config.data.size:
             if scale == "fit":
                 raise UserError(
-                    "scale = 'fit' is for networks trained on images resized to one size; this one was trained on "
+                    "the scale 'fit' is for networks trained on images resized to one size; this one was trained on "
                     "images at their own size: choose 'train'"
                 )
             return image_files.scaled_size(size, self.config.data.scale if scale == "train" else 1.0)
