@@ -67,7 +67,7 @@ def test_training_writes_a_report(trained):
 
 def test_its_scores_are_those_of_eval_mode(copy):
     network = trained_network.load(copy)
-    measured = report._measure(network, "validation", evaluate.open_split(network, copy, "validation"), "none")
+    measured = report._measure(network, "validation", evaluate.open_split(network, copy, "validation", "none"), "none")
     result = evaluate.evaluate_workdir(copy, None, None, "validation")
     assert (measured.counts == result.confusion.sum(0)).all()
     assert measured.records == result.records and measured.loss == result.loss
