@@ -30,8 +30,9 @@ def count(network: trained.Trained, source: data.Source, tta: str) -> np.ndarray
       source: the images, at their own size.
       tta: test-time augmentation, one of `forward.VIEWS`.
     """
-    size, scale = network.config.data.size, network.config.data.scale
-    if scale == 1 if not size else source.size_range() == (network.size, network.size):
+    settings = network.config.data
+    is_same = source.size_range() == (network.size, network.size) if settings.size else settings.scale == 1
+    if is_same:
         return None
     counts = []
     for index in _progress(len(source), "Scoring at their own size"):
