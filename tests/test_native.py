@@ -88,7 +88,6 @@ def test_devices_processes_microbatches_and_restarts_make_no_difference(config, 
         "--config.optimizer.name=sgd",
         "--config.optimizer.learning_rate=0.05",
         "--config.train.log_every_steps=1",
-        "--config.loss.border_weight=5.0",
     )
 
     def train(name, run=commands.succeed, devices=1, more=()):

@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from unet_jax.data import pipeline, windows
+from unet_jax.data import border, pipeline, windows
 from unet_jax.data.source import Classes, Source
 from unet_jax.errors import UserError
 
@@ -80,6 +80,16 @@ def test_a_window_shows_the_image_at_its_place_and_mirrors_it_outside_where_the_
             assert (label[top : top + 16, left : left + 24] != IGNORED).sum() == min(height, 16) * min(width, 24)
 
 
+def test_loss_weights_are_cut_with_their_labels_and_0_outside():
+    of_label = border.BorderWeights(10.0, 5.0, IGNORED)
+    images = pipeline.Pipeline(_pipeline().source, (), "nearest", 1.0, of_label)
+    for batch in _batches(images, 10):
+        for image, label, weight in zip(batch["image"], batch["label"], batch["weight"], strict=True):
+            whole = of_label(_label(image[0, 0, 0]))
+            expected = np.where(label == IGNORED, 0, whole[image[..., 1], image[..., 2]])
+            np.testing.assert_array_equal(weight, expected)
+
+
 def test_windows_lie_anywhere_with_the_same_probability():
     batches = _batches(_pipeline(), 600)
     rows, columns = [], []
@@ -151,6 +161,13 @@ def test_neither_cache_nor_processes_nor_a_restart_make_a_difference(foreground)
         check(_batches(_pipeline(), 20, rows=np.array(rows), drawn=drawn), expected, rows)
     other = _batches(_pipeline(), 20, drawn=drawn, seed=8)
     assert any((batch["image"] != expected[i]["image"]).any() for i, batch in enumerate(other))
+
+
+def test_whole_images_of_many_sizes_make_no_batches():
+    with pytest.raises(ValueError, match="read them one by one"):
+        _pipeline().eval_batches(4, np.arange(4))
+    with pytest.raises(ValueError, match="windows are drawn from images at their own size"):
+        _batches(_pipeline(), 1, drawn=None)
 
 
 def test_a_scale_changes_the_size_of_all_images():

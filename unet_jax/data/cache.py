@@ -120,6 +120,7 @@ def load_or_write(
     read: Read,
     limit: float,
     notify: Callable[[str], None] = print,
+    pixels: Sequence[int] | None = None,
 ) -> Examples | None:
     """All examples of a split, memory-mapped from the cache; reads and writes them first if they are not there.
 
@@ -129,6 +130,7 @@ def load_or_write(
       read: called from several threads; what it raises is raised. `Examples.take` calls it for a damaged example.
       limit: bytes that all entries together may take; the least recently used ones are removed to make room.
       notify: called with the reason if the examples cannot be cached, unless it is `limit`, and if some are damaged.
+      pixels: of each example, if they differ in size: how much room they need is estimated from the first.
 
     Returns:
       the examples, or None if they do not fit in `limit` or cannot be written.
@@ -143,12 +145,14 @@ def load_or_write(
             opened = entry_files.read(entry, names, count)
             if opened is None:
                 first = read(0)
+                first = {name: first[name] for name in names}
+                size = sum(value.nbytes for value in first.values())
+                size = count * size if pixels is None else size * sum(pixels) // pixels[0]
                 if entry.exists():
                     notify(f"The cache {entry} is damaged and is written anew")
                     _remove(entry)
-                if not _make_room(entry.parent, count * sum(value.nbytes for value in first.values()), limit):
-                    return None
-                if not entry_files.write(entry, first, count, read, limit):
+                room = _make_room(entry.parent, size, limit)
+                if room < size or not entry_files.write(entry, first, count, read, room):
                     return None
                 opened = entry_files.read(entry, names, count)
     except OSError as error:
@@ -175,11 +179,11 @@ def _locked(lock: pathlib.Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _make_room(folder: pathlib.Path, size: int, limit: float) -> bool:
+def _make_room(folder: pathlib.Path, size: int, limit: float) -> float:
     """Removes abandoned temporary folders, and the least recently used entries until `size` more bytes fit in `limit`.
 
-    A process that has mapped an entry can still read it after that. Returns whether they fit in `limit`; raises
-    `OSError` if they do not fit on the disk.
+    A process that has mapped an entry can still read it after that. Returns the bytes that are left in `limit`, which
+    are less than `size` if removing would not help; raises `OSError` if they do not fit on the disk.
     """
     entries = []
     for path in folder.iterdir():
@@ -188,18 +192,18 @@ def _make_room(folder: pathlib.Path, size: int, limit: float) -> bool:
             entries.append((last_used, path, taken))
         elif time.time() - last_used > ABANDONED_AFTER:
             _remove(path)
-    room = limit - size - sum(taken for *_, taken in entries)
+    room = limit - sum(taken for *_, taken in entries)
     unused = sorted(entry for entry in entries if entry[1] not in _in_use)
-    if room + sum(taken for *_, taken in unused) < 0:
-        return False
+    if room + sum(taken for *_, taken in unused) < size:
+        return room
     for _, path, taken in unused:
-        if room < 0:
+        if room < size:
             _remove(path)
             room += taken
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(f"they need {size / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free in {folder}")
-    return True
+    return room
 
 
 def _size_and_last_use(path: pathlib.Path) -> tuple[int, float]:

@@ -30,7 +30,8 @@ def load(config, split: str) -> Source:
     folder = root / part if (root / part).is_dir() or part == "test" else root
     missing = [folder / name for name in FOLDERS if not (folder / name).is_dir()]
     if not config.root or missing:
-        raise UserError(f"config.data.root = {config.root!r}: {missing[0]} is not a folder. {HELP}")
+        absent = missing[0] if config.root else "it"
+        raise UserError(f"config.data.root = {config.root!r}: {absent} is not a folder. {HELP}")
     files = {name: _files_by_number(folder / name) for name in FOLDERS}
     faults, pairs = [], []
     for number, file in sorted(files["images"].items()):

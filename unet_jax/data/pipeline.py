@@ -77,7 +77,10 @@ class Pipeline:
             }
             names = ["image", "label"] + ["weight"] * (pixel_weight_fn is not None)
             names += [] if self._size else ["pixels", "ends"]
-            self._cached = cache.load_or_write(key_fields, names, len(source), self._decode, cache_gib * 2**30, notify)
+            pixels = None if self._size or cache_gib <= 0 else [h * w for h, w in source.sizes()]
+            self._cached = cache.load_or_write(
+                key_fields, names, len(source), self._decode, cache_gib * 2**30, notify, pixels
+            )
         self.cached = self._cached is not None
         if not self.cached:
             self._spec = {name: (value.shape, value.dtype) for name, value in self._decode(0).items()}
@@ -139,6 +142,8 @@ class Pipeline:
         Raises:
           UserError: windows of examples without a labelled pixel.
         """
+        if (drawn is None) != bool(self._size):
+            raise ValueError("windows are drawn from images at their own size, and only from them")
         if drawn is not None:
             return self._window_batches(batch_size, seed, start_step, rows, drawn)
         return self._fetch(self._order(len(self.source), batch_size, seed, start_step, rows), len(rows))
@@ -203,6 +208,8 @@ class Pipeline:
 
     def eval_batches(self, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
         """Each example once, in order, as batches like those of `train_batches`; `mask` is false for padding."""
+        if not self._size:
+            raise ValueError("images at their own size make no batches: read them one by one")
         tf = _tensorflow()
         count = len(self.source)
         padded = np.pad(np.arange(count), (0, -count % batch_size), constant_values=-1)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from unet_jax.data.source import Classes
+from unet_jax.errors import UserError
 
 Size = tuple[int, int]  # height, width
 INDEXED = 10_000  # pixels of each class of an image that windows can be centred on, at most
@@ -83,6 +84,16 @@ class Windows:
         return found
 
 
+def check_size(crop: Sequence[int]) -> Size:
+    """The size of the windows, if `config.augment.crop` is one; else a `UserError`."""
+    if len(crop) != 2 or not all(isinstance(n, int) and n > 0 for n in crop):
+        raise UserError(
+            f"config.data.size = () keeps images at their own size, so config.augment.crop = {tuple(crop)} must be the "
+            "(height, width) of the windows to train on, such as (256, 256)"
+        )
+    return tuple(crop)
+
+
 def per_image(sizes: Sequence[Size], window: Size) -> np.ndarray:
     """How many windows of one size cover each of some images: in an epoch it is drawn as often; int64 `[n]`."""
     return np.prod([-(-np.array(sizes)[:, axis] // window[axis]) for axis in (0, 1)], axis=0)
@@ -97,14 +108,15 @@ def index_pixels(label: np.ndarray, classes: Classes) -> dict[str, np.ndarray]:
       `pixels` int32: the numbers, row by row, of the pixels of each class, and of all that count; `ends` int32
       `[K + 1]`: where those of each end.
     """
-    if classes.task == "multilabel":
-        masks = [label[..., k] == 1 for k in range(len(classes.names))]
-        masks.append((label != classes.ignore_label).any(-1))
-    else:
-        masks = [label == k for k in range(len(classes.names))] + [label != classes.ignore_label]
+    count, is_multilabel = len(classes.names), classes.task == "multilabel"
+    counted = label != classes.ignore_label
     rng = np.random.Generator(np.random.Philox(0))
     chosen = []
-    for mask in masks:
+    for k in range(count + 1):
+        if k == count:
+            mask = counted.any(-1) if is_multilabel else counted
+        else:
+            mask = label[..., k] == 1 if is_multilabel else label == k
         pixels = np.flatnonzero(mask)
         if len(pixels) > INDEXED:
             pixels = np.sort(pixels[(rng.random(INDEXED) * len(pixels)).astype(int)])

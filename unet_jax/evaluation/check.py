@@ -10,7 +10,7 @@ from etils import epath
 from PIL import Image
 
 from unet_jax import data, models
-from unet_jax.data import colors, images
+from unet_jax.data import colors, images, windows
 from unet_jax.errors import UserError, escape_line
 from unet_jax.evaluation import pictures
 from unet_jax.parallel.processes import print_on_main
@@ -48,6 +48,8 @@ def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
         sheet.unlink()
     except OSError as error:
         raise UserError(f"{sheet} cannot be written: {error}. Choose another --workdir") from error
+    if not config.data.size:
+        windows.check_size(config.augment.crop)
     data.infer_settings(config.data, print_on_main)
     lists = config.data.lists
     has_test = len(lists) == 3 and (epath.Path(config.data.root) / lists[2]).exists()
@@ -109,7 +111,7 @@ def _print_sizes(config: "ConfigDict", classes: data.Classes, good: Sequence[Exa
     model = models.create(num_outputs=classes.num_outputs, **config.model)
     sizes = collections.Counter(example.size for example in good)
     shown = ", ".join(f"{w}x{h}: {count}" for (h, w), count in sizes.most_common(6))
-    height, width = config.data.size or config.augment.crop
+    height, width = tuple(config.data.size) or tuple(config.augment.crop)
     kept = "kept" if config.data.scale == 1 else f"scaled by {config.data.scale:g}"
     becomes = f"resized to {width}x{height}" if config.data.size else f"{kept}, seen in windows of {width}x{height}"
     print_on_main(f"sizes     {shown}{', ...' if len(sizes) > 6 else ''} (width x height); {becomes}")

@@ -104,14 +104,14 @@ class Scorer:
           network: the network.
           images: of the split.
           loss: of the training.
-          batch_size: of images of one size.
+          batch_size: of images of one size, or of tiles.
           tile: (height, width) predicted at a time, if the images keep their own size.
           tta: test-time augmentation, one of `forward.VIEWS`.
           em_scores: whether to compute the scores of the ISBI 2012 challenge as well.
         """
         self._network, self._images, self._loss, self._batch_size = network, images, loss, batch_size
         self._rows = sharding.process_rows(network.mesh, batch_size)
-        self._predictor = tile and tiles.Predictor(network, None, tile, tta)
+        self._predictor = tile and tiles.Predictor(network, None, tile, tta, batch_size)
         if tile:
             self._at_own_size = own_size.Evaluator(loss, network.classes, tile, em_scores)
             return
@@ -130,8 +130,8 @@ class Scorer:
         found, read = [], lambda index: self._images.read(index)["image"]
         if self._predictor:
             for index in indices:
-                bands = [band for _, band in self._bands(variables, read(index))]
-                found.append(forward.to_label(np.concatenate(bands), self._network.task))
+                bands = self._bands(variables, read(index))
+                found.append(np.concatenate([forward.to_label(band, self._network.task) for _, band in bands]))
             return found
         for start in range(0, len(indices), self._batch_size):  # batches as those scored, so that logits round alike
             chosen = [read(index) for index in indices[start : start + self._batch_size]]
@@ -261,6 +261,11 @@ def _warn_of_same_names(path: epath.Path, network: trained.Trained) -> None:
             f"warning: the images in --data_dir={escape_line(settings.root)} have the names of those of the "
             "training. If they are the same, --split=validation scores the ones that it did not see"
         )
+
+
+def describe_own_size(scale: float) -> str:
+    """At which size images are that are not resized to one."""
+    return "at their own size" if scale == 1 else f"scaled by {scale:g}"
 
 
 def describe_split(split: str, count: int, total: int, root: str) -> str:

@@ -1,7 +1,8 @@
 """Scores at the images' own sizes: what `--mode=predict` would write, against the masks as they were drawn.
 
 Where training resizes its images, the other scores compare at `config.data.size`, where the network works: a thing that
-the resize removed is missing in the prediction and in the mask alike. Where it does not, these are the only ones.
+the resize removed is missing in the prediction and in the mask alike. Where images keep their own size, `Evaluator`
+computes the other scores from the same tiles.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,7 +43,7 @@ def count(network: trained.Trained, source: data.Source, tta: str) -> np.ndarray
 
 
 class Evaluator:
-    """Scores images at the size at which they are trained on in windows, tile by tile."""
+    """Scores images at the size from which training cuts its windows, tile by tile."""
 
     def __init__(self, loss: losses.Loss, classes: data.Classes, tile: tuple[int, int], em_scores: bool):
         """Compiles lazily, once.
@@ -70,11 +71,11 @@ class Evaluator:
         """
         classes, counts, terms, alone, cells = self._classes, [], [], [], []
         for index in _progress(len(images.source), "Evaluating"):
-            if processes.max_over_processes(stop_signal()):
-                return None
             example = images.read(index)
             total, of_image, bands = 0, [], []
             for rows, band in _regroup(predict(example["image"]), self._tile[0]):
+                if processes.max_over_processes(stop_signal()):
+                    return None
                 part = {name: values[rows] for name, values in example.items() if name != "image"}
                 total += _count(band, part["label"], classes)
                 of_image += [self._terms(*window) for window in self._windows(band, **part)]

@@ -140,7 +140,7 @@ def _card(picture: Picture, classes: Classes) -> dict[str, Any]:
         "error": overlay,
     }
     if width > WIDTH:
-        size = (WIDTH, round(height * WIDTH / width))
+        size = (WIDTH, max(1, round(height * WIDTH / width)))
         method = {"image": Image.Resampling.BOX}
         layers = {layer: x.resize(size, method.get(layer, Image.Resampling.NEAREST)) for layer, x in layers.items()}
     by_key = {record.key: record for record in picture.records}

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from unet_jax import paths
 from unet_jax.data import colors
+from unet_jax.data import images as image_files
 from unet_jax.data.pipeline import Pipeline
 from unet_jax.data.source import Classes
 from unet_jax.errors import UserError, escape_line
@@ -16,6 +17,7 @@ from unet_jax.parallel import processes
 WRONG = (255, 40, 40)
 WRONG_PIXEL, IGNORED_PIXEL = 1, 2  # values of an error map
 TILE_HEIGHT = 256  # pixels, at least; smaller images are enlarged by an integer factor
+TILE_SIDE = 1024  # pixels, at most; larger images are shrunk
 MARGIN = 8
 INK, OUTLINE = (20, 20, 20), (90, 90, 90)
 
@@ -61,21 +63,27 @@ def draw_panel(
     classes: Classes,
     weight: np.ndarray | None = None,  # of each pixel in the loss, float `[H, W]`, drawn as one more tile
 ) -> Image.Image:
-    """Image, ground truth, prediction and error side by side, with a legend of the classes that occur."""
-    rgb = np.broadcast_to(image, (*label.shape[:2], 3))
-    errors = error_map(label, prediction, classes)
-    wrong, counted = errors == WRONG_PIXEL, errors != IGNORED_PIXEL
+    """Image, ground truth, prediction and error side by side, with a legend of the classes that occur.
+
+    Tiles of more than `TILE_SIDE` pixels a side are shrunk to that.
+    """
+    occurring, errors = _occurring(label, prediction, classes), error_map(label, prediction, classes)
+    share = (errors == WRONG_PIXEL).sum() / max((errors != IGNORED_PIXEL).sum(), 1)
+    size = image_files.scaled_size(label.shape[:2], min(1.0, TILE_SIDE / max(label.shape[:2])))
+    label, prediction, errors = (image_files.resize_label(x, size) for x in (label, prediction, errors))
+    rgb = np.broadcast_to(image_files.resize_image(image, size, "bilinear"), (*size, 3))
+    wrong = errors == WRONG_PIXEL
     dimmed = rgb.mean(-1, keepdims=True).repeat(3, -1) * 0.6
     tiles = {
         "image": rgb,
         "ground truth": colors.colorize(label, classes),
         "prediction": colors.colorize(prediction, classes),
-        f"error ({wrong.sum() / max(counted.sum(), 1):.1%} of pixels)": np.where(wrong[..., None], WRONG, dimmed),
+        f"error ({share:.1%} of pixels)": np.where(wrong[..., None], WRONG, dimmed),
     }
     if weight is not None:
-        grey = (weight[..., None] / max(weight.max(), 1e-9) * 255).repeat(3, -1)
+        grey = (image_files.resize_label(weight, size)[..., None] / max(weight.max(), 1e-9) * 255).repeat(3, -1)
         tiles[f"loss weight ({weight.min():.1f} to {weight.max():.1f})"] = grey
-    return _lay_out(tiles, _occurring(label, prediction, classes), classes)
+    return _lay_out(tiles, occurring, classes)
 
 
 def error_map(label: np.ndarray, prediction: np.ndarray, classes: Classes) -> np.ndarray:

@@ -103,7 +103,7 @@ def _measure(
     count, size = len(source), network.config.data.size
     kind = "all {} image{}" if name == "all" else f"{{}} {name} image{{}}"
     origin = f"{kind.format(count, 's' if count != 1 else '')} "
-    origin += f"of {size[0]}x{size[1]}" if size else "at their own size"
+    origin += f"of {size[0]}x{size[1]}" if size else evaluate.describe_own_size(network.config.data.scale)
     if data_dir is not None:
         origin += f" in {escape_line(data_dir)}"
     if tta != "none":

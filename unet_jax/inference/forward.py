@@ -192,10 +192,13 @@ def to_probability(logits: jax.Array, task: str) -> jax.Array:
 
 
 def to_logits(probability: jax.Array, task: str) -> jax.Array:
-    """Logits whose `to_probability` is `probability`; finite, where that is 0 or 1."""
-    tiny = jnp.finfo(probability.dtype).tiny
-    log = jnp.log(probability.clip(tiny))
-    return log if task == "multiclass" else log - jnp.log((1 - probability).clip(tiny))
+    """Logits whose `to_probability` is `probability`; finite, where that is 0 or 1.
+
+    Sigmoids of logits from 17 on are 1 in float32: all of these become 16.6.
+    """
+    limits = jnp.finfo(probability.dtype)
+    log = jnp.log(probability.clip(limits.tiny))
+    return log if task == "multiclass" else log - jnp.log((1 - probability).clip(limits.epsneg))
 
 
 def to_label(probability: np.ndarray, task: str, threshold: float = 0.5) -> np.ndarray:

@@ -98,7 +98,8 @@ def predict_files(
         shares[str(file)] = _shares(label, classes)
         new = network.predicted_size(size, scale)
         resized[str(file)] = {"size": size, "predicted_at": new, "in_tiles": new != network.size}
-        far.append(resize.excess(size, new, network.size, network.source_sizes))
+        if network.config.data.size:
+            far.append(resize.excess(size, new, network.size, network.source_sizes))
 
     if shares:
         settings = {
@@ -116,7 +117,7 @@ def predict_files(
         }
         files.write_json(output / "predictions.json", settings)
         _warn_if_constant(shares)
-        if max(far) > FAR:
+        if max(far, default=1.0) > FAR:
             processes.print_on_main(
                 f"warning: {sum(one > FAR for one in far)} image(s) were shrunk much further than any in training, one "
                 f"{max(far):.1f} times as far, so that things in them look too small: see --scale=train"

@@ -20,6 +20,17 @@ def check_image(image: np.ndarray, channels: int) -> None:
         )
 
 
+def rounded(tile: Sequence[int], network: forward.Network, tta: str = "none") -> tuple[int, int]:
+    """The (height, width) of tiles as they are predicted: whole multiples of the stride."""
+    stride, fewest = network.model.stride, 1 if _is_seamless(network, tta) else 2
+    return tuple(max(n // stride, fewest) * stride for n in tile)
+
+
+def _is_seamless(network: forward.Network, tta: str) -> bool:
+    """Whether tiles fit together; those that are rotated do not lie on the grid of the image."""
+    return network.model.is_local and tta != "rotations"
+
+
 class Predictor:
     """Predicts images of any size, tile by tile; holds no more than one row of tiles of the result in memory.
 
@@ -53,9 +64,8 @@ class Predictor:
         self._classes, self._mesh, self._stride = network.classes, network.mesh, network.model.stride
         data_devices = self._mesh.shape["data"]
         self._batch_size = -(-batch_size // data_devices) * data_devices
-        # Rotated tiles do not lie on the grid of the image, so they have seams to hide as well.
-        seamless = network.model.is_local and tta != "rotations"
-        self.tile = tuple(max(n // self._stride, 1 if seamless else 2) * self._stride for n in tile)
+        self.tile = rounded(tile, network, tta)
+        seamless = _is_seamless(network, tta)
         self._overlap = [0 if seamless else ceil(n / 4 / self._stride) * self._stride for n in self.tile]
         self._margins = network.margins(self.tile, tta)
         self._variables = variables and jax.device_put(variables, sharding.replicated(self._mesh))

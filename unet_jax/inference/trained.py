@@ -159,7 +159,7 @@ class Trained:
         size = image.shape[:2]
         new = self.predicted_size(size, scale)
         small = image_files.resize_image(image, new, self.config.data.resize)
-        if new == self.size:
+        if new == self.size and self.config.data.size:
             bands = [(slice(0, new[0]), np.asarray(self.predict(small[None], tta)[0]))]
         else:
             bands = self.predictor(tta).bands(small)

@@ -9,8 +9,8 @@ probability  float32 `[b, h, w, K]`, for thresholds other than 0.5; K = 1 for a 
 They do what `--mode=predict` does, so that a caller cannot get any of it wrong: images are resized as training resized
 them, normalised, and given mirrored margins, and probabilities are cut and resized back. But they predict all images
 whole: one that `--mode=predict` would predict in tiles, as it is larger than those of the training (or so small that
-it would be enlarged), is resized to `config.data.size` (`--scale=fit`). Each export raises a `UserError` if a package
-that it needs is not installed.
+it would be enlarged), is resized to `config.data.size` (`--scale=fit`). Networks that were trained on windows of images
+at their own size resize nothing. Each export raises a `UserError` if a package that it needs is not installed.
 """
 
 import dataclasses

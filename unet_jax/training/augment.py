@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from unet_jax.data import windows
 from unet_jax.errors import UserError, check_choice
 from unet_jax.inference import resample
 
@@ -34,12 +35,7 @@ def check(settings: Mapping, size: Sequence[int]) -> tuple[int, int]:
     `size` is empty if images keep their own.
     """
     crop = tuple(settings["crop"]) or tuple(size)
-    if not size and (len(crop) != 2 or not all(isinstance(c, int) and c > 0 for c in crop)):
-        raise UserError(
-            f"config.data.size = () keeps images at their own size, so config.augment.crop = {crop} must be the "
-            "(height, width) of the windows to train on, such as (256, 256)"
-        )
-    size = size or crop
+    size = tuple(size) or windows.check_size(crop)
     for name, limit in {**LIMITS, "elastic": min(size)}.items():
         if not 0 <= settings[name] <= limit:
             raise UserError(f"config.augment.{name} = {settings[name]} is not in 0..{limit}")

@@ -11,7 +11,7 @@ from unet_jax import data, losses, models
 from unet_jax.data import border, images, windows
 from unet_jax.errors import UserError, check_choice
 from unet_jax.evaluation import evaluate
-from unet_jax.inference import forward
+from unet_jax.inference import forward, tiles
 from unet_jax.parallel import sharding
 from unet_jax.training import augment, optimizer, state, step
 
@@ -72,10 +72,11 @@ def build(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, 
         )
     network = forward.create_network(config.model, classes, mesh)
     crop, drawn = augment.check(config.augment, config.data.size), None
+    field, eval_size = "config.data.size", tuple(config.data.size)
     if not config.data.size:
         reach = augment.reach(config.augment, network.margins(crop))
         drawn = windows.Windows(crop, reach, config.data.foreground)
-    eval_size = tuple(config.data.size) or crop
+        field, eval_size = "config.augment.crop", tiles.rounded(crop, network)
     if config.model.encoder_norm == "frozen" and config.optimizer.weight_decay and config.optimizer.decayed == "all":
         raise UserError(
             "config.optimizer.weight_decay would shrink scales and biases, which config.model.encoder_norm = 'frozen' "
@@ -92,7 +93,7 @@ def build(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, 
         crop=crop,
         windows=drawn,
         eval_size=eval_size,
-        eval_input_size=_input_size("config.data.size", network, eval_size),  # first: maybe it is the crop too
+        eval_input_size=_input_size(field, network, eval_size),  # first: maybe it is the crop too
         input_size=_input_size("config.augment.crop", network, crop),
     )
 

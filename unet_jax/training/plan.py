@@ -178,13 +178,14 @@ def _describe(config: "ConfigDict", planned: Plan) -> list[str]:
         "EMA weights": (train_state.ema, train_state.ema_batch_stats),
         "batch": batch,
     }
+    kind = "windows, with what surrounds them," if built.windows else "images"
     weights = sum(math.prod(x.shape) for x in jax.tree.leaves(train_state.params))
     lines = [
         "",
         f"network                {weights:,} weights, {config.model.dtype}, {len(classes.names)} classes "
         f"({classes.task}); {log.tile_summary('training', built.crop, built.input_size)}",
         f"devices                {log.mesh_summary(mesh)}",
-        f"step                   {count} images of {'x'.join(map(str, batch['image'].shape[1:]))}, "
+        f"step                   {count} {kind} of {'x'.join(map(str, batch['image'].shape[1:]))}, "
         f"accumulate={config.train.accumulate}, remat={tuple(config.model.remat)}, "
         f"shard_optimizer={config.mesh.shard_optimizer}",
         "",

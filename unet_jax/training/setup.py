@@ -222,9 +222,12 @@ def _finish_again(path: epath.Path, config: "ConfigDict", classes: data.Classes,
 
 def _print_summary(config, built, steps, images, state) -> None:
     classes, windows = built.network.classes, built.windows
-    size = "at their own size" if windows else f"of {config.data.size[0]}x{config.data.size[1]}"
-    kind = "windows, as many as cover the training images" if windows else "images"
-    cached = "cached" if images["train"].cached else "read again each epoch"
+    if windows:
+        size, kind, again = evaluate.describe_own_size(config.data.scale), "windows", "for each window"
+    else:
+        size, kind, again = f"of {config.data.size[0]}x{config.data.size[1]}", "images", "each epoch"
+    cached = "cached" if images["train"].cached else f"read again {again}"
+    epoch = "an epoch, in which windows cover the training images once" if windows else "an epoch"
     training = log.tile_summary("training", built.crop, built.input_size)
     validation = log.tile_summary("validation", built.eval_size, built.eval_input_size)
     weights = ""
@@ -237,7 +240,7 @@ def _print_summary(config, built, steps, images, state) -> None:
         f"{size}, {len(classes.names)} classes ({classes.task}), {cached}\n{weights}"
         f"tiles    {training}; {validation}\n"
         f"devices  {log.mesh_summary(built.network.mesh)}; {jax.process_count()} process(es)\n"
-        f"steps    {steps.total} of {config.train.batch_size} {kind}, {steps.per_epoch:.1f} an epoch"
+        f"steps    {steps.total} of {config.train.batch_size} {kind}, {steps.per_epoch:.1f} {epoch}"
     )
 
 
