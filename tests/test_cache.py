@@ -314,6 +314,18 @@ def test_the_least_recently_used_entries_make_room(entries):
     assert third is not None and _cache_megabytes("fourth", 3, limit=4.5) is not None and sizes() == [10, 30]
 
 
+def test_examples_of_different_sizes_are_cached_if_all_of_them_fit(entries):
+    sizes = [100, 50_000, 20_000]
+    read = lambda index: {"image": np.full(sizes[index], index, np.uint8)}
+    load = lambda limit, pixels: cache.load_or_write({"key": "sizes"}, ["image"], 3, read, limit, pixels=pixels)
+    for pixels in (sizes, None):  # without their sizes, writing stops at the limit
+        assert load(60_000, pixels) is None and not list(entries.iterdir())
+    for _ in range(2):
+        found = load(71_000, sizes)
+        assert [found.shape("image", i) for i in range(3)] == [(size,) for size in sizes]
+        assert all((found[i]["image"] == np.full(sizes[i], i)).all() for i in range(3))
+
+
 def test_examples_that_do_not_fit_are_read_again_in_each_epoch(config, entries, reads, capsys):
     cached, gib = _open(config), 6 * 8 * 8 * 4 / 2**30
     shutil.rmtree(entries)

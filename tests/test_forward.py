@@ -204,3 +204,14 @@ def test_test_time_augmentation_averages_the_probabilities_of_its_views(monkeypa
         by_hand = [np.asarray(jax.nn.sigmoid(apply(network.model, variables, x)))[0] for x in seen]
         by_hand = [by_hand[0], by_hand[1][:, ::-1], by_hand[2][::-1, ::-1], by_hand[3][::-1]]
         np.testing.assert_allclose(averaged, np.mean(by_hand, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass"])
+def test_logits_of_a_probability_give_it_back_and_stay_finite(task):
+    logits = jnp.array([[-80.0, 80.0], [-20.0, 20.0], [-3.0, 1.0], [0.0, 0.0]])
+    probability = forward.to_probability(logits, task)
+    found = forward.to_logits(probability, task)
+    np.testing.assert_allclose(forward.to_probability(found, task), probability, rtol=1e-5)
+    assert jnp.isfinite(found).all()
+    if task == "binary":  # 1 - p is 0 for logits from 17 on: not the 87 of the smallest positive number
+        assert 16 < found[:2, 1].min() and found[:2, 1].max() < 17
