@@ -342,7 +342,7 @@ def test_all_ways_in_agree_on_every_pixel_of_unseen_photographs_of_three_sizes(r
     for file in files.values():
         shutil.copy(file, tmp_path)
     predict.predict_files(resized, str(tmp_path / "*.jpg"), tmp_path / "out", probabilities="npy")
-    split = evaluate.open_split(network, resized, "validation")
+    split = evaluate.open_split(network, resized, "validation", "none")
     labels = jax.jit(network.network.labels)
     shown = set()
     for index, (name, file) in enumerate(files.items()):
