@@ -468,17 +468,32 @@ def test_one_bad_step_is_skipped_counted_and_forgiven(config, tmp_path, monkeypa
     assert int(found.step) == 20 and meta["skipped"] == helpers.metric_rows(path)[-2]["train/skipped"]
 
 
-def test_two_thousand_steps_grow_no_memory_and_compile_nothing(tmp_path):
-    settings = ["--config.model.features=(4,4)", "--config.train.batch_size=2", "--config.train.epochs=200"]
-    settings += ["--config.train.eval_every_epochs=20", "--config.train.checkpoint_every_epochs=10"]
-    settings += ["--config.train.log_every_steps=50"]
+@pytest.mark.parametrize(
+    "every_epochs, last, bound",
+    [
+        # 10 steps an epoch. Nothing but steps: no memory at all; 0.5 % are 2.6 MB, so 2.6 kB a step.
+        (1000, 1400, 1.005),
+        # An evaluation and a save every 20 steps: 0.3 MB each, of which TensorStore's list of its metrics, which Orbax
+        # asks for, never gives back some 30 kB, while the rest (pools of the allocator) becomes less with each.
+        (2, 1160, 1.02),
+    ],
+    ids=["steps", "saves"],
+)
+def test_long_trainings_grow_no_memory_and_compile_nothing(tmp_path, every_epochs, last, bound):
+    settings = [
+        "--config.model.features=(4,4)",
+        "--config.train.batch_size=2",
+        f"--config.train.epochs={(last + 40) / 10}",
+    ]
+    settings += [f"--config.train.{name}_every_epochs={every_epochs}" for name in ("eval", "checkpoint")]
+    settings += ["--config.train.log_every_steps=20"]
     flags = commands.training(tmp_path / "run", *settings)
     command = commands.Command(*flags, folder=tmp_path, devices=1, log_compiles=True)
     held, compiled = {}, {}
-    for step in (500, 1900):
-        command.wait_for(f"step {step}/2000")
+    for step in (first := 500, last):
+        command.wait_for(f"step {step}/{last + 40}")
         held[step] = command.resident_bytes()
         compiled[step] = command.output.count("Finished XLA compilation")
     assert command.wait() == 0, command.output
-    assert compiled[500] > 0 and compiled[1900] == compiled[500]
-    assert held[1900] < 1.02 * held[500], held
+    assert compiled[first] > 0 and compiled[last] == compiled[first]
+    assert held[last] < bound * held[first], held
