@@ -4,10 +4,9 @@
 or without subfolders. The mask of `images/a/x.jpg` is `masks/a/x.png` or `masks/a/x_mask.png`. Images are PNG, JPEG,
 TIFF (8 or 16 bits) or GIF, grey or coloured; masks are PNG, TIFF or GIF: grey, with a palette, or coloured.
 
-`config.data.labels` lists the values in the masks. If it is empty, `infer_settings` reads all masks and guesses it.
+`config.data.labels` lists the values in the masks. If it is empty, it is read off the masks, see `mask_values`.
 """
 
-import collections
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from unet_jax.data import images, labels, pairing
+from unet_jax.data import images, labels, mask_values, pairing
 from unet_jax.data.source import Classes, Source, bullets
 from unet_jax.errors import UserError, check_choice
 
@@ -106,33 +105,10 @@ def infer_settings(config, notify: Callable[[str], None]) -> None:
 
 
 def _guess_labels(pairs: Sequence[images.Pair], notify: Callable[[str], None]) -> tuple[str, ...]:
-    """Entries of `config.data.labels` for the values in the masks of `pairs`, see `labels.guess`."""
-
-    def inspect(pair):
-        mask = images.read_any(pair.mask, indices=True)
-        values, palette = labels.distinct_values(mask), images.read_header(pair.mask).palette
-        used = set() if palette is None else {(i, *palette[i].tolist()) for i in values if i < len(palette)}
-        return values, mask.ndim == 3, used
-
-    masks = _map_readable(inspect, pairs, "Reading masks")
-    used_palette = set.union(*(used for *_, used in masks))
-    if len(used_palette) > len({index for index, *_ in used_palette}):
-        raise UserError(
-            "the masks have different palettes, so their indices mean different things: list the colours in "
-            f"config.data.labels. {labels.HELP}"
-        )
-    # A few masks of another kind than most, or with smooth edges, do not count here: reading them will name them.
-    grey = [values for values, is_colored, _ in masks if not is_colored and len(values) <= labels.MAX_VALUES]
-    colored = [values for values, is_colored, _ in masks if is_colored and len(values) <= labels.MAX_VALUES]
-    usual = max(grey, colored, key=len)
-    if len(usual) * 2 < len(masks):
-        usual = [set.union(*(values for values, is_colored, _ in masks if is_colored == masks[0][1]))]
-    counts = collections.Counter(value for values in usual for value in values)
-    if counts.keys() == {0, 1, 255} and not any({1, 255} <= values for values in usual):
-        guessed = "0 background", "1 foreground", "255 -> 1"  # some masks were saved as 0 and 1, some as 0 and 255
-    else:
-        guessed = labels.guess(counts)
-    shown = [f"\n  {labels.format_value(v)} is in {n} of {len(masks)} masks" for v, n in sorted(counts.items())]
+    """Entries of `config.data.labels` for the values in the masks of `pairs`, see `mask_values.guess`."""
+    masks = _map_readable(lambda pair: mask_values.inspect(pair.mask), pairs, "Reading masks")
+    guessed, held = mask_values.guess(masks)
+    shown = [f"\n  {labels.format_value(v)} is in {n} of {len(masks)} masks" for v, n in sorted(held.items())]
     notify(
         "Labels, as guessed from the masks; to change them or to name the classes, set\n"
         f'  --config.data.labels="{guessed!r}"' + "".join(shown)

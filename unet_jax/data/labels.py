@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,11 +11,10 @@ from unet_jax.data.source import Classes, shorten
 from unet_jax.errors import UserError, is_name
 
 IGNORE = 255
-MAX_VALUES = 64  # masks with more distinct values were smoothed or compressed, or are not masks
-_ENTRY = re.compile(r"\s*(?P<value>\d+(?:[ ,]+\d+[ ,]+\d+)?)\s*(?:->\s*(?P<id>\d+|ignore)\b)?\s*(?P<name>.*?)\s*")
+_ENTRY = re.compile(r"\s*(?P<value>\d+(?:-\d+|[ ,]+\d+[ ,]+\d+)?)\s*(?:->\s*(?P<id>\d+|ignore)\b)?\s*(?P<name>.*?)\s*")
 HELP = (
-    "One entry per value: '0 background', '255 -> 1 cell', '128 0 64 -> 2 car' for a colour, '11 -> ignore' for pixels "
-    "that do not count"
+    "One entry per value: '0 background', '255 -> 1 cell', '128-255 -> 1 cell' for all of these, '128 0 64 -> 2 car' "
+    "for a colour, '11 -> ignore' for pixels that do not count"
 )
 
 Value = int | tuple[int, int, int]  # of a pixel in a mask file: a grey value, a palette index or a colour
@@ -60,11 +59,11 @@ class LabelMap:
         table[[_pack(np.array(value)) for value in self.ids]] = list(self.ids.values())
         label = table[_pack(mask).clip(max=len(table) - 1)]
         if (unknown := label < 0).any():
-            first = min(distinct_values(mask[unknown][None]))
-            found = [format_value(value) for value in sorted(distinct_values(mask))]
+            first = min(count_values(mask[unknown][None]))
+            found = [format_value(value) for value in sorted(count_values(mask))]
             hint = " Smooth edges or JPEG make such values: save masks as PNG, without smoothing."
             raise UserError(
-                f"{file}: label {format_value(first)} is not in config.data.labels ({_join(self.ids)}). "
+                f"{file}: label {format_value(first)} is not in config.data.labels ({join(self.ids)}). "
                 f"Values found: {shorten(found)}.{hint if len(found) > len(self.ids) + 3 else ''}"
             )
         return label.astype(np.uint8)
@@ -73,7 +72,7 @@ class LabelMap:
 def parse(entries: Sequence[str]) -> LabelMap:
     """Parses `config.data.labels`: each a value, optionally `-> CLASS` or `-> ignore`, optionally a name.
 
-    Without an arrow, a number is its own class, and colours are numbered in order.
+    Without an arrow, a number is its own class, and colours are numbered in order. A range of numbers needs an arrow.
 
     Raises:
       UserError: an invalid entry; a value listed twice; class numbers with gaps; a name used twice.
@@ -82,66 +81,52 @@ def parse(entries: Sequence[str]) -> LabelMap:
     for entry in entries:
         match = _ENTRY.fullmatch(entry) if isinstance(entry, str) else None
         numbers = tuple(map(int, re.findall(r"\d+", match["value"]))) if match else ()
-        is_color = len(numbers) == 3
+        is_color, is_range = len(numbers) == 3, len(numbers) == 2
         is_valid = numbers and is_name(match["name"]) and not match["name"].startswith("->")
+        is_valid = is_valid and not (is_range and (match["id"] is None or numbers[0] > numbers[1]))
         if not is_valid or max(numbers) > (255 if is_color else 65535):
             raise UserError(f"config.data.labels: {entry!r} is not a valid entry. {HELP}")
-        value = numbers if is_color else numbers[0]
+        values = [numbers] if is_color else range(numbers[0], numbers[-1] + 1)
         if match["id"] == "ignore":
             index = IGNORE
         else:
-            index = int(match["id"]) if match["id"] else (len(names) if is_color else value)
+            index = int(match["id"]) if match["id"] else (len(names) if is_color else values[0])
             if match["name"] or index not in names:
                 names[index] = match["name"] or names.get(index) or f"class {index}"
-        if value in ids:
-            raise UserError(f"config.data.labels lists the value {format_value(value)} twice")
-        ids[value] = index
+        for value in values:
+            if value in ids:
+                raise UserError(f"config.data.labels lists the value {format_value(value)} twice")
+            ids[value] = index
     if sorted(names) != list(range(len(names))) or not 2 <= len(names) <= 255:
         raise UserError(
             f"config.data.labels: the classes are {sorted(names)}, but must be 0, 1, ... without gaps, at least two. "
             + HELP
         )
     if len({isinstance(value, tuple) for value in ids}) > 1:
-        raise UserError(f"config.data.labels mixes numbers and colours: {_join(ids)}")
+        raise UserError(f"config.data.labels mixes numbers and colours: {join(ids)}")
     if len(set(names.values())) < len(names):
         raise UserError(f"config.data.labels uses a name twice: {', '.join(names[k] for k in sorted(names))}")
     return LabelMap(ids, tuple(names[k] for k in range(len(names))))
 
 
-def guess(values: Collection[Value]) -> tuple[str, ...]:
-    """Entries of `config.data.labels` for the values that occur in all masks.
-
-    Two values are background and foreground; small numbers are themselves the classes, and 255 beside them is ignored;
-    other numbers and colours are numbered in order.
-
-    Raises:
-      UserError: only one value, or so many that the masks must have been smoothed.
-    """
-    values = sorted(values)
-    if len(values) < 2:
-        raise UserError(f"all masks hold nothing but {_join(values)}: there is nothing to learn")
-    if len(values) > MAX_VALUES:
-        raise UserError(
-            f"the masks hold {len(values)} values ({_join(values[:6])}, ...): they have "
-            "smooth edges, were saved as JPEG, or are not label masks. If they are, list the values in "
-            f"config.data.labels. {HELP}"
-        )
-    if len(values) == 2:
-        return f"{format_value(values[0])} -> 0 background", f"{format_value(values[1])} -> 1 foreground"
-    largest = max(value for value in values if value != IGNORE)
-    if not isinstance(largest, tuple) and largest < MAX_VALUES:
-        ignored = (f"{IGNORE} -> ignore",) if IGNORE in values else ()
-        return (*(f"{value} class {value}" for value in range(largest + 1)), *ignored)
-    return tuple(f"{format_value(value)} -> {index} class {index}" for index, value in enumerate(values))
+def count_values(mask: np.ndarray) -> dict[Value, int]:
+    """How many pixels of a mask `[h, w]` or `[h, w, 3]` have each of the numbers or colours that occur in it."""
+    packed = _pack(mask).ravel()
+    starts = np.flatnonzero(np.diff(packed, prepend=-1))  # of runs of equal pixels: only these need sorting
+    lengths = np.diff(starts, append=len(packed))
+    values, which = np.unique(packed[starts], return_inverse=True)
+    counts = np.bincount(which, lengths).astype(int).tolist()
+    unpack = _unpack if mask.ndim == 3 else int
+    return dict(zip(map(unpack, values.tolist()), counts, strict=True))
 
 
-def distinct_values(mask: np.ndarray) -> set[Value]:
-    """The numbers or colours that occur in a mask `[h, w]` or `[h, w, 3]`."""
+def find_areas(mask: np.ndarray) -> set[Value]:
+    """The values that fill a cross of five pixels somewhere in a mask; thin lines and smooth edges do not."""
     packed = _pack(mask)
-    starts = np.ones(packed.shape, bool)  # first pixels of runs of equal pixels in a line: only these need sorting
-    starts[:, 1:] = packed[:, 1:] != packed[:, :-1]
-    values = np.unique(packed[starts]).tolist()
-    return {(value >> 16, value >> 8 & 255, value & 255) for value in values} if mask.ndim == 3 else set(values)
+    inner = packed[1:-1, 1:-1]
+    around = packed[:-2, 1:-1], packed[2:, 1:-1], packed[1:-1, :-2], packed[1:-1, 2:]
+    filled = inner[np.logical_and.reduce([inner == one for one in around])]
+    return set(count_values(filled[None] if mask.ndim == 2 else np.stack(_unpack(filled), -1)[None]))
 
 
 def _pack(mask: np.ndarray) -> np.ndarray:
@@ -150,10 +135,21 @@ def _pack(mask: np.ndarray) -> np.ndarray:
     return mask @ np.array([65536, 256, 1]) if mask.ndim in (1, 3) else mask
 
 
+def _unpack(value: int) -> tuple[int, int, int]:
+    """The colour of a number from `pack`."""
+    return value >> 16, value >> 8 & 255, value & 255
+
+
 def format_value(value: Value) -> str:
     """A value as it is written in `config.data.labels`."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _join(values: Iterable[Value]) -> str:
-    return ", ".join(map(format_value, values))
+def join(values: Iterable[Value]) -> str:
+    """Values as they are listed, numbers that follow each other as a range."""
+    found: list = []
+    for value in values:
+        is_next = found and not isinstance(value, tuple) and found[-1][1] == value - 1
+        found[-1:] = [(found[-1][0], value)] if is_next else [*found[-1:], (value, value)]
+    show = lambda a, b: f"{a}-{b}" if a != b and b - a > 1 else ", ".join(map(format_value, dict.fromkeys((a, b))))
+    return ", ".join(show(*run) for run in found)
