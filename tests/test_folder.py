@@ -326,3 +326,33 @@ def test_void_outside_the_palette_and_rotated_photos_with_previews(tmp_path):
     printed = _infer(config)
     assert "255 -> ignore" in config.labels and "the EXIF data of 1 photo(s) say they are rotated" in printed
     assert set(np.unique(data.load(config, "all").read(0)[1])) == {0, 1, 255}
+
+
+def test_names_in_either_spelling_of_unicode_pair(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for images_name, masks_name, k in ((composed, decomposed, 1), (decomposed, composed, 2)):
+        save_image(_picture(), tmp_path / f"images/{images_name}{k}.png")
+        save_image(_mask(), tmp_path / f"masks/{masks_name}{k}.png")
+    (tmp_path / "train.txt").write_text(f"{decomposed}1\n")
+    (tmp_path / "val.txt").write_text(f"{composed}2.png\n")
+    config = _config(tmp_path, lists=("train.txt", "val.txt"))
+    _infer(config)
+    assert list(data.load(config, "train").ids) == [f"{composed}1"]
+    assert list(data.load(config, "validation").ids) == [f"{decomposed}2"]  # as the file is called
+
+
+def test_remedies_help(tmp_path):
+    for k in range(4):
+        save_image(_picture(), tmp_path / f"images/cell{k}.png")
+        save_image(_mask(), tmp_path / f"masks/cell{k}_seg.png")
+    with pytest.raises(
+        UserError, match="4 masks have the name of their image and '_seg': --config.data.mask_suffix=_seg"
+    ):
+        _infer(_config(tmp_path))
+    config = _config(tmp_path, mask_suffix="_seg", group="(cell)")
+    _infer(config)
+    with pytest.raises(UserError, match=r"group = '\(cell\)' matches 'cell' in all of their names") as error:
+        data.load(config, "validation")
+    assert "as '(.*)_' does" in str(error.value)
+    config.group = ""
+    assert len(data.load(config, "validation")) == 1

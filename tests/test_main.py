@@ -41,6 +41,14 @@ BAD_INPUT = [
     (["--mode=eval", "--workdir=/nowhere", "--input=x"], "--input is for --mode=predict"),
     (["--mode=check"], "--config is required"),
     (["--mode=check", "--config=configs/folder.py", "--config.data.root=/nowhere"], "'/nowhere' is not a folder"),
+    (
+        ["--mode=check", "--config=configs/folder.py", "--config.data.root=~/no such folder"],
+        f"'{os.path.expanduser('~')}/no such folder' is not a folder",
+    ),
+    (  # the last value counts; two tuples would be joined
+        ["--config=configs/shapes.py", "--config.data.size=(8,8)", "--config.data.size=(9,)"],
+        "config.data.size = (9,) must be",
+    ),
     (["--config=configs/shapes.py", "--config.init_from=/nowhere"], "has no config.json"),
     (
         ["--mode=report", "--workdir=/nowhere", "--tta=flips"],

@@ -141,6 +141,7 @@ def _run() -> None:
     # Imports stay here, so that --help answers at once.
     mode, workdir = _MODE.value, _WORKDIR.value
     if mode in _FLAG_MODES["config"]:
+        _CONFIG.value.data.root = os.path.expanduser(_CONFIG.value.data.root)
         name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
         workdir = workdir or f"runs/{name}"
     if mode == "train":
@@ -177,6 +178,7 @@ def _run() -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags; a bad config file or a mistyped field gets a message instead of a traceback."""
+    argv = _plain(argv)
     given = dict(arg.lstrip("-").partition("=")[::2] for arg in argv[1:] if arg.startswith("-"))
     if given.get("config") == "" and "--config" in argv[:-1]:  # as two words
         given["config"] = argv[argv.index("--config") + 1]
@@ -196,6 +198,19 @@ def _parse_flags(argv: list[str]) -> list[str]:
         if field != name and field not in fields:
             sys.exit(f"error: --{name}: no such field, see configs/default.py.{did_you_mean(field, fields)}")
     return app.parse_flags_with_usage(argv)
+
+
+def _plain(argv: list[str]) -> list[str]:
+    """The arguments with `~` expanded, which shells leave after `=`, and of a field that is set twice the last value.
+
+    `config_flags` would join the values of a field that is a tuple.
+    """
+    parts = [arg.partition("=") for arg in argv]
+    names = [name for name, _, _ in parts]
+    is_again = lambda i: names[i].startswith("--config.") and parts[i][1] and names[i] in names[i + 1 :]
+    return [
+        f"{name}{mark}{os.path.expanduser(value)}" for i, (name, mark, value) in enumerate(parts) if not is_again(i)
+    ]
 
 
 def _fields(config) -> list[str]:

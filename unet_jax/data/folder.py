@@ -31,9 +31,8 @@ def load(config, split: str) -> Source:
     pairs, faults = pairing.find(config)
     chosen = pairing.choose_split(pairs, config, split, faults)
     if not chosen:
-        remedy = f" Add images or groups, or change config.data.validation = {config.validation}"
-        remedy = bullets(faults) if config.lists else remedy
-        raise UserError(f"config.data.root = {config.root!r}: {len(pairs)} pairs leave none for {split}.{remedy}")
+        remedy = bullets(faults) if config.lists else pairing.split_remedy(pairs, config)
+        raise UserError(f"config.data.root = {config.root!r}: {len(pairs)} pair(s) leave none for {split}.{remedy}")
 
     def read(index):
         pair = chosen[index]

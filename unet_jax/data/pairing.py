@@ -5,6 +5,7 @@ import collections
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 
 from etils import epath
@@ -47,16 +48,19 @@ def find(config) -> tuple[list[Pair], list[str]]:
         if missing:
             continue
         image_files, mask_files = (_files_by_name(folder, faults) for folder in folders)
-        suffix = config.mask_suffix
+        suffix = _composed(config.mask_suffix)
         if image_folder == mask_folder and suffix:  # x.png and x_mask.png side by side
             mask_files = {name: file for name, file in mask_files.items() if name.endswith(suffix)}
             image_files = {name: file for name, file in image_files.items() if not name.endswith(suffix)}
         mask_of = {name: mask_files.get(name + suffix) or mask_files.get(name) for name in image_files}
         used = set(mask_of.values())
+        unpaired = [name for name, mask in mask_of.items() if not mask]
+        faults += _other_suffix(unpaired, [name for name, mask in mask_files.items() if mask not in used])
         faults += [f"{image_files[n]}: no mask of that name in {folders[1]}" for n, mask in mask_of.items() if not mask]
         faults += [f"{mask}: no image of that name in {folders[0]}" for mask in mask_files.values() if mask not in used]
-        for name, mask in sorted((name, mask) for name, mask in mask_of.items() if mask):
-            image = image_files[name]
+        images_of = {_name(image_files[name], folders[0]): name for name, mask in mask_of.items() if mask}
+        for name, key in sorted(images_of.items()):
+            image, mask = image_files[key], mask_of[key]
             place = os.path.normpath(os.fspath(image))
             if mask.suffix.lower() in (".jpg", ".jpeg"):
                 faults.append(f"{mask}: a JPEG mask: compression changes labels. Save it as PNG, without smoothing")
@@ -80,11 +84,11 @@ def _prefixes(root: epath.Path, folders: Sequence[str]) -> list[str]:
 
 
 def _files_by_name(folder: epath.Path, faults: list[str]) -> dict[str, epath.Path]:
-    """Name relative to `folder`, without suffix -> file, for all images below it; adds the other files to `faults`."""
+    """Composed name -> file, for all images below `folder`; adds the other files to `faults`."""
     files = {}
     for file in images.files_below(folder):
         suffix = file.suffix.lower()
-        name = str(file.relative_to(folder).with_suffix(""))
+        name = _composed(_name(file, folder))
         if suffix not in images.SUFFIXES:
             if suffix in Image.registered_extensions():
                 faults.append(f"{file}: {suffix} files are not supported; save it as PNG")
@@ -93,6 +97,26 @@ def _files_by_name(folder: epath.Path, faults: list[str]) -> dict[str, epath.Pat
         else:
             files[name] = file
     return files
+
+
+def _composed(name: str) -> str:
+    """A name in one spelling of Unicode: macOS and some archives write a letter and its accent as two characters."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _name(file: epath.Path, folder: epath.Path) -> str:
+    """The path below `folder`, without suffix."""
+    return str(file.relative_to(folder).with_suffix(""))
+
+
+def _other_suffix(image_names: Collection[str], mask_names: Collection[str]) -> list[str]:
+    """A fault, if many masks without image have the name of an image without mask and one more suffix."""
+    ends = ((mask, mask[: len(mask) - k], mask[len(mask) - k :]) for mask in mask_names for k in range(1, len(mask)))
+    suffixes = collections.Counter(end for mask, start, end in ends if start in set(image_names))
+    for suffix, count in suffixes.most_common(1):
+        if 2 * count > len(image_names):
+            return [f"{count} masks have the name of their image and {suffix!r}: --config.data.mask_suffix={suffix}"]
+    return []
 
 
 def choose_split(pairs: Sequence[Pair], config, split: str, faults: list[str]) -> list[Pair]:
@@ -120,6 +144,18 @@ def choose_split(pairs: Sequence[Pair], config, split: str, faults: list[str]) -
     shuffled = sorted(set(groups.values()), key=digest)
     held_out = set(shuffled[: max(1, round(config.validation * len(shuffled)))]) if len(shuffled) > 1 else set()
     return [pair for pair in pairs if (groups[pair.id] in held_out) == (split == "validation")]
+
+
+def split_remedy(pairs: Sequence[Pair], config) -> str:
+    """What helps if `choose_split` without lists leaves nothing for a split."""
+    found = {_group(pair.id, config.group) for pair in pairs}
+    if len(pairs) > 1 and len(found) == 1:
+        return (
+            f" config.data.group = {config.group!r} matches {found.pop()!r} in all of their names, so they are one "
+            "group, which stays together: it must match what tells groups apart, as '(.*)_' does all up to the last "
+            "underscore, and '([^/]*)/' the folder"
+        )
+    return f" Add images{' or groups' * bool(config.group)}, or change config.data.validation = {config.validation}"
 
 
 def _group(name: str, pattern: str) -> str:
@@ -157,7 +193,7 @@ def _read_split_list(pairs: Sequence[Pair], config, split: str, faults: list[str
         raise UserError(f"config.data.lists: {files[split]} cannot be read as text: it is UTF-16, save it as UTF-8")
     # As file names are decoded, so that any name can be listed but one with a line break or a space at its end.
     lines = re.split(r"\r\n|\r|\n", content.decode("utf-8-sig", "surrogateescape"))
-    image_folders = {epath.Path(folder).name for folder in config.images}
+    image_folders = {_composed(epath.Path(folder).name) for folder in config.images}
     pairs_by_ending = collections.defaultdict(list)
     for pair in pairs:
         for ending in _endings(str(pair.image)):
@@ -181,11 +217,11 @@ def _read_split_list(pairs: Sequence[Pair], config, split: str, faults: list[str
 
 
 def _endings(path: str, image_folders: Collection[str] = ()) -> list[str]:
-    """A path without its image suffix, then with one folder fewer at the front each time, down to the name alone.
+    """A composed path without its image suffix, then with one folder fewer at the front each time, down to the name.
 
     If one of `image_folders` is in the path, it ends with that one: `train/9` must not match `val/9`.
     """
-    parts = path.strip("/").split("/")
+    parts = _composed(path).strip("/").split("/")
     stem, _, suffix = parts[-1].rpartition(".")
     parts[-1] = stem if f".{suffix.lower()}" in images.SUFFIXES else parts[-1]
     last = next((i for i, part in enumerate(parts[:-1]) if part in image_folders), len(parts) - 1)
