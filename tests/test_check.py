@@ -45,7 +45,7 @@ def _broken_folder(root):
     save("range", mask=np.full((20, 30), 7, np.uint8))
     faults["masks/range.png"] = "label 7 is not in config.data.labels"
     save("jpeg", mask_suffix=".jpg")
-    faults["masks/jpeg.jpg"] = "a JPEG mask"
+    faults["masks/jpeg.jpg"] = "a .jpg mask"
     save("smooth", mask=np.linspace(0, 255, 600).reshape(20, 30).astype(np.uint8))
     faults["masks/smooth.png"] = "Smooth edges"
     save("colored", mask=RNG.integers(0, 2, (20, 30, 3), np.uint8) * 200)

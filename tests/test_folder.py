@@ -249,12 +249,12 @@ def test_one_folder_of_images_and_masks_with_links_and_other_formats(tmp_path):
         save_image(_mask(), tmp_path / f"elsewhere/{k}_mask.png")
     save_image(_picture(), tmp_path / "data/all/a.b.TIF")
     save_image(_mask(), tmp_path / "data/all/a.b_mask.png")
-    save_image(_picture(), tmp_path / "data/all/c.bmp")
+    save_image(_picture(), tmp_path / "data/all/c.tga")
     (tmp_path / "data/all/sub").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data/all/sub/circle").symlink_to(tmp_path / "data/all")
     pairs, faults = pairing.find(_config(tmp_path / "data", images=("all",), masks=("all",)))
     assert [pair.id for pair in pairs] == ["a.b", "sub/0", "sub/1", "sub/2"]
-    assert len(faults) == 1 and "c.bmp: .bmp files are not supported" in faults[0]
+    assert len(faults) == 1 and "c.tga: .tga files are not supported" in faults[0]
 
 
 @pytest.mark.parametrize(

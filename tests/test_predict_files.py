@@ -17,7 +17,7 @@ from configs import folder
 from unet_jax.data import images
 from unet_jax.errors import UserError
 from unet_jax.evaluation import evaluate
-from unet_jax.inference import predict, tiles
+from unet_jax.inference import predict, prediction_files, tiles
 from unet_jax.training import loop
 
 RNG = np.random.default_rng(0)
@@ -184,12 +184,68 @@ def test_unreadable_files_are_listed_and_the_others_predicted(trained, tmp_path)
     flags = [f"--workdir={trained}", f"--input={place}/in", f"--output={place}/out"]
     result = helpers.run_main("--mode=predict", *flags)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "1 of 2 files could not be read" in result.stderr
+    assert "1 of 2 files could not be predicted" in result.stderr
     assert f"{shown}/in/bad.png: not a readable image" in result.stderr
     assert "1 of 2 images predicted" in result.stdout and f"see {shown}/out" in result.stdout
     assert (place / "out/good.png").exists() and not (place / "out/bad.png").exists()
     made = json.loads((place / "out/predictions.json").read_text())
     assert made["shares"].keys() == {str(place / "in/good.png")}
+
+
+def test_every_file_is_predicted_or_listed(trained, tmp_path, capsys):
+    picture = RNG.integers(0, 256, (48, 48), np.uint8)
+    for suffix in (".png", ".jpg", ".tif", ".gif", ".bmp", ".webp", ".jp2"):
+        save_image(picture, tmp_path / f"in/{suffix[1:]}{suffix}")
+    np.save(tmp_path / "in/array.npy", picture)
+    for name in ("phone.heic", "slide.svs", "notes.txt", "table.csv"):
+        (tmp_path / "in" / name).write_text("")
+    with pytest.raises(UserError, match="3 of 10 files could not be predicted") as error:
+        predict.predict_files(trained, str(tmp_path / "in"), tmp_path / "out")
+    for name in ("array.npy", "phone.heic", "slide.svs"):
+        assert f"{tmp_path}/in/{name}: .{name.split('.')[1]} files are not supported" in str(error.value)
+    printed = capsys.readouterr().out
+    assert "left alone, as they are no images: notes.txt, table.csv" in printed and "7 of 7 images predicted" in printed
+    made = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert len(made["shares"]) == 7 and len(made["failures"]) == 3 and "unfinished" not in made
+    for suffix in ("png", "tif", "bmp"):  # lossless: the same label
+        np.testing.assert_array_equal(read_image(tmp_path / f"out/{suffix}.png"), read_image(tmp_path / "out/png.png"))
+
+
+@pytest.mark.parametrize("variant", ["multiclass", "multilabel"])
+def test_a_prediction_that_was_stopped_goes_on(trained, config, variant, tmp_path, monkeypatch, capsys):
+    if variant == "multilabel":
+        config.data.variant, config.train.epochs = variant, 0.5
+        loop.train(config, trained := tmp_path / "run")
+    for k in range(5):
+        save_image(RNG.integers(0, 256, (48, 48 + k), np.uint8), tmp_path / f"in/{k}.png")
+    arguments = trained, str(tmp_path / "in")
+    predict.predict_files(*arguments, tmp_path / "whole")
+    write, calls = prediction_files.write, []
+
+    def stopped(place, *more):
+        calls.append(place(".png").stem)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return write(place, *more)
+
+    monkeypatch.setattr(prediction_files, "write", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        predict.predict_files(*arguments, tmp_path / "out")
+    cut = tmp_path / "out/1_overlay.jpg"
+    cut.write_bytes(cut.read_bytes()[:-9])  # as if it had been killed there
+    with pytest.raises(
+        UserError, match="was stopped, with other settings: scale 'train', now 'native'. Choose another"
+    ):
+        predict.predict_files(*arguments, tmp_path / "out", scale="native")
+    predict.predict_files(*arguments, tmp_path / "out")
+    assert (
+        calls[3:] == ["1", "2", "3", "4"]
+        and "1 of them were predicted before it was stopped" in capsys.readouterr().out
+    )
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+    with pytest.raises(UserError, match="is not empty"):  # it has ended
+        predict.predict_files(*arguments, tmp_path / "out")
 
 
 def test_constant_predictions_are_warned_of(trained, tmp_path, capsys, monkeypatch):

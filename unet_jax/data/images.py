@@ -16,7 +16,26 @@ from PIL import Image
 from unet_jax.errors import UserError, check_choice
 
 RESIZE = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".jp2")
+LOSSY = (".jpg", ".jpeg", ".webp", ".jp2")  # which a mask must not be
+# Of cameras, microscopes and scanners, beside those that Pillow knows: not to be passed over in silence.
+_OTHER = (
+    ".arw",
+    ".cr2",
+    ".czi",
+    ".dcm",
+    ".dng",
+    ".h5",
+    ".heic",
+    ".heif",
+    ".lif",
+    ".mrc",
+    ".nd2",
+    ".ndpi",
+    ".nef",
+    ".nii",
+)
+_OTHER += (".npy", ".npz", ".nrrd", ".raw", ".svs")
 MAX_PIXELS = 500_000_000  # a file that claims more is treated as a decompression bomb
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this, and refuses above twice as many
 
@@ -64,6 +83,12 @@ def files_below(folder, ancestors: frozenset = frozenset()) -> list:
         if not entry.name.startswith((".", "__MACOSX")):
             files += files_below(entry, ancestors | {real_path}) if entry.is_dir() else [entry]
     return files
+
+
+def is_other_format(file) -> bool:
+    """Whether a file that is not one of `SUFFIXES` is likely an image all the same."""
+    suffix = file.suffix.lower()
+    return suffix not in SUFFIXES and (suffix in _OTHER or suffix in Image.registered_extensions())
 
 
 def map_parallel(function: Callable, items: Sequence, title: str) -> list[Any]:

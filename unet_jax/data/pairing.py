@@ -9,7 +9,6 @@ import unicodedata
 from collections.abc import Collection, Sequence
 
 from etils import epath
-from PIL import Image
 
 from unet_jax import paths
 from unet_jax.data import images
@@ -62,8 +61,10 @@ def find(config) -> tuple[list[Pair], list[str]]:
         for name, key in sorted(images_of.items()):
             image, mask = image_files[key], mask_of[key]
             place = os.path.normpath(os.fspath(image))
-            if mask.suffix.lower() in (".jpg", ".jpeg"):
-                faults.append(f"{mask}: a JPEG mask: compression changes labels. Save it as PNG, without smoothing")
+            if mask.suffix.lower() in images.LOSSY:
+                faults.append(
+                    f"{mask}: a {mask.suffix} mask: compression changes labels. Save it as PNG, without smoothing"
+                )
             elif place in known:
                 faults.append(f"{image}: two of config.data.images = {config.images} hold it. Name each folder once")
             else:
@@ -90,8 +91,8 @@ def _files_by_name(folder: epath.Path, faults: list[str]) -> dict[str, epath.Pat
         suffix = file.suffix.lower()
         name = _composed(_name(file, folder))
         if suffix not in images.SUFFIXES:
-            if suffix in Image.registered_extensions():
-                faults.append(f"{file}: {suffix} files are not supported; save it as PNG")
+            if images.is_other_format(file):
+                faults.append(f"{file}: {suffix} files are not supported; save it as PNG or TIFF")
         elif name in files:
             faults.append(f"{file}: {files[name].name} has the same name; remove or rename one of them")
         else:

@@ -1,19 +1,15 @@
 """`--mode=predict`: image files of any size in, label files of the same size out; needs the work directory alone."""
 
-import collections
 import functools
-import glob
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from unet_jax import data, paths
-from unet_jax.data import colors, images
+from unet_jax.data import images
+from unet_jax.data.source import shorten
 from unet_jax.errors import UserError, check_choice
-from unet_jax.inference import forward, resize, trained
+from unet_jax.inference import forward, prediction_files, resize, trained
 from unet_jax.parallel import processes
 from unet_jax.workdir import files
 
@@ -39,8 +35,9 @@ def predict_files(
                                    `x_<class>.png` for each, 0 and 255
       a/x_overlay.jpg              the image under the colours of its classes
       a/x_probability_<class>.png  16 bits, 65535 is 1; or x_probability.npy, float32 `[H, W, K]`; if wanted
-      predictions.json             the settings, the share of each class in each image, and the size (height, width) at
-                                   which it was predicted
+      predictions.json             the settings, the share of each class in each image, the size (height, width) at
+                                   which it was predicted, and which files could not be
+    If it is stopped, the same command goes on.
 
     Args:
       path: the work directory.
@@ -67,7 +64,7 @@ def predict_files(
         check_choice("--tta", tta, forward.TTA)
     check_choice("--scale", scale, resize.SCALES)
     output = epath.Path(output)
-    image_files = _find(inputs, output)
+    image_files, others = prediction_files.find(inputs, output)
     network = trained.load(path, step)
     network.predicted_size(network.size, scale)  # an error, if it has no size to fit
     classes = network.classes
@@ -75,47 +72,52 @@ def predict_files(
     if threshold != 0.5 and not sigmoid:
         raise UserError("--threshold is for sigmoids (binary and multilabel tasks); this network has a softmax")
     tta = network.resolve_tta(tta)
-    label_suffixes, map_suffixes = _suffixes(classes)
-    _claim(output, image_files, [f"{suffix}.png" for suffix in label_suffixes + map_suffixes])
+    settings = {
+        "workdir": str(path),
+        "step": network.step,
+        "tta": tta,
+        "scale": scale,
+        "train_size": network.size,
+        "source_sizes": network.source_sizes,
+        "interpolation": interpolation,
+        "threshold": threshold if sigmoid else None,
+        "probabilities": probabilities,
+        "classes": classes.names,
+    }
+    done = prediction_files.claim(output, image_files, classes, settings)
     processes.print_on_main(
         f"{path}, step {network.step}: {len(image_files)} image(s), {_describe(network, scale)}; "
         f"test-time augmentation {tta}" + (f"; threshold {threshold}" if sigmoid else "")
     )
 
-    shares, resized, far, failures = {}, {}, [], []
+    if done:
+        processes.print_on_main(f"{len(done)} of them were predicted before it was stopped")
+
+    shares, resized, far, failures = {}, {}, [], [_reason(file) for file in others if images.is_other_format(file)]
     for name, file in tqdm.tqdm(image_files.items(), "Predicting", unit=" images", disable=None):
+        place = functools.partial(paths.file_below, output, name)
         try:
-            image = network.read_image(file)
+            if name in done:
+                label = prediction_files.read_label(place, classes)
+            else:
+                image = network.read_image(file)
+                bands = network.predict_bands(image, scale, tta, interpolation)
+                label = prediction_files.write(place, image, bands, classes, threshold, probabilities)
         except UserError as error:
             failures.append(str(error))
             continue
-        size, bands = image.shape[:2], network.predict_bands(image, scale, tta, interpolation)
-        try:
-            place = functools.partial(paths.file_below, output, name)
-            label = _write_prediction(place, image, bands, classes, threshold, probabilities)
         except OSError as error:
             raise UserError(f"--output={output}: cannot write the prediction of {file}: {error}") from error
+        size = label.shape[:2]
         shares[str(file)] = _shares(label, classes)
         new = network.predicted_size(size, scale)
         resized[str(file)] = {"size": size, "predicted_at": new, "in_tiles": new != network.size}
         if network.config.data.size:
             far.append(resize.excess(size, new, network.size, network.source_sizes))
 
+    found = {"shares": shares, "images": resized, "failures": failures}
+    files.write_json(output / prediction_files.SUMMARY, {**settings, **found})
     if shares:
-        settings = {
-            "workdir": str(path),
-            "step": network.step,
-            "tta": tta,
-            "scale": scale,
-            "train_size": network.size,
-            "source_sizes": network.source_sizes,
-            "interpolation": interpolation,
-            "threshold": threshold if sigmoid else None,
-            "classes": classes.names,
-            "shares": shares,
-            "images": resized,
-        }
-        files.write_json(output / "predictions.json", settings)
         _warn_if_constant(shares)
         if max(far, default=1.0) > FAR:
             processes.print_on_main(
@@ -131,9 +133,16 @@ def predict_files(
         processes.print_on_main(
             "Some are larger than any training image. If they show no more than those, only in more detail: --scale=fit"
         )
+    ignored = [file.name for file in others if not images.is_other_format(file)]
+    if ignored:
+        processes.print_on_main(f"left alone, as they are no images: {shorten(ignored)}")
     if failures:
         shown = "".join(f"\n  {failure}" for failure in failures)
-        raise UserError(f"{len(failures)} of {len(image_files)} files could not be read:{shown}")
+        raise UserError(f"{len(failures)} of {len(shares) + len(failures)} files could not be predicted:{shown}")
+
+
+def _reason(file: epath.Path) -> str:
+    return f"{file}: {file.suffix} files are not supported; save it as PNG or TIFF"
 
 
 def _describe(network: trained.Trained, scale: str) -> str:
@@ -149,111 +158,6 @@ def _describe(network: trained.Trained, scale: str) -> str:
         sizes = " to ".join(dict.fromkeys(map(show, network.source_sizes)))
         text = f"resized as in training ({sizes} became {to}) and back"
     return f"{text}, in tiles if that is not {to}"
-
-
-def _find(inputs: str, output: epath.Path) -> dict[str, epath.Path]:
-    """Name of the output, without suffix -> image file; checks that no output has the place of an input or another."""
-    root = epath.Path(inputs)
-    if root.is_dir():
-        candidates = images.files_below(root)
-    elif root.exists():
-        candidates, root = [root], root.parent
-    else:
-        root, pattern = _split_pattern(inputs)
-        candidates = [root / file for file in glob.glob(pattern, root_dir=root, recursive=True)]
-    candidates = sorted(f for f in candidates if f.suffix.lower() in images.SUFFIXES and not f.name.startswith("."))
-    found: dict[str, epath.Path] = {}
-    for file, relative in zip(candidates, paths.names_below(root, candidates), strict=True):
-        name = os.path.splitext(relative)[0]
-        if name in found:
-            raise UserError(f"{found[name]} and {file} would be written to the same file: predict them separately")
-        if file.resolve().parent == paths.file_below(output, name, ".png").resolve().parent:
-            raise UserError(f"--output={output} holds the inputs, and would overwrite them: choose another folder")
-        found[name] = file
-    if not found:
-        raise UserError(f"--input={inputs} names no image ({', '.join(images.SUFFIXES)})")
-    return found
-
-
-def _split_pattern(inputs: str) -> tuple[epath.Path, str]:
-    """The folder that a pattern starts with, whatever characters are in its name, and the pattern below it."""
-    root, parts = epath.Path("/" if inputs.startswith("/") else "."), inputs.split("/")
-    while len(parts) > 1 and (root / parts[0]).is_dir():
-        root /= parts.pop(0)
-    return root, "/".join(parts)
-
-
-def _suffixes(classes: data.Classes) -> tuple[list[str], list[str]]:
-    """The suffixes of label files and of probability maps; with the number of the class, if two names look the same."""
-    names = classes.names[-classes.num_outputs :]
-    safe = ["".join(c if c.isalnum() or c in "-." else "_" for c in name)[:40] for name in names]
-    unique = [f"_{one}" if safe.count(one) == 1 else f"_{k}_{one}" for k, one in enumerate(safe)]
-    if len(set(unique)) < len(unique):  # one is called as another is with its number
-        unique = [f"_{k}_{one}" for k, one in enumerate(safe)]
-    return unique if classes.task == "multilabel" else [""], [f"_probability{suffix}" for suffix in unique]
-
-
-def _claim(output: epath.Path, files: Mapping[str, epath.Path], suffixes: Sequence[str]) -> None:
-    """Makes the output folder, and checks that it is empty and that no two images would be written to the same file."""
-    targets = collections.Counter(paths.file_below(output, name, suffix) for name in files for suffix in suffixes)
-    (target, count), *_ = targets.most_common(1)
-    if count > 1:
-        called = target.relative_to(output)
-        raise UserError(f"two outputs would be called {called}: rename an image, or predict them separately")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        held = sorted(file.name for file in output.iterdir())
-        if held:
-            raise UserError(f"--output={output} is not empty, it holds {held[0]}: choose another folder, or empty it")
-        (output / "predictions.json").write_text("")
-        (output / "predictions.json").unlink()
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written: {error}") from error
-
-
-def _write_prediction(
-    place: Callable[[str], epath.Path],  # suffix -> file
-    image: np.ndarray,
-    bands: Iterable[tuple[slice, np.ndarray]],
-    classes: data.Classes,
-    threshold: float,
-    probabilities: str,
-) -> np.ndarray:
-    """Writes label, overlay and, if wanted, probabilities of an image; returns the label.
-
-    The `bands`, rows and their probabilities float32 `[rows, W, K]`, together cover the image.
-    """
-    label_suffixes, map_suffixes = _suffixes(classes)
-    place(".png").parent.mkdir(parents=True, exist_ok=True)
-    shape, maps = (*image.shape[:2], classes.num_outputs), None
-    if probabilities == "npy":
-        maps = np.lib.format.open_memmap(place("_probability.npy"), "w+", np.float32, shape)
-    elif probabilities == "png":
-        maps = np.empty(shape, np.uint16)
-    label = np.empty(shape if classes.task == "multilabel" else shape[:2], np.uint8)
-    for rows, band in bands:
-        label[rows] = forward.to_label(band, classes.task, threshold)
-        if maps is not None:
-            maps[rows] = band if probabilities == "npy" else np.rint(band * 65535)
-
-    if classes.task == "multilabel":
-        for k, suffix in enumerate(label_suffixes):
-            _save(label[..., k] * 255, place(f"{suffix}.png"))
-    else:
-        _save(label, place(".png"), [part for color in classes.palette for part in color])
-    if probabilities == "png":
-        for k, suffix in enumerate(map_suffixes):
-            _save(maps[..., k], place(f"{suffix}.png"))
-    _save(colors.overlay(image, label, classes), place("_overlay.jpg"))
-    return label
-
-
-def _save(pixels: np.ndarray, file: epath.Path, palette: Sequence[int] = ()) -> None:
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    if palette:
-        picture.putpalette(palette)
-    with file.open("wb") as opened:
-        picture.save(opened, "JPEG" if file.suffix == ".jpg" else "PNG")
 
 
 def _shares(label: np.ndarray, classes: data.Classes) -> dict[str, float]:
