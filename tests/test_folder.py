@@ -5,12 +5,14 @@ import os
 import numpy as np
 import pytest
 import tifffile
+import tiny
 from helpers import read_image, save_image
 from PIL import Image
 
 from unet_jax import data
 from unet_jax.data import images, labels, pairing
 from unet_jax.errors import UserError
+from unet_jax.training import loop
 
 RNG = np.random.default_rng(0)
 
@@ -356,3 +358,20 @@ def test_remedies_help(tmp_path):
     assert "as '(.*)_' does" in str(error.value)
     config.group = ""
     assert len(data.load(config, "validation")) == 1
+
+
+def test_a_validation_split_without_foreground_picks_no_best_checkpoint(tmp_path, capsys):
+    for k in range(6):
+        save_image(_picture(16, 16), tmp_path / f"data/images/{k}.png")
+        save_image(_mask(16, 16, (0, 255) if k < 4 else (0,)), tmp_path / f"data/masks/{k}.png")
+    (tmp_path / "data/train.txt").write_text("0\n1\n2\n3\n")
+    (tmp_path / "data/val.txt").write_text("4\n5\n")
+    config = tiny.get_config()
+    config.data.update(_config(tmp_path / "data", lists=("train.txt", "val.txt"), variant="binary", size=(16, 16)))
+    config.model.features, config.train.batch_size, config.train.epochs, config.train.panels = (4, 4), 2, 2.0, 0
+    config.train.eval_every_epochs = 0.5
+    loop.train(config, tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert printed.count("warning: the validation images hold only background") == 1
+    assert "warning: batch normalisation over 2 image(s) at a time" in printed and "config.model.norm=group" in printed
+    assert "Finished: 4 steps; best checkpoint: step 4." in printed

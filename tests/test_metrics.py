@@ -191,6 +191,27 @@ def test_the_final_table_is_that_of_the_best_step(config, tmp_path):
     assert loop._final_table(run, 4) == (last_table, note)
 
 
+def test_scores_of_one_class_alone_are_not_telling():
+    names = ("background", "car")
+    for counts, telling in (([[60, 3], [2, 5]], True), ([[60, 3], [0, 0]], False), ([[0, 0], [0, 0]], False)):
+        counts = np.array(counts)
+        result = scores.Evaluation(0.5, metrics.records(metrics.Counts(counts, names)), counts[None], names, [0.5])
+        assert result.is_telling == telling
+    overlapping = np.array([[[9, 0], [0, 0]], [[6, 1], [1, 1]]])  # only the second mask occurs
+    result = scores.Evaluation(0.5, [], overlapping[None], names, [0.5])
+    assert result.is_telling and not result._replace(confusion=overlapping[None, [0, 0]]).is_telling
+
+
+def test_a_step_without_labelled_pixels_does_not_count_in_the_mean_loss(tmp_path):
+    settings = dict(steps_per_epoch=2.0, total_steps=3, batch_size=1, every=3, skips_nonfinite=False)
+    training_log = log.TrainingLog(tmp_path, schedule=lambda step: 0.1, **settings)
+    for step, (loss, labelled) in enumerate(((0.5, True), (0.0, False), (0.25, True)), 1):
+        found = {"loss": loss, "grad_norm": 1.0, "param_norm": 1.0, "labelled": labelled, "signal": 0}
+        training_log.add(step, found)
+    training_log.close()
+    assert metrics_log.read(tmp_path)[0]["train/loss"] == 0.375
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("with_missed")
 @pytest.mark.parametrize("best_metric, best", [("miss/circle", 1), ("background_share", 2)])

@@ -42,7 +42,7 @@ def _sizes(collectives):
 
 @pytest.fixture
 def plain(config):
-    """SGD without normalisation, so that only gradients and three scalars are summed over devices."""
+    """SGD without normalisation, so that only gradients and four scalars are summed over devices."""
     config.model.norm, config.optimizer.name, config.optimizer.ema = "none", "sgd", 0.0
     return config
 
@@ -132,13 +132,13 @@ def test_collectives_are_read_in_all_their_notations():
     assert [collective.sent for collective in expected] == sent
 
 
-def test_devices_that_share_a_batch_exchange_gradients_and_three_scalars(plain):
+def test_devices_that_share_a_batch_exchange_gradients_and_four_scalars(plain):
     made = _compile(plain)
     traffic = _traffic(made)
     assert traffic.keys() == {"all-reduce"}
     assert all(c.participants == 8 and c.factor == 2 * 7 / 8 for c in traffic["all-reduce"])
     params = program.held_bytes(made.arguments[0].params)
-    assert _sizes(traffic["all-reduce"]) == params + 3 * 4  # the loss, the sum of its weights, the signal
+    assert _sizes(traffic["all-reduce"]) == params + 3 * 4 + 1  # loss, sum of its weights, signal; any label
 
 
 def test_microbatches_exchange_gradients_once_each(plain):
@@ -148,7 +148,7 @@ def test_microbatches_exchange_gradients_once_each(plain):
     assert traffic.keys() == {"all-reduce"}
     params = program.held_bytes(made.arguments[0].params)
     # The compiler places each sum where its gradient is computed: twice what is needed.
-    assert _sizes(traffic["all-reduce"]) == 2 * (params + 4) + 2 * 4
+    assert _sizes(traffic["all-reduce"]) == 2 * (params + 4) + 2 * 4 + 1
 
 
 def test_devices_that_share_images_exchange_borders(plain):

@@ -38,6 +38,15 @@ def test_gradients_of_microbatches_add_up_to_those_of_the_batch(gradient_config,
     assert history[0]["loss"] == pytest.approx(whole_history[0]["loss"], abs=1e-6)
 
 
+def test_a_step_says_whether_any_pixel_was_labelled(gradient_config, monkeypatch):
+    assert helpers.run_steps(gradient_config, helpers.two_devices(), steps=1)[1][0]["labelled"] == 1
+    put_batch = sharding.put_batch
+    blank = lambda mesh, batch: put_batch(mesh, {**batch, "label": np.full_like(batch["label"], 255)})
+    monkeypatch.setattr(sharding, "put_batch", blank)
+    (found,) = helpers.run_steps(gradient_config, helpers.two_devices(), steps=1)[1]
+    assert (found["labelled"], found["loss"], found["grad_norm"]) == (0, 0, 0)
+
+
 def test_a_loss_of_the_whole_batch_is_refused_with_microbatches(config):
     config.loss.batch_dice, config.train.accumulate = 0.5, 2
     with pytest.raises(UserError, match=r"config.loss.batch_dice is computed from the whole batch at once.*use config"):

@@ -36,6 +36,11 @@ class Evaluation(NamedTuple):
         """Pixels of each class in the ground truth."""
         return _pixels(self.names, self.confusion)
 
+    @property
+    def is_telling(self) -> bool:
+        """Whether the labels hold what the scores are about: two classes, or any of overlapping masks."""
+        return sum(map(bool, self.pixels.values())) > (self.confusion.ndim == 3)
+
     def image_records(self) -> list[list[metrics.Record]]:
         """The metrics of each image alone."""
         return [metrics.records(metrics.Counts(counts, self.names)) for counts in self.confusion]

@@ -59,8 +59,8 @@ class TrainingLog:
     def add(self, step: int, step_metrics: Mapping[str, jax.Array]) -> int:
         """Adds the metrics of one step, on the host or still on the device; returns their signal, or 0."""
         values = {name: float(value) for name, value in step_metrics.items()}
-        signal = int(values.pop("signal"))
-        if self._is_finite(step, values):
+        signal, labelled = int(values.pop("signal")), values.pop("labelled")
+        if self._is_finite(step, values) and labelled:
             self.resume_state["window"] = [*self.resume_state["window"], values["loss"]]
         self._timed_steps += 1
         if step % self._every == 0 or step == self._total_steps:
@@ -104,12 +104,18 @@ class TrainingLog:
 
     def add_evaluation(self, step: int, result: Evaluation) -> None:
         """Adds the scores of the validation split after `step` steps."""
-        self.last_evaluation = result
+        is_first, self.last_evaluation = self.last_evaluation is None, result
         scores = {"loss": result.loss, **metrics.flatten(result.records)}
         self._write(step, {f"val/{key}": value for key, value in scores.items()})
         shown = [("loss", result.loss), *((r.title, r.value) for r in metrics.summary(result.records))]
         line = "  ".join(f"{title} {value:.4f}" for title, value in shown if value is not None)
         processes.print_on_main(f"  validation  {line}")
+        if is_first and not result.is_telling:
+            held = ", ".join(name for name, count in result.pixels.items() if count) or "no class"
+            processes.print_on_main(
+                f"warning: the validation images hold only {held}: these scores do not say whether other classes are "
+                "found, and the latest checkpoint counts as the best. See config.data.validation and config.data.lists"
+            )
 
     def _write(self, step: int, values: Mapping[str, float | None]) -> None:
         if self._writer is None:

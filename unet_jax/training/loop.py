@@ -114,7 +114,8 @@ def evaluate_and_save(
     evaluated = not due or result is not None
     if evaluated or not replace:
         meta = {**run.log.resume_state, "examples": run.example_digests, "evaluated": evaluated, **run.record}
-        score = None if result is None else metrics.value_of(run.config.eval.best_metric, result.records)
+        is_telling = result is not None and result.is_telling
+        score = metrics.value_of(run.config.eval.best_metric, result.records) if is_telling else None
         run.writer.save(step, train_state, meta, score, replace)
     if result is not None and not stop_signal:  # while the checkpoint is being written
         run.panels.draw(step, lambda indices: run.scorer.labels(variables, indices))

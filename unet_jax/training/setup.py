@@ -134,6 +134,7 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
     rows = sharding.process_rows(mesh, batch_size)
     batches = images["train"].train_batches(batch_size, config.seed, first_step, rows, built.windows)
     _print_summary(config, built, steps, images, state)
+    _warn_of_small_batches(config)
     train_step, batches = _compile(config, built, state, batches)
     return Run(
         path=path,
@@ -218,6 +219,18 @@ def _finish_again(path: epath.Path, config: "ConfigDict", classes: data.Classes,
     processes.print_on_main(
         f"{path} is finished: {step} steps. Look at {path / 'report.html'}, or score it with --mode=eval."
     )
+
+
+def _warn_of_small_batches(config: "ConfigDict") -> None:
+    """Warns of batch normalisation over few images, whose averages in evaluation may be far from what training saw."""
+    others = {"norm": "group"} | ({} if config.model.name == "unet" else {"encoder_norm": "frozen"})
+    remedies = [f"config.model.{field}={other}" for field, other in others.items() if config.model[field] == "batch"]
+    images = config.train.batch_size // config.train.accumulate
+    if remedies and images <= 2:
+        processes.print_on_main(
+            f"warning: batch normalisation over {images} image(s) at a time: evaluation, which has averages instead, "
+            f"can be much worse than training. Take larger batches, or {' and '.join(remedies)}"
+        )
 
 
 def _print_summary(config, built, steps, images, state) -> None:

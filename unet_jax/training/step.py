@@ -128,7 +128,8 @@ def make_train_step(
             finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
             unchanged = state.replace(step=new_state.step)
             new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, unchanged)
-        return new_state, {**metrics, "signal": signals.max()}
+        labelled = (examples["label"] != classes.ignore_label).any()  # or else the loss is 0, whatever was predicted
+        return new_state, {**metrics, "labelled": labelled, "signal": signals.max()}
 
     return jax.jit(
         train_step,
