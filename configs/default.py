@@ -23,8 +23,8 @@ def get_config() -> ConfigDict:
     # the network sees windows of config.augment.crop, and the labels are scored at the size of the image
     config.data.size = (96, 96)
     config.data.scale = 1.0  # size=(): factor on the size of each image
-    # size=(): share of the windows that are centred on a pixel of a class drawn evenly; finds what few windows show (8 of
-    # 8 objects, against none), and makes little difference where most windows show all classes, see README.md
+    # size=(): share of the windows that are centred on a pixel of a class drawn evenly; finds what few windows show (8
+    # of 8 objects, against none), and makes little difference where most show all classes, see README.md
     config.data.foreground = 1 / 3
     config.data.resize = "bilinear"  # of images: bilinear (antialiased) | nearest; labels are always nearest
     config.data.validation = 0.2  # share of the images held out, if the data set has no split of its own
