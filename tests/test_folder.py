@@ -12,7 +12,7 @@ from PIL import Image
 from unet_jax import data
 from unet_jax.data import images, labels, pairing
 from unet_jax.errors import UserError
-from unet_jax.training import loop
+from unet_jax.training import loop, setup
 
 RNG = np.random.default_rng(0)
 
@@ -361,17 +361,33 @@ def test_remedies_help(tmp_path):
 
 
 def test_a_validation_split_without_foreground_picks_no_best_checkpoint(tmp_path, capsys):
-    for k in range(6):
+    for k in range(10):
         save_image(_picture(16, 16), tmp_path / f"data/images/{k}.png")
-        save_image(_mask(16, 16, (0, 255) if k < 4 else (0,)), tmp_path / f"data/masks/{k}.png")
-    (tmp_path / "data/train.txt").write_text("0\n1\n2\n3\n")
-    (tmp_path / "data/val.txt").write_text("4\n5\n")
+        save_image(_mask(16, 16, (0, 255) if k < 8 else (0,)), tmp_path / f"data/masks/{k}.png")
+    (tmp_path / "data/train.txt").write_text("\n".join(map(str, range(8))))
+    (tmp_path / "data/val.txt").write_text("8\n9\n")
     config = tiny.get_config()
     config.data.update(_config(tmp_path / "data", lists=("train.txt", "val.txt"), variant="binary", size=(16, 16)))
-    config.model.features, config.train.batch_size, config.train.epochs, config.train.panels = (4, 4), 2, 2.0, 0
-    config.train.eval_every_epochs = 0.5
+    config.model.features, config.train.epochs, config.train.panels = (4, 4), 3.0, 0
+    config.train.eval_every_epochs = 1.0
     loop.train(config, tmp_path / "run")
     printed = capsys.readouterr().out
     assert printed.count("warning: the validation images hold only background") == 1
-    assert "warning: batch normalisation over 2 image(s) at a time" in printed and "config.model.norm=group" in printed
-    assert "Finished: 4 steps; best checkpoint: step 4." in printed
+    assert "Finished: 3 steps; best checkpoint: step 3." in printed and "batch normalisation" not in printed
+
+
+@pytest.mark.parametrize(
+    "model, remedy",
+    [
+        ({}, "config.model.norm=group"),
+        ({"name": "encoder_unet"}, "config.model.norm=group and config.model.encoder_norm=frozen"),
+        ({"norm": "group"}, ""),
+    ],
+)
+def test_batch_normalisation_over_two_images_is_warned_of(model, remedy, capsys):
+    config = tiny.get_config()
+    config.model.update(model)
+    config.train.batch_size, config.train.accumulate = 16, 8
+    setup._warn_of_small_batches(config)
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith(remedy) and ("over 2 image(s) at a time" in printed) == bool(remedy)

@@ -76,23 +76,34 @@ def test_what_is_clear_is_not_asked(tmp_path):
         mask[(mask == 2) & (np.roll(mask, 1, 0) == 0)] = 1
     assert _guess(tmp_path, bordered)[0] == ("0 class 0", "1 class 1", "2 class 2")
     organs = [np.repeat(np.repeat(np.array([[0, 1, 2], [3, 0, 4]], np.uint8), 20, 0), 20, 1) for _ in range(6)]
-    assert len(_guess(tmp_path, organs)[0]) == 5  # one region each, but always the same
+    organs[3][:20, 20:40] = 0  # one region each, and one mask lacks one
+    for mask in organs[2:4]:
+        mask[:3] = 255
+    assert _guess(tmp_path, organs)[0] == (*(f"{k} class {k}" for k in range(5)), "255 -> ignore")
+    teeth = [np.repeat(np.arange(1, 4, dtype=np.uint8), 20)[None].repeat(20, 0) for _ in range(6)]
+    assert _guess(tmp_path, teeth)[0] == tuple(f"{k} -> {k - 1} class {k - 1}" for k in (1, 2, 3))
+    colors = [np.array([[0, 0, 0], [200, 0, 0], [0, 90, 0]], np.uint8)[mask] for mask in bordered]
+    assert len(_guess(tmp_path, colors)[0]) == 3
 
 
 def test_smooth_edges_are_named_and_ranges_offered(tmp_path):
     masks = [Image.fromarray((cells * 255).astype(np.uint8)) for cells in CELLS]
     shrunk = [mask.resize((48, 48), Image.Resampling.BOX) for mask in masks]
-    with pytest.raises(UserError, match="3 value.s. between 0 and 255, such as 64, 128, 192, in 0.png") as asked:
+    with pytest.raises(UserError, match="3 value.s. between 0 and 255, such as 64, 128, 192, in .*0.png") as asked:
         _guess(tmp_path, shrunk)
     assert f'--config.data.labels="{RANGES!r}"' in str(asked.value) and "255 -> 4 class 4" in str(asked.value)
     smooth = [mask.resize((70, 70), Image.Resampling.BILINEAR) for mask in masks]
     with pytest.raises(UserError, match="smooth edges") as asked:
         _guess(tmp_path, smooth)
     assert f'--config.data.labels="{RANGES!r}"' in str(asked.value) and "They are classes" not in str(asked.value)
+    with pytest.raises(UserError, match="smooth edges"):  # the same, saved in colour
+        _guess(tmp_path, [mask.convert("RGB") for mask in shrunk])
+    for k, mask in enumerate(smooth):
+        mask.save(tmp_path / f"{k}.png")
     label = labels.parse(RANGES).apply(images.read_any(tmp_path / "3.png"), "3.png")
     np.testing.assert_array_equal(label, np.asarray(smooth[3]) >= 128)
     # One among many is named.
-    with pytest.raises(UserError, match="in 5.png, are"):
+    with pytest.raises(UserError, match="/5.png, are"):
         _guess(tmp_path, [shrunk[k] if k == 5 else mask for k, mask in enumerate(masks)])
 
 
@@ -112,14 +123,28 @@ def test_numbers_of_objects_are_no_classes(count, size, unique, tmp_path):
     np.testing.assert_array_equal(labels.parse(entries).apply(masks[1], "1.png"), masks[1] > 0)
 
 
+def test_objects_in_colours_and_sparse_numbers_are_asked(tmp_path):
+    rng, drawn = np.random.default_rng(0), []
+    for k in range(5):
+        colors = rng.integers(1, 256, (99, 3), np.uint8)
+        colors[0] = 0
+        drawn.append(colors[measure.label(_cells(10, k))])
+    with pytest.raises(UserError, match="do they number objects. If so, draw those of one class in one colour"):
+        _guess(tmp_path, drawn)
+    panoptic = [(np.kron([[0, 1001], [1001, 2001]], np.ones((9, 9), int))).astype(np.uint16) for _ in range(6)]
+    with pytest.raises(UserError, match="the masks hold 0, 1001, 2001. Choose one") as asked:
+        _guess(tmp_path, panoptic)
+    assert "('0 -> 0 class 0', '1001 -> 1 class 1', '2001 -> 2 class 2')" in str(asked.value)
+
+
 def test_a_value_that_few_speak_for_is_asked(tmp_path):
     masks = [cells.astype(np.uint8) for cells in CELLS]
     masks[3][5, 5] = 7
-    with pytest.raises(UserError, match=r"7 has 1 pixel\(s\) in 3.png") as asked:
+    with pytest.raises(UserError, match=r"7 has 1 pixel\(s\) in .*/3.png") as asked:
         _guess(tmp_path, masks)
     assert "'0 -> 0 background', '1 -> 1 foreground', '7 -> ignore'" in str(asked.value)
     masks[3][5, 5], masks[4][:30] = 0, 2
-    with pytest.raises(UserError, match=r"2 has 2880 pixel\(s\) in 4.png") as asked:
+    with pytest.raises(UserError, match=r"2 has 2880 pixel\(s\) in .*/4.png") as asked:
         _guess(tmp_path, masks)
     masks[5][:30] = 2
     assert len(_guess(tmp_path, masks)[0]) == 3
@@ -128,7 +153,9 @@ def test_a_value_that_few_speak_for_is_asked(tmp_path):
 def test_a_mask_of_1_and_255_does_not_ignore_the_foreground_of_the_others(tmp_path):
     masks = [(cells * 255).astype(np.uint8) for cells in CELLS]
     masks[2][3:30, 3:30] = 1
-    with pytest.raises(UserError, match=r"11 hold only 0 and 255 .*, and 1 other numbers as well \(2.png\)") as asked:
+    with pytest.raises(
+        UserError, match=r"11 hold only 0 and 255 .*, and 1 other numbers as well \(.*/2.png\)"
+    ) as asked:
         _guess(tmp_path, masks)
     for entries in (("0 background", "1-255 -> 1 foreground"), (*FOREGROUND, "1-254 -> ignore")):
         assert f'--config.data.labels="{entries!r}"' in str(asked.value)
@@ -163,7 +190,7 @@ def test_palettes_must_agree(tmp_path):
     save_image(mask, tmp_path / "masks/1.png")
     config.labels = ()
     with pytest.raises(
-        UserError, match=r"some masks have a palette, 0.png, and some are grey, 1.png.*1 is 255 255 255"
+        UserError, match=r"some masks have a palette, .*/0.png, and some are grey, .*/1.png.*1 is 255 255 255"
     ):
         data.infer_settings(config, print)
     picture = Image.fromarray(mask)

@@ -24,7 +24,7 @@ from unet_jax import paths, user_cache
 from unet_jax.data import pairing
 from unet_jax.errors import UserError
 from unet_jax.evaluation import check, evaluate, report
-from unet_jax.inference import predict
+from unet_jax.inference import predict, prediction_files
 from unet_jax.training import loop
 from unet_jax.workdir import integrity
 
@@ -139,10 +139,10 @@ def test_a_folder_is_never_taken_for_a_pattern(tmp_path, monkeypatch):
         ("[x]*/../*/i*", {"[ab]/i[1]": "[ab]", "a/i[1]": "a", "x*/i[1]": "x*"}),
         (f"../{tmp_path.name[:-1]}?/a/i*", {f"{tmp_path.name}/a/i[1]": "a"}),
     ):
-        found = predict._find(inputs, epath.Path(tmp_path / "out"))
+        found, _ = prediction_files.find(inputs, epath.Path(tmp_path / "out"))
         assert {name: file.resolve().parent.name for name, file in found.items()} == names
     monkeypatch.chdir(tmp_path / "[ab]")  # where `*` is a folder, which a pattern leaves again
-    assert list(predict._find("?.tmp/../../*/i*", epath.Path("out"))) == ["[ab]/i[1]", "a/i[1]", "x*/i[1]"]
+    assert list(prediction_files.find("?.tmp/../../*/i*", epath.Path("out"))[0]) == ["[ab]/i[1]", "a/i[1]", "x*/i[1]"]
 
 
 @pytest.mark.parametrize("name, reason", [(LATIN_1, "is not UTF-8"), ("back\\slash", "has a backslash in it")])

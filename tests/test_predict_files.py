@@ -197,14 +197,14 @@ def test_every_file_is_predicted_or_listed(trained, tmp_path, capsys):
     for suffix in (".png", ".jpg", ".tif", ".gif", ".bmp", ".webp", ".jp2"):
         save_image(picture, tmp_path / f"in/{suffix[1:]}{suffix}")
     np.save(tmp_path / "in/array.npy", picture)
-    for name in ("phone.heic", "slide.svs", "notes.txt", "table.csv"):
+    for name in ("phone.heic", "scan.nii.gz", "notes.txt", "form.pdf"):
         (tmp_path / "in" / name).write_text("")
     with pytest.raises(UserError, match="3 of 10 files could not be predicted") as error:
         predict.predict_files(trained, str(tmp_path / "in"), tmp_path / "out")
-    for name in ("array.npy", "phone.heic", "slide.svs"):
-        assert f"{tmp_path}/in/{name}: .{name.split('.')[1]} files are not supported" in str(error.value)
+    for name in ("array.npy", "phone.heic", "scan.nii.gz"):
+        assert f"{tmp_path}/in/{name}: .{name.split('.')[-1]} files are not supported" in str(error.value)
     printed = capsys.readouterr().out
-    assert "left alone, as they are no images: notes.txt, table.csv" in printed and "7 of 7 images predicted" in printed
+    assert "left alone, as they are no images: form.pdf, notes.txt" in printed and "7 of 7 images predicted" in printed
     made = json.loads((tmp_path / "out/predictions.json").read_text())
     assert len(made["shares"]) == 7 and len(made["failures"]) == 3 and "unfinished" not in made
     for suffix in ("png", "tif", "bmp"):  # lossless: the same label
@@ -233,6 +233,8 @@ def test_a_prediction_that_was_stopped_goes_on(trained, config, variant, tmp_pat
         predict.predict_files(*arguments, tmp_path / "out")
     cut = tmp_path / "out/1_overlay.jpg"
     cut.write_bytes(cut.read_bytes()[:-9])  # as if it had been killed there
+    with pytest.raises(UserError, match="with other settings: input '.*/in', now '.*/in/0.png'"):
+        predict.predict_files(trained, str(tmp_path / "in/0.png"), tmp_path / "out")
     with pytest.raises(
         UserError, match="was stopped, with other settings: scale 'train', now 'native'. Choose another"
     ):
@@ -240,7 +242,7 @@ def test_a_prediction_that_was_stopped_goes_on(trained, config, variant, tmp_pat
     predict.predict_files(*arguments, tmp_path / "out")
     assert (
         calls[3:] == ["1", "2", "3", "4"]
-        and "1 of them were predicted before it was stopped" in capsys.readouterr().out
+        and "1 already predicted by the run that was stopped" in capsys.readouterr().out
     )
     for file in sorted((tmp_path / "whole").iterdir()):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name

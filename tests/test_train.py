@@ -16,7 +16,7 @@ from unet_jax.errors import UserError
 from unet_jax.evaluation import evaluate
 from unet_jax.parallel import sharding
 from unet_jax.training import loop, optimizer
-from unet_jax.workdir import checkpoints, integrity, metrics_log
+from unet_jax.workdir import checkpoints, files, integrity, metrics_log
 
 
 def test_golden_step(config):
@@ -220,6 +220,35 @@ def test_examples_that_changed_are_refused(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", lambda settings, split: load(settings, split) if split == "train" else other)
     with pytest.raises(UserError, match="was trained on other examples"):
         loop.train(config, tmp_path / "run")
+
+
+def test_a_training_goes_on_where_its_images_have_moved(config, tmp_path, capsys):
+    for k in range(10):
+        mask = np.zeros((16, 16), np.uint8)
+        mask[k : k + 5] = 1
+        for folder, picture in (("images", mask * 200 + k), ("masks", mask)):
+            helpers.save_image(picture, tmp_path / f"data/{folder}/{k}.png")
+    config.data.name, config.data.variant, config.data.size = "folder", "binary", (16, 16)
+    config.data.root = str(tmp_path / "data")
+    loop.train(config, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "moved_run")
+    shutil.rmtree(tmp_path / "moved_run/checkpoints/4")
+    shutil.copytree(tmp_path / "data", tmp_path / "moved")
+    config.data.root = str(tmp_path / "moved")
+    capsys.readouterr()
+    loop.train(config, tmp_path / "moved_run")
+    assert "have moved from" in (printed := capsys.readouterr().out) and "Resuming from step 3" in printed
+    helpers.assert_same_run(tmp_path / "moved_run", tmp_path / "run")
+    assert files.read_config(tmp_path / "moved_run").data.root == config.data.root  # where it is scored from now on
+
+    shutil.rmtree(tmp_path / "moved_run/checkpoints/4")
+    shutil.copytree(tmp_path / "moved", tmp_path / "other")
+    helpers.save_image(np.ones((16, 16), np.uint8), tmp_path / "other/masks/3.png")
+    config.data.root = str(tmp_path / "other")
+    with pytest.raises(
+        UserError, match="have the same names, but are not known to be the same: the sizes of their files"
+    ):
+        loop.train(config, tmp_path / "moved_run")
 
 
 @pytest.mark.slow

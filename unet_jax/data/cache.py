@@ -113,6 +113,14 @@ def fingerprint(files: Sequence[epath.PathLike]) -> list[list[tuple]]:
         return list(pool.map(lambda share: [look_up(file) for file in share], shares))
 
 
+def sizes_digest(files: Sequence[epath.PathLike] | None) -> str:
+    """A hash of the sizes of `Source.files`, by which they are known again in another place; "" if they are unknown."""
+    if files is None:
+        return ""
+    sizes = [[size for _, size, _ in share] for share in fingerprint(files)]
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+
 def load_or_write(
     key_fields: dict[str, Any],
     names: Sequence[str],

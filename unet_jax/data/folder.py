@@ -2,7 +2,8 @@
 
 `config.data.root` holds `images/` and `masks/` (or the folders in `config.data.images` and `config.data.masks`), with
 or without subfolders. The mask of `images/a/x.jpg` is `masks/a/x.png` or `masks/a/x_mask.png`. Images are PNG, JPEG,
-TIFF (8 or 16 bits) or GIF, grey or coloured; masks are PNG, TIFF or GIF: grey, with a palette, or coloured.
+TIFF (8 or 16 bits), GIF, BMP, WebP or JPEG 2000, grey or coloured; masks are PNG, TIFF, GIF or BMP: grey, with a
+palette, or coloured.
 
 `config.data.labels` lists the values in the masks. If it is empty, it is read off the masks, see `mask_values`.
 """

@@ -35,7 +35,8 @@ _OTHER = (
     ".nef",
     ".nii",
 )
-_OTHER += (".npy", ".npz", ".nrrd", ".raw", ".svs")
+_OTHER += (".mha", ".mhd", ".npy", ".npz", ".nrrd", ".raw", ".svs")
+_DOCUMENTS = (".eps", ".mpeg", ".mpg", ".ps")  # which Pillow opens as well
 MAX_PIXELS = 500_000_000  # a file that claims more is treated as a decompression bomb
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this, and refuses above twice as many
 
@@ -87,8 +88,10 @@ def files_below(folder, ancestors: frozenset = frozenset()) -> list:
 
 def is_other_format(file) -> bool:
     """Whether a file that is not one of `SUFFIXES` is likely an image all the same."""
-    suffix = file.suffix.lower()
-    return suffix not in SUFFIXES and (suffix in _OTHER or suffix in Image.registered_extensions())
+    name = file.name.lower()
+    suffix = "." + name.removesuffix(".gz").rpartition(".")[-1]
+    is_opened = Image.registered_extensions().get(suffix) in Image.OPEN
+    return not name.endswith(SUFFIXES) and (suffix in _OTHER or (is_opened and suffix not in _DOCUMENTS))
 
 
 def map_parallel(function: Callable, items: Sequence, title: str) -> list[Any]:

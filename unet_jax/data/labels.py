@@ -56,8 +56,8 @@ class LabelMap:
         if mask.ndim == 2 and self.is_colored:
             mask = np.repeat(mask[..., None], 3, -1)
         table = np.full(2**24 + 1 if self.is_colored else 2**16, -1, np.int16)  # the last is for colours of 16 bits
-        table[[_pack(np.array(value)) for value in self.ids]] = list(self.ids.values())
-        label = table[_pack(mask).clip(max=len(table) - 1)]
+        table[[pack(np.array(value)) for value in self.ids]] = list(self.ids.values())
+        label = table[pack(mask).clip(max=len(table) - 1)]
         if (unknown := label < 0).any():
             first = min(count_values(mask[unknown][None]))
             found = [format_value(value) for value in sorted(count_values(mask))]
@@ -111,7 +111,7 @@ def parse(entries: Sequence[str]) -> LabelMap:
 
 def count_values(mask: np.ndarray) -> dict[Value, int]:
     """How many pixels of a mask `[h, w]` or `[h, w, 3]` have each of the numbers or colours that occur in it."""
-    packed = _pack(mask).ravel()
+    packed = pack(mask).ravel()
     starts = np.flatnonzero(np.diff(packed, prepend=-1))  # of runs of equal pixels: only these need sorting
     lengths = np.diff(starts, append=len(packed))
     values, which = np.unique(packed[starts], return_inverse=True)
@@ -122,14 +122,14 @@ def count_values(mask: np.ndarray) -> dict[Value, int]:
 
 def find_areas(mask: np.ndarray) -> set[Value]:
     """The values that fill a cross of five pixels somewhere in a mask; thin lines and smooth edges do not."""
-    packed = _pack(mask)
+    packed = pack(mask)
     inner = packed[1:-1, 1:-1]
     around = packed[:-2, 1:-1], packed[2:, 1:-1], packed[1:-1, :-2], packed[1:-1, 2:]
     filled = inner[np.logical_and.reduce([inner == one for one in around])]
     return set(count_values(filled[None] if mask.ndim == 2 else np.stack(_unpack(filled), -1)[None]))
 
 
-def _pack(mask: np.ndarray) -> np.ndarray:
+def pack(mask: np.ndarray) -> np.ndarray:
     """Colours `[3]` or `[h, w, 3]` as single numbers; numbers `[h, w]` as they are; int64."""
     mask = mask.astype(np.int64)
     return mask @ np.array([65536, 256, 1]) if mask.ndim in (1, 3) else mask

@@ -47,23 +47,25 @@ def find(config) -> tuple[list[Pair], list[str]]:
         if missing:
             continue
         image_files, mask_files = (_files_by_name(folder, faults) for folder in folders)
-        suffix = _composed(config.mask_suffix)
+        suffix = config.mask_suffix
         if image_folder == mask_folder and suffix:  # x.png and x_mask.png side by side
             mask_files = {name: file for name, file in mask_files.items() if name.endswith(suffix)}
             image_files = {name: file for name, file in image_files.items() if not name.endswith(suffix)}
         mask_of = {name: mask_files.get(name + suffix) or mask_files.get(name) for name in image_files}
         used = set(mask_of.values())
-        unpaired = [name for name, mask in mask_of.items() if not mask]
-        faults += _other_suffix(unpaired, [name for name, mask in mask_files.items() if mask not in used])
+        spare = {_composed(name): file for name, file in mask_files.items() if file not in used}
+        for name in (name for name, mask in mask_of.items() if not mask):
+            mask_of[name] = spare.get(_composed(name + suffix)) or spare.get(_composed(name))
+        used = set(mask_of.values())
+        faults += _other_suffix(image_files.keys(), [name for name, mask in mask_files.items() if mask not in used])
         faults += [f"{image_files[n]}: no mask of that name in {folders[1]}" for n, mask in mask_of.items() if not mask]
         faults += [f"{mask}: no image of that name in {folders[0]}" for mask in mask_files.values() if mask not in used]
-        images_of = {_name(image_files[name], folders[0]): name for name, mask in mask_of.items() if mask}
-        for name, key in sorted(images_of.items()):
-            image, mask = image_files[key], mask_of[key]
+        for name, mask in sorted((name, mask) for name, mask in mask_of.items() if mask):
+            image = image_files[name]
             place = os.path.normpath(os.fspath(image))
             if mask.suffix.lower() in images.LOSSY:
                 faults.append(
-                    f"{mask}: a {mask.suffix} mask: compression changes labels. Save it as PNG, without smoothing"
+                    f"{mask}: a {mask.suffix} mask: compression may change labels. Save it as PNG, without smoothing"
                 )
             elif place in known:
                 faults.append(f"{image}: two of config.data.images = {config.images} hold it. Name each folder once")
@@ -85,11 +87,11 @@ def _prefixes(root: epath.Path, folders: Sequence[str]) -> list[str]:
 
 
 def _files_by_name(folder: epath.Path, faults: list[str]) -> dict[str, epath.Path]:
-    """Composed name -> file, for all images below `folder`; adds the other files to `faults`."""
+    """Name relative to `folder`, without suffix -> file, for all images below it; adds the other files to `faults`."""
     files = {}
     for file in images.files_below(folder):
         suffix = file.suffix.lower()
-        name = _composed(_name(file, folder))
+        name = str(file.relative_to(folder).with_suffix(""))
         if suffix not in images.SUFFIXES:
             if images.is_other_format(file):
                 faults.append(f"{file}: {suffix} files are not supported; save it as PNG or TIFF")
@@ -105,17 +107,12 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _name(file: epath.Path, folder: epath.Path) -> str:
-    """The path below `folder`, without suffix."""
-    return str(file.relative_to(folder).with_suffix(""))
-
-
 def _other_suffix(image_names: Collection[str], mask_names: Collection[str]) -> list[str]:
-    """A fault, if many masks without image have the name of an image without mask and one more suffix."""
+    """A fault, if most images have masks whose names are theirs with one more suffix."""
     ends = ((mask, mask[: len(mask) - k], mask[len(mask) - k :]) for mask in mask_names for k in range(1, len(mask)))
-    suffixes = collections.Counter(end for mask, start, end in ends if start in set(image_names))
+    suffixes = collections.Counter(end for mask, start, end in ends if start in image_names)
     for suffix, count in suffixes.most_common(1):
-        if 2 * count > len(image_names):
+        if count > 1 and 2 * count > len(image_names):
             return [f"{count} masks have the name of their image and {suffix!r}: --config.data.mask_suffix={suffix}"]
     return []
 
@@ -194,11 +191,14 @@ def _read_split_list(pairs: Sequence[Pair], config, split: str, faults: list[str
         raise UserError(f"config.data.lists: {files[split]} cannot be read as text: it is UTF-16, save it as UTF-8")
     # As file names are decoded, so that any name can be listed but one with a line break or a space at its end.
     lines = re.split(r"\r\n|\r|\n", content.decode("utf-8-sig", "surrogateescape"))
-    image_folders = {_composed(epath.Path(folder).name) for folder in config.images}
+    image_folders = {epath.Path(folder).name for folder in config.images}
     pairs_by_ending = collections.defaultdict(list)
     for pair in pairs:
         for ending in _endings(str(pair.image)):
             pairs_by_ending[ending].append(pair)
+    pairs_by_composed = collections.defaultdict(list)
+    for ending, found in pairs_by_ending.items():
+        pairs_by_composed[_composed(ending)] += found
     chosen = {}
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line:
@@ -209,6 +209,8 @@ def _read_split_list(pairs: Sequence[Pair], config, split: str, faults: list[str
         for path in (line, line.replace("\\", "/")):
             endings += [_endings(path)[0], *_endings(path.split()[0], image_folders), *_endings(path, image_folders)]
         matches = next((pairs_by_ending[ending] for ending in endings if ending in pairs_by_ending), [])
+        composed = [ending for ending in map(_composed, endings) if ending in pairs_by_composed]
+        matches = matches or next((pairs_by_composed[ending] for ending in composed), [])
         if len(matches) == 1:
             chosen[matches[0].id] = matches[0]
         else:
@@ -218,11 +220,11 @@ def _read_split_list(pairs: Sequence[Pair], config, split: str, faults: list[str
 
 
 def _endings(path: str, image_folders: Collection[str] = ()) -> list[str]:
-    """A composed path without its image suffix, then with one folder fewer at the front each time, down to the name.
+    """A path without its image suffix, then with one folder fewer at the front each time, down to the name.
 
     If one of `image_folders` is in the path, it ends with that one: `train/9` must not match `val/9`.
     """
-    parts = _composed(path).strip("/").split("/")
+    parts = path.strip("/").split("/")
     stem, _, suffix = parts[-1].rpartition(".")
     parts[-1] = stem if f".{suffix.lower()}" in images.SUFFIXES else parts[-1]
     last = next((i for i, part in enumerate(parts[:-1]) if part in image_folders), len(parts) - 1)

@@ -74,6 +74,7 @@ def predict_files(
     tta = network.resolve_tta(tta)
     settings = {
         "workdir": str(path),
+        "input": inputs,
         "step": network.step,
         "tta": tta,
         "scale": scale,
@@ -91,7 +92,7 @@ def predict_files(
     )
 
     if done:
-        processes.print_on_main(f"{len(done)} of them were predicted before it was stopped")
+        processes.print_on_main(f"{len(done)} already predicted by the run that was stopped")
 
     shares, resized, far, failures = {}, {}, [], [_reason(file) for file in others if images.is_other_format(file)]
     for name, file in tqdm.tqdm(image_files.items(), "Predicting", unit=" images", disable=None):

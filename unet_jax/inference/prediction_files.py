@@ -47,7 +47,7 @@ def find(inputs: str, output: epath.Path) -> tuple[dict[str, epath.Path], list[e
         found[name] = file
     if not found:
         raise UserError(f"--input={inputs} names no image ({', '.join(images.SUFFIXES)})")
-    return found, [file for file in files if file not in set(candidates)]
+    return found, [file for file in files if file.suffix.lower() not in images.SUFFIXES]
 
 
 def _split_pattern(inputs: str) -> tuple[epath.Path, str]:
@@ -101,7 +101,7 @@ def claim(
                 f"--output={output} holds a prediction that was stopped, with other settings: {'; '.join(differing)}. "
                 "Choose another folder, or the same settings"
             )
-        return {name for name in files if _is_whole(paths.file_below(output, name, OVERLAY))}
+        return {name for name in files if _is_whole(output, name, classes)}
     workdir_files.write_json(output / SUMMARY, {"unfinished": True, **settings})
     return set()
 
@@ -115,9 +115,12 @@ def _read_begun(file: epath.Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and values.get("unfinished") is True else None
 
 
-def _is_whole(overlay: epath.Path) -> bool:
-    """Whether an overlay, the last file of an image, was written to its end, the end marker of JPEG."""
-    return overlay.exists() and overlay.read_bytes()[-2:] == b"\xff\xd9"
+def _is_whole(output: epath.Path, name: str, classes: data.Classes) -> bool:
+    """Whether all files of an image are there and the last, the overlay, was written to the end marker of JPEG."""
+    overlay, *others = (
+        paths.file_below(output, name, end) for end in (OVERLAY, *(f"{s}.png" for s in suffixes(classes)[0]))
+    )
+    return overlay.exists() and overlay.read_bytes()[-2:] == b"\xff\xd9" and all(file.exists() for file in others)
 
 
 def write(

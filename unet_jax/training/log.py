@@ -96,9 +96,10 @@ class TrainingLog:
         self.restart_clock()
         left = (time.monotonic() - self._started) / (step - self._first_step) * (self._total_steps - step)
         self._write(step, line)
+        loss = f"{line['train/loss']:.4f}" if window else "unknown"  # no step counted
         processes.print_on_main(
-            f"step {step}/{self._total_steps}  epoch {step / self._steps_per_epoch:.1f}  "
-            f"loss {line['train/loss']:.4f}  {line['train/images_per_sec']:.1f} images/s  "
+            f"step {step}/{self._total_steps}  epoch {step / self._steps_per_epoch:.1f}  loss {loss}  "
+            f"{line['train/images_per_sec']:.1f} images/s  "
             f"waiting for data {line['train/data_wait']:.1%}  left {int(left // 60)}:{int(left % 60):02d}"
         )
 

@@ -113,7 +113,7 @@ def evaluate_and_save(
     stop_signal = stop_signal or processes.max_over_processes(deferred.received)
     evaluated = not due or result is not None
     if evaluated or not replace:
-        meta = {**run.log.resume_state, "examples": run.example_digests, "evaluated": evaluated, **run.record}
+        meta = {**run.log.resume_state, **run.example_digests, "evaluated": evaluated, **run.record}
         is_telling = result is not None and result.is_telling
         score = metrics.value_of(run.config.eval.best_metric, result.records) if is_telling else None
         run.writer.save(step, train_state, meta, score, replace)

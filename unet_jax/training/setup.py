@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import jax
 from etils import epath
 
 from unet_jax import data, losses, metrics, paths
-from unet_jax.data import pipeline
+from unet_jax.data import cache, pipeline
 from unet_jax.data.source import shorten
 from unet_jax.errors import UserError
 from unet_jax.evaluation import curves, evaluate, pictures, report
@@ -34,7 +35,7 @@ class Run:
     components: components.Components  # network, loss, optimizer, sizes
     steps: components.Steps  # when to evaluate, to save and to end
     images: Mapping[str, pipeline.Pipeline]  # the splits `train` and `validation`
-    example_digests: Mapping[str, str]  # of the ids of each split; a checkpoint holds them
+    example_digests: Mapping[str, Mapping[str, str]]  # of the ids and the files of each split; a checkpoint holds them
     record: Mapping[str, Any]  # of `record.make`, for the checkpoints; empty on other processes than the main one
     first_step: int  # steps taken before this run
     evaluated: bool  # whether the evaluation due after `first_step`, if any, was completed
@@ -58,8 +59,11 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
     config = config.copy_and_resolve_references()
     if config.deterministic:
         sharding.use_deterministic_kernels()
+    root_before = config.data.root
     if (path / "config.json").exists():
-        data.reuse_settings(config.data, files.read_config(path).data)
+        earlier = files.read_config(path).data
+        root_before = earlier.root
+        data.reuse_settings(config.data, earlier)
     data.infer_settings(config.data, processes.print_on_main)
     if processes.is_main():
         files.check(path, config)
@@ -75,10 +79,13 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
     built = components.build(config, classes, mesh, steps)
 
     # Resume, or initialise. Nothing is written before all of it has been checked.
-    digests = {name: source.ids_digest() for name, source in sources.items()}
+    digests = {
+        "examples": {name: source.ids_digest() for name, source in sources.items()},
+        "file_sizes": {name: cache.sizes_digest(source.files) for name, source in sources.items()},
+    }
     resumed, meta, initial = integrity.newest_good_step(path), {"evaluated": True}, None
     if resumed is not None:
-        meta |= _read_meta(path, resumed, digests, config.data.root)
+        meta |= _read_meta(path, resumed, digests, config.data.root, root_before)
         facts = files.read_classes(path)
         normalization = forward.Normalization.from_json(facts.get("normalization"))
     else:
@@ -174,17 +181,27 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
     )
 
 
-def _read_meta(path: epath.Path, step: int, digests: Mapping[str, str], root: str) -> dict[str, Any]:
-    """What was saved beside the state after `step` steps of a training on the same examples."""
+def _read_meta(path: epath.Path, step: int, digests: Mapping[str, Any], root: str, root_before: str) -> dict[str, Any]:
+    """What was saved beside the state after `step` steps of a training on the same examples, maybe in another place."""
     if step == 0:
         raise UserError(
             f"{path} holds imported weights. Start from them by --config.init_from={path}, in another --workdir"
         )
     meta = checkpoints.read_meta(path, step)
-    if meta["examples"] != digests:
+    if meta["examples"] != digests["examples"]:
         raise UserError(
             f"{path} was trained on other examples than config.data.root = {root!r} holds now: images were added, "
             "removed or renamed. Restore them, or choose another --workdir"
+        )
+    if os.path.abspath(root) != os.path.abspath(root_before):
+        if meta.get("file_sizes") != digests["file_sizes"] or "" in digests["file_sizes"].values():
+            raise UserError(
+                f"{path} was trained on the images in config.data.root = {root_before!r}. Those in {root!r} have the "
+                "same names, but are not known to be the same: the sizes of their files differ, or were not recorded. "
+                "Put the images back there, or choose another --workdir"
+            )
+        processes.print_on_main(
+            f"note: the images have moved from {root_before} to {root}, with the same names and sizes"
         )
     return meta
 
@@ -223,7 +240,8 @@ def _finish_again(path: epath.Path, config: "ConfigDict", classes: data.Classes,
 
 def _warn_of_small_batches(config: "ConfigDict") -> None:
     """Warns of batch normalisation over few images, whose averages in evaluation may be far from what training saw."""
-    others = {"norm": "group"} | ({} if config.model.name == "unet" else {"encoder_norm": "frozen"})
+    is_pretrained = config.model.name != "unet" and config.model.pretrained
+    others = {"norm": "group"} | ({"encoder_norm": "frozen"} if is_pretrained else {})
     remedies = [f"config.model.{field}={other}" for field, other in others.items() if config.model[field] == "batch"]
     images = config.train.batch_size // config.train.accumulate
     if remedies and images <= 2:
