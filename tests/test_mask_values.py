@@ -123,6 +123,15 @@ def test_numbers_of_objects_are_no_classes(count, size, unique, tmp_path):
     np.testing.assert_array_equal(labels.parse(entries).apply(masks[1], "1.png"), masks[1] > 0)
 
 
+def test_ignored_borders_of_numbered_objects_stay_ignored(tmp_path):
+    masks = [measure.label(_cells(9, k)).astype(np.uint8) for k in range(6)]
+    for mask in masks:
+        mask[:2] = 255
+    with pytest.raises(UserError, match="do they number objects") as asked:
+        _guess(tmp_path, masks)
+    assert "-> 1 object', '255 -> ignore')" in str(asked.value) and "class 1', " in str(asked.value)
+
+
 def test_objects_in_colours_and_sparse_numbers_are_asked(tmp_path):
     rng, drawn = np.random.default_rng(0), []
     for k in range(5):

@@ -72,7 +72,7 @@ def guess(masks: Sequence[Mask]) -> tuple[Entries, dict[Value, int]]:
     held = collections.Counter(value for mask in usual for value in mask.pixels)
     if len(held) < 2:
         raise UserError(f"all masks hold nothing but {labels.join(sorted(held))}: there is nothing to learn")
-    _ask_if_objects(usual, max(max(mask.pixels) for mask in kind))
+    _ask_if_objects(usual, max(value for mask in kind for value in mask.pixels if value != IGNORE))
     if not usual[0].is_colored:
         _ask_if_smooth(usual, held)
     if len(held) > MAX_VALUES:
@@ -170,9 +170,11 @@ def _ask_if_objects(masks: Sequence[Mask], last: Value) -> None:
             f"{finding} If so, draw those of one class in one colour; if not, list the colours in config.data.labels.",
             {},
         )
-    answers = {"They number objects of one class": ("0 background", f"1-{last} -> 1 object")}
+    is_ignored = last < IGNORE and any(IGNORE in mask.pixels for mask in masks)
+    ignored = (f"{IGNORE} -> ignore",) if is_ignored else ()
+    answers = {"They number objects of one class": ("0 background", f"1-{last} -> 1 object", *ignored)}
     if len(held) < MAX_VALUES:
-        answers["They are classes"] = entries({background, *held})
+        answers["They are classes"] = entries({background, *held, *([IGNORE] if is_ignored else [])})
     _ask(finding, answers)
 
 
