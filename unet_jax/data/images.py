@@ -19,23 +19,8 @@ RESIZE = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEA
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".jp2")
 LOSSY = (".jpg", ".jpeg", ".webp", ".jp2")  # which a mask must not be
 # Of cameras, microscopes and scanners, beside those that Pillow knows: not to be passed over in silence.
-_OTHER = (
-    ".arw",
-    ".cr2",
-    ".czi",
-    ".dcm",
-    ".dng",
-    ".h5",
-    ".heic",
-    ".heif",
-    ".lif",
-    ".mrc",
-    ".nd2",
-    ".ndpi",
-    ".nef",
-    ".nii",
-)
-_OTHER += (".mha", ".mhd", ".npy", ".npz", ".nrrd", ".raw", ".svs")
+_OTHER = (".arw", ".cr2", ".czi", ".dcm", ".dng", ".h5", ".heic", ".heif", ".lif", ".mha", ".mhd", ".mrc", ".nd2")
+_OTHER += (".ndpi", ".nef", ".nii", ".npy", ".npz", ".nrrd", ".raw", ".svs")
 _DOCUMENTS = (".eps", ".mpeg", ".mpg", ".ps")  # which Pillow opens as well
 MAX_PIXELS = 500_000_000  # a file that claims more is treated as a decompression bomb
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this, and refuses above twice as many

@@ -90,7 +90,6 @@ def predict_files(
         f"{path}, step {network.step}: {len(image_files)} image(s), {_describe(network, scale)}; "
         f"test-time augmentation {tta}" + (f"; threshold {threshold}" if sigmoid else "")
     )
-
     if done:
         processes.print_on_main(f"{len(done)} already predicted by the run that was stopped")
 

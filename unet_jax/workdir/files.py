@@ -151,11 +151,10 @@ def _check_same(workdir: epath.Path, old: dict, new: dict) -> None:
     """Compares two configurations field by field; a field at its default is treated as missing."""
     old, new = (defaults.differing(defaults.flatten(values)) for values in (old, new))
     value = lambda values, field: values.get(field, defaults.fields().get(field, "absent"))
+    fixed = (old.keys() | new.keys()) - {*FREE_FIELDS, "data.root"}  # images may move, see `training.setup`
     differing = [
         f"  config.{field}: {value(old, field)!r} there, {value(new, field)!r} now"
-        for field in sorted(
-            (old.keys() | new.keys()) - {*FREE_FIELDS, "data.root"}
-        )  # whether images moved is seen later
+        for field in sorted(fixed)
         if value(old, field) != value(new, field)
     ]
     if differing:
