@@ -32,13 +32,23 @@ def get_config() -> ConfigDict:
     config.data.shapes_seed = 0  # shapes only: of the images
     config.data.shapes_train = 800  # shapes only: number of training images
     config.data.shapes_validation = 100  # shapes only: number of validation images, and of test images
-    # folder only; labels, channels and value_range are inferred from the files where they are not set
+    # What the network is given: range: black to white as 0 to 1 | percentile: likewise, but 0.1 % to 99.9 % of the
+    # training images | standard: with their mean 0 and deviation 1 | network: as the pretrained encoder was trained |
+    # "": network if it has one, else range for 8 bits and percentile for more
+    config.data.normalize = ""
+    config.data.show = ()  # numbers of the one or three channels that pictures show, from 0; () is the first ones
+    # folder only; labels, channels and dtype are inferred from the files where they are not set
     config.data.images = ("images",)  # folders below root
     config.data.masks = ("masks",)  # as many, in the same order
     config.data.mask_suffix = "_mask"  # that the name of a mask may have after that of its image
     config.data.labels = ()  # of mask values, as ("0 background", "255 -> 1 cell") or ("128 0 64 -> 2 car",)
-    config.data.channels = 0  # of the images: 1 grey, 3 colours
-    config.data.value_range = ()  # (low, high) of 16-bit images, which become 0 and 255
+    config.data.channels = 0  # of the images: 1 grey, 3 colours, or as many as all of them have
+    config.data.dtype = ""  # of the images: uint8 | uint16 | float32
+    config.data.value_range = ()  # (low, high) that become 0 and 1, for images of more than 8 bits; see normalize
+    config.data.pages = ""  # of a TIFF file: channels reads several pages as channels; "" wants one image a file
+    # as_stored | upright: turned as the EXIF data of a photo say, and so are predictions. Most programs that draw masks
+    # ignore these data, as NumPy, OpenCV and Pillow do
+    config.data.orientation = "as_stored"
     config.data.lists = ()  # files below root that name the images for training, validation and maybe test
     config.data.group = ""  # regular expression; images whose names agree in it stay in one split, as frames of a video
 

@@ -43,6 +43,11 @@ IMAGE_CODE = """
 import numpy as np
 from PIL import Image
 image = np.asarray(Image.open("photo.jpg").convert({0!r}){1})[None{2}]"""
+# Of other images than 8-bit grey and RGB.
+DEEP_IMAGE_CODE = """
+import numpy as np, tifffile
+image = tifffile.imread("image.tif")  # {0}, {1}
+image = image.reshape(1, *image.shape[:2], -1)"""
 
 
 def main() -> None:
@@ -117,9 +122,15 @@ def _export(workdir: str, kind: str, output: pathlib.Path, step: int | None, res
         must_resize = trained.resizes and not resize
         method = f", Image.Resampling.{trained.config.data.resize.upper()}"
         resized = f".resize(({width}, {height}){method})" if must_resize else ""
-        mode, axis = ("RGB", "") if trained.classes.channels == 3 else ("L", ", ..., None")
+        classes = trained.classes
+        if classes.dtype == "uint8" and classes.channels in (1, 3):
+            mode, axis = ("RGB", "") if classes.channels == 3 else ("L", ", ..., None")
+            opening = IMAGE_CODE.format(mode, resized, axis)
+        else:
+            sides = f"[{height}, {width}" if must_resize else "[height, width"
+            opening = DEEP_IMAGE_CODE.format(classes.dtype, f"{sides}, {classes.channels}]")
         described = textwrap.indent(textwrap.fill(export.describe_input(trained, resize), 100), "# ")
-        code = f"{IMAGE_CODE.format(mode, resized, axis)}\n{described}{code}"
+        code = f"{opening}\n{described}{code}"
     print(f"These lines read it where neither unet_jax nor flax is installed:\n{code}")
 
 
@@ -131,7 +142,10 @@ def _check(trained, kind: str, code: str, resize: bool) -> None:
 
     # Larger than in training, and not by a whole number: most networks need margins for this size.
     height, width = (n if trained.resizes and not resize else n + 3 for n in trained.size)
-    image = np.random.default_rng(0).integers(0, 256, (2, height, width, trained.classes.channels), np.uint8)
+    normalization = trained.network.normalization
+    low, high = (np.float64(limit) for limit in (normalization.low, normalization.high))
+    noise = np.random.default_rng(0).random((2, height, width, trained.classes.channels))
+    image = (low + noise * (high - low)).astype(trained.classes.dtype)
     predict = (
         (lambda network: np.stack([network.predict_image(one, "fit", "none") for one in image]))
         if trained.resizes

@@ -16,7 +16,7 @@ import pytest
 from helpers import ROOT, save_image
 
 from unet_jax import data, defaults, user_cache
-from unet_jax.data import border, cache, folder, images, pipeline
+from unet_jax.data import border, cache, folder, pipeline, reading
 from unet_jax.errors import UserError
 
 # A process that caches ten examples of 1,000 bytes, each after `delay` seconds, and prints their sum.
@@ -63,13 +63,13 @@ def config(tmp_path, config):
 @pytest.fixture
 def reads(monkeypatch):
     """The stems of the image files that were read."""
-    stems, read = [], images.read_image
+    stems, read = [], reading.read_image
 
     def recording(path, *args):
         stems.append(path.stem)
         return read(path, *args)
 
-    monkeypatch.setattr(folder.images, "read_image", recording)
+    monkeypatch.setattr(folder.reading, "read_image", recording)
     return stems
 
 
@@ -143,11 +143,14 @@ def test_any_change_of_the_examples_makes_a_new_entry(config, entries, monkeypat
         {"labels": ("0 a", "1 -> ignore", "2 -> 1 b")},
         {"value_range": (0, 100)},
         {"channels": 1},
+        {"orientation": "upright"},
         {"pixel_weight_fn": border.BorderWeights(10.0, 5.0, 255)},
         {"pixel_weight_fn": border.BorderWeights(10.0, 4.0, 255)},
     ]
     for change in changes:
         _assert_equal(_batches(_open(config, **change)), _batches(_open(config, gib=0.0, **change)))
+    assert len(list(entries.iterdir())) == len(changes)
+    _open(config, normalize="standard", show=(1,))  # which make other inputs of the same examples
     assert len(list(entries.iterdir())) == len(changes)
     monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
     _open(config)
@@ -176,6 +179,7 @@ def test_a_new_field_at_its_default_changes_no_key(config, entries, monkeypatch)
     pinned = {"name": "shapes", "variant": "multiclass", "size": [96, 96], "resize": "bilinear", "validation": 0.2}
     pinned |= {"shapes_seed": 0, "shapes_train": 800, "shapes_validation": 100, "labels": [], "channels": 0}
     pinned |= {"images": ["images"], "masks": ["masks"], "mask_suffix": "_mask", "value_range": [], "lists": []}
+    pinned |= {"dtype": "", "pages": "", "orientation": "as_stored"}
     for name, default in {**pinned, "group": ""}.items():
         assert known[f"data.{name}"] == default, "the default has changed: raise cache.FORMAT, and change this test"
 

@@ -7,7 +7,7 @@ from PIL import Image
 from skimage import measure
 
 from unet_jax import data
-from unet_jax.data import images, labels, mask_values
+from unet_jax.data import labels, mask_values, reading
 from unet_jax.errors import UserError
 
 
@@ -100,7 +100,7 @@ def test_smooth_edges_are_named_and_ranges_offered(tmp_path):
         _guess(tmp_path, [mask.convert("RGB") for mask in shrunk])
     for k, mask in enumerate(smooth):
         mask.save(tmp_path / f"{k}.png")
-    label = labels.parse(RANGES).apply(images.read_any(tmp_path / "3.png"), "3.png")
+    label = labels.parse(RANGES).apply(reading.read_any(tmp_path / "3.png"), "3.png")
     np.testing.assert_array_equal(label, np.asarray(smooth[3]) >= 128)
     # One among many is named.
     with pytest.raises(UserError, match="/5.png, are"):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from unet_jax import data
-from unet_jax.data import images
+from unet_jax.data import images, reading
 from unet_jax.inference import resize
 from unet_jax.interop import export
 
@@ -95,7 +95,7 @@ def test_the_sizes_of_training_images_come_from_headers(config, tmp_path, monkey
     own = data.load(config.data, "all")
     config.data.update({"name": "carla", "root": str(tmp_path / "carla.zip"), "variant": "carla23"})
     street = data.load(config.data, "train")
-    monkeypatch.setattr(images, "read_image", None)  # nothing is decoded
+    monkeypatch.setattr(reading, "read_image", None)  # nothing is decoded
     assert own.size_range() == ((20, 45), (83, 90))
     assert street.size_range() == ((8, 12), (8, 12))
 

@@ -14,7 +14,13 @@ from unet_jax.data import images
 from unet_jax.data.source import Classes, Source, bullets
 from unet_jax.errors import UserError, check_choice
 
-UNCACHED = ("data.root", "data.cache_gib", "data.foreground")  # settings that do not change the examples
+UNCACHED = (
+    "data.root",
+    "data.cache_gib",
+    "data.foreground",
+    "data.normalize",
+    "data.show",
+)  # settings that do not change the examples
 NAMES = ("shapes", "carla", "oxford_iiit_pet", "isbi2012", "drive", "folder")
 
 __all__ = ["NAMES", "Classes", "Source", "check_settings", "classes"]
@@ -41,10 +47,11 @@ def infer_settings(config, notify: Callable[[str], None] = print) -> None:
 def reuse_settings(config, earlier) -> None:
     """Copies what `infer_settings` found from `earlier`, the `config.data` of a work directory, into `config`.
 
-    So resuming need not read all files again.
+    So resuming need not read all files again; both are of the same data set.
     """
-    for field in ("labels", "channels", "value_range"):
-        if config.name == earlier.name and not config[field]:
+    check_settings(config)
+    for field in ("labels", "channels", "dtype", "value_range"):
+        if not config[field]:
             config[field] = earlier[field]
 
 
@@ -101,10 +108,17 @@ def check_settings(config) -> None:
         raise UserError(f"config.data.foreground = {config.foreground} is a share, in 0..1")
     if not 0 < config.validation < 1:
         raise UserError(f"config.data.validation = {config.validation} must be between 0 and 1")
-    if config.value_range and not (len(config.value_range) == 2 and 0 <= config.value_range[0] < config.value_range[1]):
+    if config.value_range and not (len(config.value_range) == 2 and config.value_range[0] < config.value_range[1]):
         raise UserError(
-            f"config.data.value_range = {config.value_range} must be (low, high), or () to infer it from the files"
+            f"config.data.value_range = {config.value_range} must be (low, high), or () for the range of the training "
+            "images"
         )
+    check_choice("config.data.normalize", config.normalize, ("", "range", "percentile", "standard", "network"))
+    check_choice("config.data.orientation", config.orientation, ("as_stored", "upright"))
+    check_choice("config.data.pages", config.pages, ("", "channels"))
+    check_choice("config.data.dtype", config.dtype, ("", "uint8", "uint16", "float32"))
+    if len(config.show) not in (0, 1, 3) or not all(isinstance(n, int) and n >= 0 for n in config.show):
+        raise UserError(f"config.data.show = {config.show} must be the numbers of one or three channels, from 0, or ()")
 
 
 def _module(config):

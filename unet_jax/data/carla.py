@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
-from unet_jax.data import images
+from unet_jax.data import reading
 from unet_jax.data.images import Pair
 from unet_jax.data.prepare import prepare, prepared_files
 from unet_jax.data.source import Classes, Source, bullets, check_label
@@ -68,7 +68,7 @@ def load(config, split: str) -> Source:
         return example["image"], example["label"][..., 0]
 
     def read_size(index):
-        return images.read_header(pairs[index].image).size
+        return reading.read_header(pairs[index].image).size
 
     return Source(meaning, [pair.id for pair in pairs], read, files=prepared_files(builder), read_size=read_size)
 
@@ -196,8 +196,8 @@ class Carla(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, pairs):
         for index, pair in enumerate(pairs):
-            image, label = images.read(pair.image, "RGB"), images.read(pair.mask, "red")
-            images.check_same_size(image, label, pair)
+            image, label = reading.read(pair.image, "RGB"), reading.read(pair.mask, "red")
+            reading.check_same_size(image, label, pair)
             check_label(label, self.builder_config.num_classes, str(pair.mask))
             yield index, {"image": _encode(image), "label": _encode(label)}
 

@@ -32,7 +32,7 @@ def colorize(label: np.ndarray, classes: Classes) -> np.ndarray:
 def overlay(image: np.ndarray, label: np.ndarray, classes: Classes) -> np.ndarray:
     """An image mixed with the colours of its label, half and half, uint8 `[H, W, 3]`; the background is left as it is.
 
-    The image is uint8 `[H, W, C]`, C = 1 or 3, the label uint8 `[H, W]` or `[H, W, K]`.
+    The image is uint8 `[H, W, 1 or 3]`, the label uint8 `[H, W]` or `[H, W, K]`.
     """
     result = np.empty((*image.shape[:2], 3), np.uint8)
     for top in range(0, len(image), 512):  # in strips: all of a large image in float32 would need too much memory

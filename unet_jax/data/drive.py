@@ -9,7 +9,7 @@ import re
 import numpy as np
 from etils import epath
 
-from unet_jax.data import images, pairing
+from unet_jax.data import images, pairing, reading
 from unet_jax.data.source import Classes, Source, bullets
 from unet_jax.errors import UserError, check_choice
 
@@ -49,13 +49,13 @@ def load(config, split: str) -> Source:
 
     def read(index):
         pair, meaning = chosen[index], classes(config)
-        image = images.read(pair.image, "RGB")
-        vessels, field = images.read(pair.mask, "L"), images.read(fields[index], "L")
+        image = reading.read(pair.image, "RGB")
+        vessels, field = reading.read(pair.mask, "L"), reading.read(fields[index], "L")
         for mask, file in ((vessels, pair.mask), (field, fields[index])):
-            images.check_same_size(image, mask, pair._replace(mask=file))
+            reading.check_same_size(image, mask, pair._replace(mask=file))
         return image, np.where(field > 127, vessels > 127, meaning.ignore_label).astype(np.uint8)
 
-    read_size = lambda index: images.read_header(chosen[index].image).size
+    read_size = lambda index: reading.read_header(chosen[index].image).size
     everything = tuple(file for pair, field in zip(chosen, fields, strict=True) for file in (*pair[1:], field))
     return Source(classes(config), [pair.id for pair in chosen], read, tuple(faults), everything, read_size=read_size)
 

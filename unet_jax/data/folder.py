@@ -2,21 +2,20 @@
 
 `config.data.root` holds `images/` and `masks/` (or the folders in `config.data.images` and `config.data.masks`), with
 or without subfolders. The mask of `images/a/x.jpg` is `masks/a/x.png` or `masks/a/x_mask.png`. Images are PNG, JPEG,
-TIFF (8 or 16 bits), GIF, BMP, WebP or JPEG 2000, grey or coloured; masks are PNG, TIFF, GIF or BMP: grey, with a
-palette, or coloured.
+TIFF, GIF, BMP, WebP, JPEG 2000 or arrays (`.npy`): grey, coloured or of any number of channels, of 8 bits, 16 bits or
+floats. Masks are PNG, TIFF, GIF, BMP or arrays: grey, with a palette, or coloured.
 
 `config.data.labels` lists the values in the masks. If it is empty, it is read off the masks, see `mask_values`.
 """
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from unet_jax.data import images, labels, mask_values, pairing
-from unet_jax.data.source import Classes, Source, bullets
+from unet_jax.data import images, labels, mask_values, pairing, reading
+from unet_jax.data.source import Classes, Source, bullets, shorten
 from unet_jax.errors import UserError, check_choice
 
 
@@ -37,13 +36,17 @@ def load(config, split: str) -> Source:
 
     def read(index):
         pair = chosen[index]
-        image = images.read_image(pair.image, config.channels, config.value_range)
-        mask = images.read_any(pair.mask, indices=not label_map.is_colored)
-        images.check_same_size(image, mask, pair)
-        return image, label_map.apply(mask, str(pair.mask))
+        image = reading.read_image(pair.image, config)
+        mask = reading.read_any(pair.mask, not label_map.is_colored, config.orientation)
+        reading.check_same_size(image, mask, pair)
+        label = label_map.apply(mask, str(pair.mask))
+        if image.dtype == np.float32:
+            label[np.isnan(image).any(-1)] = meaning.ignore_label
+        return image, label
 
     def read_size(index):
-        return images.read_header(chosen[index].image).size
+        header = reading.read_header(chosen[index].image, config.pages)
+        return header.upright_size() if config.orientation == "upright" else header.size
 
     files = tuple(file for pair in chosen for file in (pair.image, pair.mask))
     return Source(meaning, [pair.id for pair in chosen], read, tuple(faults), files, read_size=read_size)
@@ -55,53 +58,86 @@ def classes(config) -> Classes:
     if not config.labels or not config.channels:
         raise UserError("config.data.labels and config.data.channels are not set; they can be inferred from the files")
     _check(config)
-    return labels.parse(config.labels).classes(task, config.channels)
+    found = labels.parse(config.labels).classes(task, config.channels)
+    return dataclasses.replace(found, dtype=config.dtype or "uint8")
 
 
 def _check(config) -> None:
     """Checks `channels`."""
-    if config.channels not in (0, 1, 3):
-        raise UserError(
-            f"config.data.channels = {config.channels} must be 1 (grey), 3 (colours), or 0 to infer it from the files"
-        )
+    if config.channels < 0:
+        raise UserError(f"config.data.channels = {config.channels} must be positive, or 0 to infer it from the files")
 
 
 def infer_settings(config, notify: Callable[[str], None]) -> None:
-    """Infers `labels`, `channels` and `value_range` from the files, as far as they are not set; see `data`.
+    """Infers `labels`, `channels` and `dtype` from the files, as far as they are not set; see `data`.
+
+    Images of 8 bits leave `dtype` empty.
 
     Raises:
-      UserError: no images, or masks whose labels cannot be guessed.
+      UserError: no images, images that do not go together, or masks whose labels cannot be guessed.
     """
     _check(config)
     if config.labels:
         labels.parse(config.labels)
-        if config.channels and config.value_range:
+        if config.channels and config.dtype:
             return
     pairs, _ = pairing.find(config)
     if not config.labels:
         config.labels = _guess_labels(pairs, notify)
-    if config.channels and config.value_range:
-        return
-    is_grey, rotated, histogram = _inspect_images([pair.image for pair in pairs])
-    if rotated:
-        notify(
-            f"note: the EXIF data of {len(rotated)} photo(s) say they are rotated, e.g. {rotated[0]}. Pixels are read "
-            "as stored: if the masks were drawn on the rotated view, rotate the pixels of the photos"
-        )
+    read = lambda pair: (pair.image, reading.read_header(pair.image, config.pages))
+    headers = dict(_map_readable(read, pairs, "Reading images"))
+    _tell_what_is_left_out(headers, config.orientation, notify)
     if not config.channels:
-        config.channels = 1 if all(is_grey) else 3
-        mixed = f" ({sum(is_grey)} of {len(is_grey)} are grey)" if any(is_grey) and not all(is_grey) else ""
+        held = _group(headers, lambda header: header.channels)
+        if len(held) > 1 and not held.keys() <= {1, 3}:
+            kinds = "; ".join(f"{count} channel(s): {shorten(files)}" for count, files in sorted(held.items()))
+            raise UserError(f"the images differ in their channels: {kinds}. Convert them, or move some away")
+        config.channels = max(held)
+        mixed = f" ({len(held[1])} of {len(headers)} are grey)" if len(held) > 1 else ""
         notify(f"Images of {config.channels} channel(s){mixed}")
-    if not config.value_range and not histogram.any():
-        config.value_range = (0, 65535)  # no 16-bit images
-    elif not config.value_range:
-        share = histogram.cumsum() / histogram.sum()
-        low, high = (int(np.searchsorted(share, quantile)) for quantile in (0.001, 0.999))
-        config.value_range = (low, max(high, low + 1))
+    if not config.dtype:
+        config.dtype = _common_dtype(headers, config.value_range)
+        if config.dtype:
+            notify(f"Images of {DEPTH[config.dtype]}")
+
+
+DEPTH = {"uint8": "8 bits", "uint16": "16 bits", "float32": "32-bit floats"}
+
+
+def _common_dtype(headers: Mapping[Any, reading.Header], value_range: Sequence[float]) -> str:
+    """The `config.data.dtype` of images; "" for 8 bits, to which 16 bits may be converted by a `value_range`."""
+    held = _group(headers, lambda header: header.dtype)
+    if len(held) > 1 and not (held.keys() == {"uint8", "uint16"} and value_range):
+        kinds = "; ".join(f"{DEPTH[dtype]}: {shorten(files)}" for dtype, files in sorted(held.items()))
+        remedy = ", or set config.data.value_range=(low, high), the 16-bit values that become 0 and 255"
+        remedy = remedy if held.keys() == {"uint8", "uint16"} else ""
+        raise UserError(f"the images differ in their depth: {kinds}. Convert them{remedy}")
+    if any(header.has_nodata for header in headers.values()):
+        return "float32"  # in which a pixel without data is NaN
+    return "" if "uint8" in held else next(iter(held))
+
+
+def _tell_what_is_left_out(
+    headers: Mapping[Any, reading.Header], orientation: str, notify: Callable[[str], None]
+) -> None:
+    """Notes of alpha channels, and of photos that their EXIF data would turn."""
+    alpha = [file for file, header in headers.items() if header.has_alpha]
+    if alpha:
+        notify(f"note: {len(alpha)} image(s) have an alpha channel, which is left out, e.g. {alpha[0]}")
+    turned = [file for file, header in headers.items() if header.orientation != 1]
+    if turned and orientation == "as_stored":
         notify(
-            f"16-bit images: values {config.value_range[0]} to {config.value_range[1]}, all but 0.2 % of the pixels, "
-            "are scaled to 0..255. Set config.data.value_range to change this"
+            f"note: the EXIF data of {len(turned)} photo(s) say they are rotated, e.g. {turned[0]}. Pixels are read as "
+            "stored. If the masks were drawn on the upright view, set config.data.orientation='upright'"
         )
+
+
+def _group(headers: Mapping[Any, reading.Header], key: Callable[[reading.Header], Any]) -> dict[Any, list[str]]:
+    """The names of the files of each kind of header."""
+    groups: dict[Any, list[str]] = {}
+    for file, header in headers.items():
+        groups.setdefault(key(header), []).append(str(file))
+    return groups
 
 
 def _guess_labels(pairs: Sequence[images.Pair], notify: Callable[[str], None]) -> tuple[str, ...]:
@@ -114,22 +150,6 @@ def _guess_labels(pairs: Sequence[images.Pair], notify: Callable[[str], None]) -
         f'  --config.data.labels="{guessed!r}"' + "".join(shown)
     )
     return guessed
-
-
-def _inspect_images(files: Sequence[epath.Path]) -> tuple[list[bool], list[epath.Path], np.ndarray]:
-    """Of the readable images: which are grey; those rotated by EXIF; counts of all 16-bit values, int64 `[65536]`."""
-    histogram, lock = np.zeros(65536, np.int64), threading.Lock()
-
-    def inspect(file):
-        header = images.read_header(file)
-        if header.is_16_bit:
-            counts = np.bincount(images.read_any(file).ravel(), minlength=65536)
-            with lock:
-                np.add(histogram, counts, out=histogram)
-        return header.is_grey, file if header.orientation != 1 else None
-
-    found = _map_readable(inspect, files, "Reading images")
-    return [is_grey for is_grey, _ in found], [file for _, file in found if file], histogram
 
 
 def _map_readable(function: Callable, items: Iterable, title: str) -> list[Any]:

@@ -10,7 +10,7 @@ Variants: `multiclass`, two outputs and a softmax; `binary`, one sigmoid.
 import numpy as np
 from etils import epath
 
-from unet_jax.data import images
+from unet_jax.data import reading
 from unet_jax.data.source import Classes, Source, shorten
 from unet_jax.errors import UserError, check_choice
 
@@ -76,7 +76,7 @@ def _read_folders(image_folder: epath.Path, label_folder: epath.Path) -> tuple[t
     stems = sorted(image_files, key=lambda stem: (not stem.isdecimal(), int(stem) if stem.isdecimal() else 0, stem))
     slices = []
     for stem in stems:
-        image, label = images.read(image_files[stem], "grey"), images.read(label_files[stem], "grey")
+        image, label = reading.read(image_files[stem], "grey"), reading.read(label_files[stem], "grey")
         slices.append((stem, *_convert(image, label, label_files[stem])))
     return tuple(file for stem in stems for file in (image_files[stem], label_files[stem])), slices
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from unet_jax.data import images, labels
+from unet_jax.data import labels, reading
 from unet_jax.data.labels import IGNORE, Value, format_value
 from unet_jax.data.source import shorten
 from unet_jax.errors import UserError
@@ -38,7 +38,7 @@ class Mask(NamedTuple):
 
 def inspect(file: epath.Path) -> Mask:
     """Reads a mask file; a `UserError` names one that is no image."""
-    mask = images.read_any(file, indices=True)
+    mask = reading.read_any(file, indices=True)
     pixels = labels.count_values(mask)
     regions = 0
     if len(pixels) > 2:
@@ -46,7 +46,7 @@ def inspect(file: epath.Path) -> Mask:
 
         packed = labels.pack(mask)
         regions = measure.label(np.where(packed == IGNORE, 0, packed), background=0, return_num=True)[1]
-    palette, colors = images.read_header(file).palette, frozenset()
+    palette, colors = reading.read_header(file).palette, frozenset()
     if palette is not None:
         colors = frozenset((i, *palette[i].tolist()) for i in pixels if i < len(palette))
     return Mask(file, mask.ndim == 3, pixels, frozenset(labels.find_areas(mask)), regions, colors)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from etils import epath
 
 from unet_jax import paths
-from unet_jax.data import images
+from unet_jax.data import images, reading
 from unet_jax.data.images import Pair
 from unet_jax.data.source import bullets
 from unet_jax.errors import UserError
@@ -63,7 +63,7 @@ def find(config) -> tuple[list[Pair], list[str]]:
         for name, mask in sorted((name, mask) for name, mask in mask_of.items() if mask):
             image = image_files[name]
             place = os.path.normpath(os.fspath(image))
-            if mask.suffix.lower() in images.LOSSY:
+            if mask.suffix.lower() in reading.LOSSY:
                 faults.append(
                     f"{mask}: a {mask.suffix} mask: compression may change labels. Save it as PNG, without smoothing"
                 )
@@ -92,8 +92,8 @@ def _files_by_name(folder: epath.Path, faults: list[str]) -> dict[str, epath.Pat
     for file in images.files_below(folder):
         suffix = file.suffix.lower()
         name = str(file.relative_to(folder).with_suffix(""))
-        if suffix not in images.SUFFIXES:
-            if images.is_other_format(file):
+        if suffix not in reading.SUFFIXES:
+            if reading.is_other_format(file):
                 faults.append(f"{file}: {suffix} files are not supported; save it as PNG or TIFF")
         elif name in files:
             faults.append(f"{file}: {files[name].name} has the same name; remove or rename one of them")
@@ -226,6 +226,6 @@ def _endings(path: str, image_folders: Collection[str] = ()) -> list[str]:
     """
     parts = path.strip("/").split("/")
     stem, _, suffix = parts[-1].rpartition(".")
-    parts[-1] = stem if f".{suffix.lower()}" in images.SUFFIXES else parts[-1]
+    parts[-1] = stem if f".{suffix.lower()}" in reading.SUFFIXES else parts[-1]
     last = next((i for i, part in enumerate(parts[:-1]) if part in image_folders), len(parts) - 1)
     return ["/".join(parts[i:]) for i in range(last + 1)]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from unet_jax.data import border, cache, images, windows
+from unet_jax.data import border, cache, images, statistics, windows
 from unet_jax.data.source import Source
 from unet_jax.errors import UserError
 
@@ -86,7 +86,7 @@ class Pipeline:
             self._spec = {name: (value.shape, value.dtype) for name, value in self._decode(0).items()}
 
     def read(self, index: int) -> Batch:
-        """One example: `image` uint8 `[H, W, C]`, `label` uint8 `[H, W]` or `[H, W, K]`; read-only.
+        """One example: `image` `[H, W, C]`, `label` uint8 `[H, W]` or `[H, W, K]`; read-only.
 
         With a `pixel_weight_fn` also `weight` float32 `[H, W]`.
         """
@@ -106,6 +106,10 @@ class Pipeline:
         if self._pixel_weight_fn is not None:
             example["weight"] = self._pixel_weight_fn(label)
         return example if self._size else {**example, **windows.index_pixels(label, self.source.classes)}
+
+    def values(self) -> dict[str, list[float]]:
+        """What values the images hold, at the size of the batches; see `statistics.describe`."""
+        return statistics.describe(self.read, len(self.source))
 
     def class_counts(self) -> list[int]:
         """Pixels of each class in all labels, at the size of the batches; ignored ones do not count.

@@ -19,8 +19,9 @@ class Classes:
     task: str  # `multiclass` (softmax), `binary` (two classes, one sigmoid) or `multilabel` (K sigmoids, may overlap)
     names: tuple[str, ...]  # one per class
     palette: tuple[tuple[int, int, int], ...]  # one colour (red, green, blue) per class, 0..255
-    channels: int = 3  # of the images, 1 or 3
+    channels: int = 3  # of the images
     ignore_label: int = 255  # the label of pixels that are left out of the loss and the metrics
+    dtype: str = "uint8"  # of the images: uint8, uint16 or float32
 
     def __post_init__(self):
         for name in self.names:
@@ -54,7 +55,7 @@ class Source:
 
     classes: Classes
     ids: Sequence[str]  # a unique name per example
-    # Index -> image uint8 [h, w, C] and label uint8 [h, w], or [h, w, K] if multilabel. Called from several threads.
+    # Index -> image [h, w, C] and label uint8 [h, w], or [h, w, K] if multilabel. Called from several threads.
     read: Callable[[int], tuple[np.ndarray, np.ndarray]]
     faults: tuple[str, ...] = ()  # one message for each problem with the files; training refuses a source that has any
     files: tuple[epath.PathLike, ...] | None = None  # all that are read, in a fixed order; () for generated examples

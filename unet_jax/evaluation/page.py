@@ -28,7 +28,7 @@ class Picture(NamedTuple):
 
     id: str  # of the example
     records: list[Record]  # the metrics of this image alone
-    image: np.ndarray  # uint8 `[H, W, C]`
+    image: np.ndarray  # uint8 `[H, W, 1 or 3]`
     label: np.ndarray  # uint8 `[H, W]`, or `[H, W, K]` for a multilabel task
     prediction: np.ndarray  # as `label`
 

@@ -25,14 +25,15 @@ INK, OUTLINE = (20, 20, 20), (90, 90, 90)
 class Panels:
     """Draws the same few images at every evaluation."""
 
-    def __init__(self, images: Pipeline, count: int, folder: epath.Path):
-        """Chooses `count` images, spread evenly over the split."""
+    def __init__(self, images: Pipeline, count: int, folder: epath.Path, picture: Callable[[np.ndarray], np.ndarray]):
+        """Chooses `count` images, spread evenly over the split; `picture` makes one uint8 `[H, W, 1 or 3]`."""
         self._classes, self._folder = images.source.classes, folder
         chosen = spread(count, len(images.source))
         self._ids = [images.source.ids[i] for i in chosen]
         for name in self._ids:
             self._file(0, name)  # an id that names no file should not wait for the first evaluation
         self._indices, self._examples = chosen, [images.read(i) for i in chosen]
+        self._examples = [{**example, "image": picture(example["image"])} for example in self._examples]
 
     def draw(self, step: int, predict: Callable[[Sequence[int]], Sequence[np.ndarray]]) -> None:
         """Writes one PNG per image into `<folder>/<step>/`; raises a `UserError` if that cannot be written.
@@ -57,7 +58,7 @@ class Panels:
 
 
 def draw_panel(
-    image: np.ndarray,  # uint8 `[H, W, C]`
+    image: np.ndarray,  # uint8 `[H, W, 1 or 3]`
     label: np.ndarray,  # uint8 `[H, W]` or `[H, W, K]`
     prediction: np.ndarray,  # as `label`
     classes: Classes,

@@ -97,7 +97,9 @@ def _measure(
     pictures, all_chosen = {}, [index for indices in chosen.values() for index in indices]
     for i, prediction in zip(all_chosen, split.scorer.labels(network.variables, all_chosen), strict=True):
         example = split.images.read(i)
-        pictures[i] = page.Picture(source.ids[i], records[i], example["image"], example["label"], prediction)
+        pictures[i] = page.Picture(
+            source.ids[i], records[i], network.picture(example["image"]), example["label"], prediction
+        )
     shown = {rank: [pictures[index] for index in indices] for rank, indices in chosen.items()}
 
     count, size = len(source), network.config.data.size

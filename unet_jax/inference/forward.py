@@ -17,6 +17,7 @@ from flax import linen as nn
 from unet_jax import models
 from unet_jax.data.source import Classes
 from unet_jax.inference import resample
+from unet_jax.inference.normalization import Normalization
 from unet_jax.metrics.confusion import predict_label
 from unet_jax.parallel import sharding
 
@@ -36,41 +37,16 @@ TTA = ("auto", *VIEWS)  # what a user may ask for; `auto` is what `best_tta` fin
 
 
 @dataclasses.dataclass(frozen=True)
-class Normalization:
-    """(image - mean) / scale: part of a network, in its work directory and in every export."""
-
-    mean: tuple[float, ...] = (0.0,)  # in pixel values, 0..255; one for all channels, or one per channel
-    scale: tuple[float, ...] = (255.0,)  # likewise
-
-    def __call__(self, image: jax.Array) -> jax.Array:
-        """float images `[..., C]` in 0..1, see `to_unit` -> what the network is given."""
-        if self.mean == (0.0,) and self.scale == (255.0,):
-            return image
-        return (image - np.float32(self.mean) / 255) / (np.float32(self.scale) / 255)
-
-    def to_json(self) -> dict[str, list[float]]:
-        """A dictionary that `from_json` takes back."""
-        return {"mean": list(self.mean), "scale": list(self.scale)}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Sequence[float]] | None) -> "Normalization":
-        """The inverse of `to_json`; None, from a work directory without it, is the default."""
-        return cls() if values is None else cls(*(tuple(map(float, values[name])) for name in ("mean", "scale")))
-
-
-def to_unit(image: jax.Array) -> jax.Array:
-    """uint8 images as float32 in 0..1, the range in which they are augmented."""
-    return image.astype(jnp.float32) / 255
-
-
-@dataclasses.dataclass(frozen=True)
 class Network:
-    """A network and all that a prediction needs beside its weights; the methods can be jitted."""
+    """A network and all that a prediction needs beside its weights; the methods can be jitted.
+
+    They take images of the type `classes.dtype`.
+    """
 
     model: nn.Module  # see `unet_jax.models`
     classes: Classes  # what it predicts
     mesh: jax.sharding.Mesh  # the devices, which share the batch and, along `space`, the height of images
-    normalization: Normalization = Normalization()  # of its images
+    normalization: Normalization = dataclasses.field(default_factory=Normalization)  # of its images
 
     @property
     def task(self) -> str:
@@ -78,23 +54,25 @@ class Network:
         return self.classes.task
 
     def labels(self, variables: Mapping[str, Any], image: jax.Array, tta: str = "none") -> jax.Array:
-        """Whole uint8 images `[B, H, W, C]` -> uint8 labels `[B, H, W]`, or `[B, H, W, K]` for a multilabel task."""
+        """Whole images `[B, H, W, C]` -> uint8 labels `[B, H, W]`, or `[B, H, W, K]` for a multilabel task."""
         return predict_label(self.logits(variables, image, tta), self.task)
 
     def probability(self, variables: Mapping[str, Any], image: jax.Array, tta: str = "none") -> jax.Array:
-        """Whole uint8 images `[B, H, W, C]` -> class probabilities float32 `[B, H, W, K]`; K = 1 for a binary task."""
+        """Whole images `[B, H, W, C]` -> class probabilities float32 `[B, H, W, K]`; K = 1 for a binary task."""
         return to_probability(self.logits(variables, image, tta), self.task)
 
     def logits(self, variables: Mapping[str, Any], image: jax.Array, tta: str = "none") -> jax.Array:
-        """Whole uint8 images `[B, H, W, C]` -> float32 logits `[B, H, W, K]`; mirrored at the borders."""
+        """Whole images `[B, H, W, C]` -> float32 logits `[B, H, W, K]`; mirrored at the borders."""
         size = image.shape[1:3]
-        return self._window_logits(variables, reflect_pad(to_unit(image), self.margins(size, tta)), size, tta)
+        return self._window_logits(
+            variables, reflect_pad(self.normalization.to_unit(image), self.margins(size, tta)), size, tta
+        )
 
     def window_logits(
         self, variables: Mapping[str, Any], window: jax.Array, size: Sequence[int], tta: str = "none"
     ) -> jax.Array:
-        """Windows of larger images, uint8, `size` with its `margins` -> float32 logits `[B, *size, K]`."""
-        return self._window_logits(variables, to_unit(window), size, tta)
+        """Windows of larger images, `size` with its `margins` -> float32 logits `[B, *size, K]`."""
+        return self._window_logits(variables, self.normalization.to_unit(window), size, tta)
 
     def _window_logits(self, variables, window, size, tta):
         """Normalises, averages over the views of test-time augmentation, and cuts; `window` is float in 0..1.

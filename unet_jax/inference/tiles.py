@@ -7,16 +7,18 @@ from math import ceil
 import jax
 import numpy as np
 
+from unet_jax.data.source import Classes
 from unet_jax.errors import UserError, check_choice
 from unet_jax.inference import forward
 from unet_jax.parallel import processes, sharding
 
 
-def check_image(image: np.ndarray, channels: int) -> None:
-    """Raises a `UserError` unless `image` is uint8 `[H, W, channels]`."""
-    if image.ndim != 3 or image.dtype != np.uint8 or 0 in image.shape or image.shape[-1] != channels:
+def check_image(image: np.ndarray, classes: Classes) -> None:
+    """Raises a `UserError` unless `image` is `[H, W, C]` with the channels and the type of the images of `classes`."""
+    if image.ndim != 3 or image.dtype != classes.dtype or 0 in image.shape or image.shape[-1] != classes.channels:
         raise UserError(
-            f"an image must be uint8 [height, width, {channels} channel(s)], not {image.dtype} {image.shape}"
+            f"an image must be {classes.dtype} [height, width, {classes.channels} channel(s)], not {image.dtype} "
+            f"{image.shape}"
         )
 
 
@@ -80,7 +82,7 @@ class Predictor:
         """Class probabilities of every pixel.
 
         Args:
-          image: uint8 `[H, W, C]`, in memory or a memory-mapped file.
+          image: `[H, W, C]`, in memory or a memory-mapped file.
           out: where to write, float `[H, W, K]`, such as a memory-mapped file; None makes an array.
           progress: whether to draw a bar.
 
@@ -88,9 +90,9 @@ class Predictor:
           `out`; float32 if it was None.
 
         Raises:
-          UserError: an image other than uint8 `[H, W, C]` with the network's channels; an `out` of another shape.
+          UserError: an image of other channels or another type than the network's; an `out` of another shape.
         """
-        check_image(image, self._classes.channels)
+        check_image(image, self._classes)
         shape = (*image.shape[:2], self._classes.num_outputs)
         if out is None:
             out = np.empty(shape, np.float32)
@@ -110,7 +112,7 @@ class Predictor:
 
         `variables` are other weights than those that the predictor was made with.
         """
-        check_image(image, self._classes.channels)
+        check_image(image, self._classes)
         size = image.shape[:2]
         starts = [self._starts(n, axis) for axis, n in enumerate(size)]
         weights = [self._weights(starts[axis], axis) for axis in (0, 1)]
@@ -173,7 +175,7 @@ class Predictor:
         bar.update(count)
 
     def _window(self, image: np.ndarray, index: Sequence[np.ndarray], place: tuple[int, int]) -> np.ndarray:
-        """A tile with its margins, uint8; reads no more of `image` than that."""
+        """A tile with its margins; reads no more of `image` than that."""
         rows, columns = (
             one[start : start + before + tile + after]
             for one, start, tile, (before, after) in zip(index, place, self.tile, self._margins, strict=True)

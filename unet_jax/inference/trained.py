@@ -12,8 +12,7 @@ from etils import epath
 from flax import linen as nn
 
 from unet_jax import data, losses, models
-from unet_jax.data import border
-from unet_jax.data import images as image_files
+from unet_jax.data import border, images, reading
 from unet_jax.errors import UserError, check_choice
 from unet_jax.inference import forward, resize, tiles
 from unet_jax.parallel import processes, sharding
@@ -33,6 +32,8 @@ class Trained:
     # None if they were not recorded, as for imported weights.
     source_sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
     class_counts: tuple[int, ...] | None = None  # pixels of each class in the training labels, if its loss needs them
+    # The smallest and the largest value of each channel in the training images; None if they were not recorded.
+    value_limits: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @functools.cached_property
     def _probability(self):
@@ -91,21 +92,22 @@ class Trained:
         """Class probabilities of a batch at the size of the training; compiled once per shape. See `predict_image`.
 
         Args:
-          images: uint8 `[B, H, W, C]`, of the size `config.data.size`, to which training resized its images. If it did
-            not resize them, of any size.
+          images: `[B, H, W, C]` of the type `classes.dtype`, of the size `config.data.size`, to which training resized
+            its images. If it did not resize them, of any size.
           tta: test-time augmentation, one of `forward.TTA`.
 
         Returns:
           float32 `[B, H, W, K]`; K = 1 for a binary task.
 
         Raises:
-          UserError: other images than uint8 with that many channels, or of another size; an unknown `tta`.
+          UserError: images of another type, of other channels or of another size; an unknown `tta`.
         """
         tta = self.resolve_tta(tta)
-        if images.ndim != 4 or images.dtype != "uint8" or images.shape[-1] != self.classes.channels:
+        classes = self.classes
+        if images.ndim != 4 or images.dtype != classes.dtype or images.shape[-1] != classes.channels:
             raise UserError(
-                f"images must be uint8 [batch, height, width, {self.classes.channels} channel(s)], not {images.dtype} "
-                f"{images.shape}"
+                f"images must be {classes.dtype} [batch, height, width, {classes.channels} channel(s)], not "
+                f"{images.dtype} {images.shape}"
             )
         if self.resizes and images.shape[1:3] != self.size:
             (height, width), (rows, columns) = images.shape[1:3], self.size
@@ -123,7 +125,7 @@ class Trained:
         `forward.to_label(probability, classes.task)` is its label.
 
         Args:
-          image: a file, or uint8 `[H, W, C]`, in memory or a memory-mapped file.
+          image: a file, or `[H, W, C]` of the type `classes.dtype`, in memory or a memory-mapped file.
           scale: at which size it is predicted, one of `resize.SCALES`; see `resize.predicted_size`.
           tta: test-time augmentation, one of `forward.TTA`; None is `config.eval.tta`.
 
@@ -131,7 +133,8 @@ class Trained:
           float32 `[H, W, K]`, at the image's own size; K = 1 for a binary task.
 
         Raises:
-          UserError: a file that is not a readable image; another array than uint8 `[H, W, C]`; an unknown option.
+          UserError: a file that is not a readable image, or not like those of the training; another array; an unknown
+            option.
         """
         image = self.read_image(image) if isinstance(image, str | os.PathLike) else np.asarray(image)
         bands = self.predict_bands(image, scale, tta)
@@ -155,10 +158,10 @@ class Trained:
         tta = self.resolve_tta(tta)
         check_choice("scale", scale, resize.SCALES)
         check_choice("interpolation", interpolation, resize.INTERPOLATION)
-        tiles.check_image(image, self.classes.channels)
+        tiles.check_image(image, self.classes)
         size = image.shape[:2]
         new = self.predicted_size(size, scale)
-        small = image_files.resize_image(image, new, self.config.data.resize)
+        small = images.resize_image(image, new, self.config.data.resize)
         if new == self.size and self.config.data.size:
             bands = [(slice(0, new[0]), np.asarray(self.predict(small[None], tta)[0]))]
         else:
@@ -176,12 +179,42 @@ class Trained:
                     "the scale 'fit' is for networks trained on images resized to one size; this one was trained on "
                     "images at their own size: choose 'train'"
                 )
-            return image_files.scaled_size(size, self.config.data.scale if scale == "train" else 1.0)
+            return images.scaled_size(size, self.config.data.scale if scale == "train" else 1.0)
         return resize.predicted_size(scale, size, self.size, self.source_sizes)
 
     def read_image(self, file: epath.PathLike) -> np.ndarray:
-        """Reads an image file as training did: uint8 `[H, W, C]`; a `UserError` if it is not a readable image."""
-        return image_files.read_image(epath.Path(file), self.classes.channels, self.config.data.value_range)
+        """Reads an image file as training did: `[H, W, C]` of the type `classes.dtype`.
+
+        Raises:
+          UserError: it is not a readable image, or not like those of the training: of other channels, of another depth,
+            or of other values altogether.
+        """
+        settings = self.config.data.copy_and_resolve_references()
+        settings.channels, settings.dtype = self.classes.channels, self.classes.dtype
+        if tuple(settings.value_range) == (0, 65535) and self.classes.dtype == "uint8":
+            settings.value_range = ()  # what older versions recorded where no image had 16 bits
+        image = reading.read_image(epath.Path(file), settings)
+        self.check_values(image, file)
+        return image
+
+    def picture(self, image: np.ndarray) -> np.ndarray:
+        """What people see of an image `[H, W, C]`: uint8 `[H, W, 1 or 3]`, the channels of `config.data.show`."""
+        return self.network.normalization.picture(image, self.config.data.show)
+
+    def check_values(self, image: np.ndarray, file: epath.PathLike) -> None:
+        """Raises a `UserError` if the values of an image, or of a part of it, cannot be like those of the training.
+
+        That is, if the median of a channel is below or above all that the training images held.
+        """
+        if self.value_limits is None:
+            return
+        low, high = self.value_limits
+        middle = np.nanmedian(image[::8, ::8].reshape(-1, image.shape[-1]).astype(np.float64), axis=0)
+        for channel in np.flatnonzero((middle < low) | (middle > high)):
+            raise UserError(
+                f"{file}: channel {channel} holds values around {middle[channel]:g}; in the images of the training "
+                f"they were {low[channel]:g} to {high[channel]:g}"
+            )
 
 
 def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Trained:
@@ -223,7 +256,9 @@ def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh 
             "this work directory do not belong together"
         )
     record.check(path, step, checkpoints.read_meta(path, step), record.make(config, values))
-    return Trained(config, classes, network, variables, step, _source_sizes(values), values.get("class_counts"))
+    held = values.get("values", {})
+    limits = (tuple(held["min"]), tuple(held["max"])) if held else None
+    return Trained(config, classes, network, variables, step, _source_sizes(values), values.get("class_counts"), limits)
 
 
 def _source_sizes(values: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]] | None:
@@ -241,7 +276,10 @@ def evaluated_variables(saved: dict[str, Any]) -> dict[str, Any]:
 
 def check_source(path: epath.PathLike, classes: data.Classes, source: data.Source) -> None:
     """Raises a `UserError` if a network is for another task, or number of classes or channels, than the images."""
-    kinds = [(c.task, len(c.names), c.channels) for c in (classes, source.classes)]
+    kinds = [(c.task, len(c.names), c.channels, c.dtype) for c in (classes, source.classes)]
     if kinds[0] != kinds[1]:
-        given, held = (f"{task} task of {count} classes, {channels} channel(s)" for task, count, channels in kinds)
+        given, held = (
+            f"{task} task of {count} classes, {channels} channel(s) of {dtype}"
+            for task, count, channels, dtype in kinds
+        )
         raise UserError(f"{path} is a network for a {given}; the images in config.data.root are for a {held}")

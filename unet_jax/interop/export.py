@@ -2,7 +2,7 @@
 
 The graphs of `to_stablehlo` and `to_onnx` have the same input and outputs, for any batch size and image size:
 
-image        uint8 `[b, h, w, C]`
+image        `[b, h, w, C]`, uint8, or of the type of the training images: uint16 or float32
 label        uint8 `[b, h, w]`, the most probable class (binary: 0 or 1); multilabel: `[b, h, w, K]`, each 0 or 1
 probability  float32 `[b, h, w, K]`, for thresholds other than 0.5; K = 1 for a binary task
 
@@ -72,8 +72,8 @@ def graph_metadata(trained: Trained, resize: bool = True) -> dict[str, str]:
 def describe_input(trained: Trained, resize: bool = True) -> str:
     """Which images a graph takes, and what it does to them; see `to_stablehlo`."""
     to = "x".join(map(str, trained.size))
-    text = f"image: uint8 [batch, height, width, {trained.classes.channels}]"
-    if tuple(trained.config.data.value_range) not in ((), (0, 65535)):
+    text = f"image: {trained.classes.dtype} [batch, height, width, {trained.classes.channels}]"
+    if trained.classes.dtype == "uint8" and tuple(trained.config.data.value_range) not in ((), (0, 65535)):
         low, high = trained.config.data.value_range
         text += f", 16-bit values {low}..{high} as 0..255"
     if not trained.resizes:
@@ -115,6 +115,8 @@ def to_stablehlo(trained: Trained, resize: bool = True) -> bytes:
     variables = jax.device_get(trained.variables)
 
     def run_resized(image):
+        if image.dtype == jnp.float32:  # NaN would spread along its whole row and column
+            image = jnp.where(jnp.isnan(image), np.float32(network.normalization.fill), image)
         small = resize_image(image, trained.size, trained.config.data.resize)
         probability = resize_bilinear(network.probability(variables, small), image.shape[1:3])
         return _most_probable(probability, network.task), probability
@@ -125,7 +127,7 @@ def to_stablehlo(trained: Trained, resize: bool = True) -> bytes:
 
     shape = (*export.symbolic_shape("b, h, w"), trained.classes.channels)
     graph = run_resized if resize and trained.resizes else run
-    exported = export.export(jax.jit(graph), platforms=PLATFORMS)(jax.ShapeDtypeStruct(shape, jnp.uint8))
+    exported = export.export(jax.jit(graph), platforms=PLATFORMS)(jax.ShapeDtypeStruct(shape, trained.classes.dtype))
     return bytes(exported.serialize())
 
 
@@ -136,13 +138,15 @@ def _most_probable(probability: jax.Array, task: str) -> jax.Array:
 
 
 def resize_image(image: jax.Array, size: Sequence[int], method: str) -> jax.Array:
-    """`data.images.resize_image` of a batch uint8 `[B, h, w, C]` to uint8 `[B, *size, C]`, for symbolic h and w.
+    """`data.images.resize_image` of a batch `[B, h, w, C]` to `[B, *size, C]`, for symbolic h and w.
 
     Equal to Pillow's but for a grey level where its 22-bit weights round otherwise than float32, and for `nearest`
     where the centre of a pixel falls between two pixels.
     """
     if method == "bilinear":
-        return _resize(image.astype(jnp.float32), size, lambda x: jnp.floor(x + 0.5)).astype(jnp.uint8)
+        half_up, as_is = lambda x: jnp.floor(x + 0.5), lambda x: x
+        resized = _resize(image.astype(jnp.float32), size, half_up if image.dtype == jnp.uint8 else as_is)
+        return (jnp.rint(resized) if image.dtype == jnp.uint16 else resized).astype(image.dtype)
     for axis, new in enumerate(size, 1):
         image = jnp.take(image, (2 * jnp.arange(new) + 1) * image.shape[axis] // (2 * new), axis=axis)
     return image
@@ -200,15 +204,15 @@ def to_onnx(trained: Trained, resize: bool = True) -> "onnx.ModelProto":
     from unet_jax.interop import onnx_graph, onnx_networks
 
     task, outputs, graph = trained.classes.task, trained.classes.num_outputs, onnx_graph.Graph()
-    x, resize = graph.add("Cast", "image", to=onnx.TensorProto.FLOAT), resize and trained.resizes
+    dtype, normalization, resize = trained.classes.dtype, trained.network.normalization, resize and trained.resizes
+    if dtype == "float32":
+        x = graph.add("Where", graph.add("IsNaN", "image"), np.float32(normalization.fill), "image")
+    else:
+        x = graph.add("Cast", "image", to=onnx.TensorProto.FLOAT)
     if resize:
-        x = onnx_graph.resize_image(graph, x, np.array(trained.size), trained.config.data.resize)
+        x = onnx_graph.resize_image(graph, x, np.array(trained.size), trained.config.data.resize, dtype)
     size = graph.add("Shape", x, start=1, end=3)
-    x = graph.add("Div", x, np.float32(255))
-    normalization = trained.network.normalization
-    if normalization != forward.Normalization():
-        x = graph.add("Sub", x, np.float32(normalization.mean) / np.float32(255))
-        x = graph.add("Div", x, np.float32(normalization.scale) / np.float32(255))
+    x = _normalize_onnx(graph, normalization, x)
     x = graph.add("Transpose", _reflect_pad_onnx(graph, trained.model, x), perm=(0, 3, 1, 2))  # ONNX convolves NCHW
     x = onnx_networks.add_network(graph, trained.model, _weights(trained), x)
     logits = graph.add("Slice", graph.add("Transpose", x, perm=(0, 2, 3, 1)), np.array([0, 0]), size, np.array([1, 2]))
@@ -231,7 +235,7 @@ def to_onnx(trained: Trained, resize: bool = True) -> "onnx.ModelProto":
         shape = ("batch", "height", "width", *channels)
         return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DataType.Value(kind), shape)
 
-    image = tensor("image", "UINT8", trained.classes.channels)
+    image = tensor("image", {"float32": "FLOAT"}.get(dtype, dtype.upper()), trained.classes.channels)
     label = tensor("label", "UINT8", *([outputs] if task == "multilabel" else []))
     probability = tensor("probability", "FLOAT", outputs)
     network = onnx.helper.make_graph(graph.nodes, "unet", [image], [label, probability], graph.constants)
@@ -240,6 +244,20 @@ def to_onnx(trained: Trained, resize: bool = True) -> "onnx.ModelProto":
     proto = onnx.helper.make_model(network, **versions, producer_name="unet_jax")
     onnx.helper.set_model_props(proto, graph_metadata(trained, resize))
     return proto
+
+
+def _normalize_onnx(graph, normalization: forward.Normalization, x: str) -> str:
+    """`Normalization` of float32 values without NaN as ONNX nodes."""
+    if normalization.has_limits:
+        low, high = np.float32(normalization.low), np.float32(normalization.high)
+        x = graph.add("Div", graph.add("Sub", x, low), high - low)
+        x = graph.add("Clip", x, np.float32(0), np.float32(1))
+    else:
+        x = graph.add("Div", x, np.float32(255))
+    if (normalization.mean, normalization.scale) != ((0.0,), (255.0,)):
+        x = graph.add("Sub", x, np.float32(normalization.mean) / np.float32(255))
+        x = graph.add("Div", x, np.float32(normalization.scale) / np.float32(255))
+    return x
 
 
 def _reflect_pad_onnx(graph, model: nn.Module, x: str) -> str:

@@ -27,10 +27,11 @@ class Graph:
         return name
 
 
-def resize_image(graph: Graph, image: str, size: np.ndarray, method: str) -> str:
-    """`export.resize_image`: float32 `[B, h, w, C]` of whole numbers to `[B, *size, C]`; returns its name."""
+def resize_image(graph: Graph, image: str, size: np.ndarray, method: str, dtype: str) -> str:
+    """`export.resize_image`: float32 `[B, h, w, C]`, the values of a `dtype`, to `[B, *size, C]`; returns its name."""
     if method == "bilinear":
-        return _resize(graph, image, size, rounds=True)
+        resized = _resize(graph, image, size, rounds=dtype == "uint8")
+        return graph.add("Round", resized) if dtype == "uint16" else resized
     for axis, new in enumerate(size, 1):
         old = graph.add("Gather", graph.add("Shape", image), np.int64(axis))
         index = graph.add("Div", graph.add("Mul", 2 * np.arange(new) + 1, old), 2 * new)

@@ -11,7 +11,7 @@ from unet_jax import data, losses, models
 from unet_jax.data import border, images, windows
 from unet_jax.errors import UserError, check_choice
 from unet_jax.evaluation import evaluate
-from unet_jax.inference import forward, tiles
+from unet_jax.inference import forward, normalization, tiles
 from unet_jax.parallel import sharding
 from unet_jax.training import augment, optimizer, state, step
 
@@ -115,6 +115,19 @@ def examples_per_epoch(config: "ConfigDict", source: data.Source) -> int:
     window = augment.check(config.augment, config.data.size)
     sizes = [images.scaled_size(size, config.data.scale) for size in source.sizes()]
     return int(windows.per_image(sizes, window).sum())
+
+
+def describe_images(config: "ConfigDict", source: data.Source) -> dict[str, list]:
+    """What a new training has to know of its images: pixels of each class, and values, each if it is needed."""
+    needed = {
+        "class_counts": losses.needs_class_counts(config.loss),
+        "values": normalization.needs_values(config.data, source.classes),
+    }
+    if not any(needed.values()):
+        return {}
+    opened = evaluate.open_images(source, config, source.classes)
+    found = {"class_counts": opened.class_counts, "values": opened.values}
+    return {name: find() for name, find in found.items() if needed[name]}
 
 
 def count_steps(settings: Mapping, steps_per_epoch: float) -> Steps:

@@ -113,7 +113,8 @@ def abstract_batch(config: "ConfigDict", built: components.Components) -> dict:
     count, classes = config.train.batch_size, built.network.classes
     size = built.windows.extent if built.windows else tuple(config.data.size)
     masks = (len(classes.names),) if classes.task == "multilabel" else ()
-    fields = {"image": ((*size, classes.channels), np.uint8), "label": (size + masks, np.uint8), "mask": ((), bool)}
+    image = (*size, classes.channels), np.dtype(classes.dtype)
+    fields = {"image": image, "label": (size + masks, np.uint8), "mask": ((), bool)}
     if config.loss.border_weight:
         fields["weight"] = (size, np.float32)
     where = sharding.by_example(built.network.mesh)

@@ -1,5 +1,6 @@
 """What a new run starts from: weights of another run, published weights of its encoder, or random ones."""
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -98,8 +99,11 @@ def _load_run(path: epath.PathLike, parts: tuple[str, ...], network: forward.Net
     elif names != classes.names and "params/head/bias" in arrays:
         summary += f"; its head was trained for {', '.join(names)}, and is kept"
     normalization = forward.Normalization.from_json(values.get("normalization"))
-    adapt = lambda numbers: encoder_weights.adapt_numbers(numbers, classes.channels)
-    return Pretrained(arrays, forward.Normalization(adapt(normalization.mean), adapt(normalization.scale)), summary)
+    adapted = {
+        field.name: encoder_weights.adapt_numbers(getattr(normalization, field.name), classes.channels)
+        for field in dataclasses.fields(normalization)
+    }
+    return Pretrained(arrays, forward.Normalization(**adapted), summary)
 
 
 def _flatten(variables: Any) -> dict[str, np.ndarray]:

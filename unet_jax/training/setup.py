@@ -15,7 +15,7 @@ from unet_jax.data import cache, pipeline
 from unet_jax.data.source import shorten
 from unet_jax.errors import UserError
 from unet_jax.evaluation import curves, evaluate, pictures, report
-from unet_jax.inference import forward
+from unet_jax.inference import forward, normalization
 from unet_jax.parallel import processes, sharding
 from unet_jax.training import components, log, pretrained
 from unet_jax.training import state as train_state
@@ -59,12 +59,12 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
     config = config.copy_and_resolve_references()
     if config.deterministic:
         sharding.use_deterministic_kernels()
-    root_before = config.data.root
-    if (path / "config.json").exists():
-        earlier = files.read_config(path).data
-        root_before = earlier.root
+    earlier = files.read_config(path).data if (path / "config.json").exists() else config.data
+    root_before = earlier.root
+    if earlier is not config.data and earlier.name == config.data.name:
         data.reuse_settings(config.data, earlier)
-    data.infer_settings(config.data, processes.print_on_main)
+    else:
+        data.infer_settings(config.data, processes.print_on_main)
     if processes.is_main():
         files.check(path, config)
     held.take()
@@ -87,23 +87,21 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
     if resumed is not None:
         meta |= _read_meta(path, resumed, digests, config.data.root, root_before)
         facts = files.read_classes(path)
-        normalization = forward.Normalization.from_json(facts.get("normalization"))
+        normalized = forward.Normalization.from_json(facts.get("normalization"))
     else:
         _check_no_checkpoint(path, min(steps.save_every, steps.eval_every))
         initial = pretrained.load_pretrained(config, built.network)
-        facts, normalization = {}, initial.normalization
-        if losses.needs_class_counts(config.loss):
-            facts["class_counts"] = evaluate.open_images(sources["train"], config, classes).class_counts()
+        facts = components.describe_images(config, sources["train"])
+        normalized = normalization.make(config.data, classes, facts.get("values"), initial.normalization)
     built = built._replace(
-        network=dataclasses.replace(built.network, normalization=normalization),
+        network=dataclasses.replace(built.network, normalization=normalized),
         loss=losses.make(config.loss, classes.task, len(classes.names), facts.get("class_counts")),
     )
     recorded: dict[str, Any] = {}
     if processes.is_main():
         described = {**classes.to_json(), "image_sizes": facts.get("image_sizes") or sources["train"].size_range()}
-        described["normalization"] = normalization.to_json()
-        if "class_counts" in facts:
-            described["class_counts"] = facts["class_counts"]
+        described["normalization"] = normalized.to_json()
+        described |= {name: facts[name] for name in ("class_counts", "values") if name in facts}
         recorded = record.make(config, described)
         if resumed is not None:
             record.check(path, resumed, meta, recorded)
@@ -177,7 +175,12 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
             first_step=first_step,
             resume_state=meta,
         ),
-        panels=pictures.Panels(images["validation"], config.train.panels, path / "panels"),
+        panels=pictures.Panels(
+            images["validation"],
+            config.train.panels,
+            path / "panels",
+            lambda image: normalized.picture(image, config.data.show),
+        ),
     )
 
 

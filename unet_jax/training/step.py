@@ -52,7 +52,7 @@ def make_train_step(
     def augmented(batch, keys):
         """The network's input, and what the loss needs."""
         examples = {name: batch[name] for name in batch if name != "mask"}
-        examples["image"] = forward.to_unit(batch["image"])
+        examples["image"] = network.normalization.to_unit(batch["image"])
         crop = augmentation["crop"] or batch["image"].shape[1:3]
         margins = network.margins(crop)
         examples = augment.augment(keys, examples, augmentation, margins, classes.ignore_label, is_cut)

@@ -19,7 +19,7 @@ from etils import epath
 from unet_jax import defaults, paths
 from unet_jax.errors import UserError
 from unet_jax.parallel import processes
-from unet_jax.workdir import lock, schema
+from unet_jax.workdir import classes_schema, lock, schema
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -139,7 +139,7 @@ def claim(workdir: epath.Path, config: "ConfigDict", classes: dict[str, Any]) ->
     config_file, classes_file = workdir / "config.json", workdir / "classes.json"
     values, classes = json.loads(config.to_json()), json.loads(json.dumps(classes))  # with lists for tuples
     schema.check_config(config_file, values)
-    schema.check_classes(classes_file, classes)
+    classes_schema.check_classes(classes_file, classes)
     write_json(config_file, values)  # first: `check` looks for it
     write_json(classes_file, classes)
     panels = workdir / "panels"
@@ -189,7 +189,7 @@ def read_classes(workdir: epath.Path) -> dict[str, Any]:
     """The `classes` that `claim` was given."""
     path = workdir / "classes.json"
     values = schema.read_object(path, schema.DAMAGED)
-    schema.check_classes(path, values)
+    classes_schema.check_classes(path, values)
     return values
 
 

@@ -15,9 +15,8 @@ from typing import Any
 from etils import epath
 
 from unet_jax import defaults
-from unet_jax.errors import UserError, did_you_mean, is_name
+from unet_jax.errors import UserError, did_you_mean
 
-TASKS = ("multiclass", "binary", "multilabel")
 JSON_BYTES = 2**24  # the largest JSON file that is read; those of a work directory take a few KiB
 DAMAGED = "It was changed or damaged after it was written: restore it from a copy"
 
@@ -120,11 +119,6 @@ def is_list(value: Any, test: Callable[[Any], bool], *lengths: int) -> bool:
     return isinstance(value, list) and (not lengths or len(value) in lengths) and all(map(test, value))
 
 
-def _is_name(value: Any) -> bool:
-    """Whether a class can have this name."""
-    return is_text(value) and bool(value.strip()) and is_name(value)
-
-
 # `config.json`.
 
 
@@ -157,7 +151,7 @@ def check_config(file: epath.Path, values: Mapping[str, Any]) -> None:
 _ELEMENTS = {
     **dict.fromkeys(("data.labels", "data.lists", "optimizer.frozen", "init_parts"), ("",)),
     **dict.fromkeys(("data.value_range", "optimizer.decay_epochs"), (0.0,)),
-    **dict.fromkeys(("model.remat", "augment.crop"), (0,)),
+    **dict.fromkeys(("model.remat", "augment.crop", "data.show"), (0,)),
 }
 
 
@@ -174,76 +168,6 @@ def _like(default: Any) -> tuple[Callable[[Any], bool], str]:
     either = lambda value: is_number(value) or is_text(value)
     test, needed = _like(default[0]) if default else (either, "a number or a text")
     return functools.partial(is_list, test=test), f"a list, and each element {needed}"
-
-
-# `classes.json`.
-
-
-def check_classes(file: epath.Path, values: Mapping[str, Any]) -> None:
-    """Raises a `UserError` unless the fields are those of `data.Classes` and what is known of the training images."""
-    for name, value in values.items():
-        if name not in _CLASSES:
-            raise UserError(
-                f"{file}: there is no field {shown(name)}.{did_you_mean(name, _CLASSES)} Was it written by a "
-                "newer version? Then update this one"
-            )
-        test, needed = _CLASSES[name]
-        if not test(value):
-            raise UserError(f"{file}: {name} = {shown(value)} must be {needed}. {DAMAGED}")
-    missing = [name for name in _CLASSES if name not in values and name not in _OPTIONAL]
-    if missing:
-        raise UserError(f"{file}: the field {missing[0]!r} is missing. {DAMAGED}")
-    task, count, channels = values["task"], len(values["names"]), values["channels"]
-    if count < {"multiclass": 2, "binary": 2, "multilabel": 1}[task] or (task == "binary" and count > 2):
-        raise UserError(f"{file}: names = {shown(values['names'])} cannot be those of a {task} task. {DAMAGED}")
-    for name in ("palette", "class_counts"):
-        if name in values and len(values[name]) != count:
-            raise UserError(f"{file}: {name} has {len(values[name])} entries for {count} names. {DAMAGED}")
-    labels = 2 if task == "multilabel" else count
-    if values["ignore_label"] < labels:
-        raise UserError(
-            f"{file}: ignore_label = {values['ignore_label']} is also the label of a class, 0..{labels - 1}. {DAMAGED}"
-        )
-    for name, numbers in values.get("normalization", {}).items():
-        if len(numbers) not in (1, channels):
-            found = f"{len(numbers)} numbers for {channels} channel(s)"
-            raise UserError(f"{file}: normalization.{name} has {found}. {DAMAGED}")
-
-
-def _are_names(value: Any) -> bool:
-    return is_list(value, _is_name, *range(1, 256)) and len(set(value)) == len(value)
-
-
-def _is_size(value: Any) -> bool:
-    return is_list(value, lambda n: is_int(n, 1), 2)
-
-
-def _are_sizes(value: Any) -> bool:
-    return is_list(value, _is_size, 2) and all(low <= high for low, high in zip(*value, strict=True))
-
-
-def _is_normalization(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"mean", "scale"}:
-        return False
-    return is_list(value["mean"], is_number) and is_list(value["scale"], lambda x: is_number(x) and x > 0)
-
-
-_CLASSES = {  # field -> a test, and what passes it
-    "task": (lambda value: value in TASKS, f"one of: {', '.join(TASKS)}"),
-    "names": (_are_names, "1 to 255 different texts, not empty and without control characters"),
-    "palette": (
-        lambda value: is_list(value, lambda color: is_list(color, lambda n: is_int(n, 0, 255), 3)),
-        "a list of [red, green, blue], each 0..255",
-    ),
-    "channels": (lambda value: is_int(value, 1), "a positive integer"),
-    "ignore_label": (lambda value: is_int(value, 0, 255), "an integer in 0..255"),
-    "normalization": (_is_normalization, '{"mean": [...], "scale": [...]} of finite numbers, those of scale positive'),
-    "image_size": (_is_size, "a positive height and width"),
-    "image_sizes": (_are_sizes, "the smallest and the largest height and width, all positive"),
-    "class_counts": (lambda value: is_list(value, lambda n: is_int(n, 0, 2**63 - 1)), "a list of integers >= 0"),
-}
-# Older versions, and imported weights, have none; counts are there if the class weights need them.
-_OPTIONAL = ("normalization", "image_size", "image_sizes", "class_counts")
 
 
 # What is only to look at: a training never stops for it.

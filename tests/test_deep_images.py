@@ -1,0 +1,376 @@
+"""Images of any number of channels and any depth: read as they are, normalised by what the training saw."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import helpers
+import imagecodecs
+import jax
+import numpy as np
+import pytest
+import tifffile
+import tiny
+from etils import epath
+from helpers import save_image
+from PIL import Image
+
+import unet_jax
+from unet_jax import data
+from unet_jax.data import reading, statistics, tiff_files
+from unet_jax.errors import UserError
+from unet_jax.inference import forward, normalization
+
+RNG = np.random.default_rng(0)
+GREY = RNG.integers(0, 255, (20, 30)).astype(np.uint8)
+DEEP = GREY.astype(np.uint16) * 200
+stack = lambda array, count: np.stack([array + k for k in range(count)], -1)
+
+
+@pytest.mark.parametrize(
+    "array, options, expected",
+    [
+        (stack(GREY, 4), {"photometric": "rgb", "extrasamples": ["unassalpha"]}, 3),
+        (stack(GREY, 4), {"photometric": "rgb", "extrasamples": ["unspecified"]}, 4),
+        (stack(GREY, 2), {"photometric": "minisblack", "planarconfig": "contig"}, 2),
+        (stack(GREY, 2), {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": ["unassalpha"]}, 1),
+        (stack(DEEP, 7), {"photometric": "minisblack", "planarconfig": "contig", "compression": "lzw"}, 7),
+        (stack(DEEP, 3), {"photometric": "rgb", "compression": "deflate"}, 3),
+        (GREY.astype(np.float32) / 7, {"compression": "zstd"}, 1),
+        (DEEP, {}, 1),
+    ],
+)
+def test_a_tiff_file_is_read_with_all_its_channels_but_declared_alpha(array, options, expected, tmp_path):
+    file = epath.Path(tmp_path / "a.tif")
+    tifffile.imwrite(file, array, **options)
+    found, header = reading.read_channels(file), reading.read_header(file)
+    np.testing.assert_array_equal(found, np.atleast_3d(array)[..., :expected])
+    assert found.dtype == array.dtype and header.dtype == array.dtype.name
+    assert header.channels == expected and header.size == (20, 30)
+    assert header.has_alpha == ("unassalpha" in options.get("extrasamples", []))
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.int32, np.float64, np.float16])
+def test_other_values_become_float32(kind, tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", GREY.astype(kind) - 5)
+    found = reading.read_channels(epath.Path(tmp_path / "a.tif"))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found[..., 0], GREY.astype(np.float32) - 5)
+
+
+def test_channels_may_be_planes_or_pages_and_pages_are_channels_only_if_asked(tmp_path):
+    planes, file = np.moveaxis(stack(DEEP, 5), -1, 0), epath.Path(tmp_path / "a.tif")
+    for options in (
+        {"photometric": "minisblack", "planarconfig": "separate"},
+        {"imagej": True, "metadata": {"axes": "CYX"}},
+        {"ome": True, "photometric": "minisblack", "metadata": {"axes": "CYX"}},
+    ):
+        tifffile.imwrite(file, planes, **options)
+        np.testing.assert_array_equal(reading.read_channels(file), stack(DEEP, 5))
+    for options in ({"photometric": "minisblack"}, {"ome": True, "metadata": {"axes": "ZYX"}}):
+        tifffile.imwrite(file, planes, **options)
+        with pytest.raises(UserError, match=r"a.tif holds 5 pages or frames: .*config.data.pages='channels'"):
+            reading.read_channels(file)
+        np.testing.assert_array_equal(reading.read_channels(file, "channels"), stack(DEEP, 5))
+        assert reading.read_header(file, "channels").channels == 5
+
+
+def test_white_may_be_zero(tmp_path):
+    for array in (GREY, DEEP):
+        tifffile.imwrite(tmp_path / "a.tif", array, photometric="miniswhite")
+        found = reading.read_channels(epath.Path(tmp_path / "a.tif"))[..., 0]
+        np.testing.assert_array_equal(found, np.iinfo(array.dtype).max - array)
+
+
+def test_16_bit_png_files_and_arrays(tmp_path):
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(stack(DEEP, 3)))
+    np.save(tmp_path / "b.npy", stack(GREY, 6).astype(np.float64))
+    np.savez(tmp_path / "c.npz", DEEP)
+    expected = {"a.png": stack(DEEP, 3), "b.npy": stack(GREY, 6), "c.npz": DEEP[..., None]}
+    for name, array in expected.items():
+        np.testing.assert_array_equal(reading.read_channels(epath.Path(tmp_path / name)), array)
+    np.savez(tmp_path / "d.npz", DEEP, GREY)
+    with pytest.raises(UserError, match=r"d.npz holds uint16 \(20, 30\), uint8 \(20, 30\); one array"):
+        reading.read_channels(epath.Path(tmp_path / "d.npz"))
+
+
+def _write_geotiff(file, bands, nodata=None):
+    """With overviews, as GDAL writes it; `bands` `[h, w, C]`."""
+    rasterio = pytest.importorskip("rasterio")
+    height, width, count = bands.shape
+    profile = dict(driver="GTiff", height=height, width=width, count=count, dtype=bands.dtype, nodata=nodata)
+    profile |= dict(crs="EPSG:32633", transform=rasterio.transform.from_origin(5e5, 5e6, 10, 10))
+    with rasterio.open(file, "w", tiled=True, blockxsize=16, blockysize=16, compress="deflate", **profile) as scene:
+        scene.write(np.moveaxis(bands, -1, 0))
+    with rasterio.open(file, "r+") as scene:
+        scene.build_overviews([2, 4])
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_overviews_are_no_images_and_nodata_is_nan(count, tmp_path):
+    file = epath.Path(tmp_path / "a.tif")
+    for array in (stack(GREY, count), stack(DEEP, count)):
+        _write_geotiff(file, array)
+        np.testing.assert_array_equal(reading.read_channels(file), array)
+        _write_geotiff(file, array, nodata=int(array[3, 4, 0]))
+        found = reading.read_channels(file)
+        missing = array == array[3, 4, 0]
+        assert reading.read_header(file).has_nodata and found.dtype == np.float32
+        np.testing.assert_array_equal(np.isnan(found), missing)
+        np.testing.assert_array_equal(found[~missing], array[~missing])
+
+
+def _folder(root, arrays, suffix=".tif"):
+    """Images, and masks whose class is where the last channel is above its middle."""
+    for name, array in arrays.items():
+        (root / "images").mkdir(parents=True, exist_ok=True)
+        file = root / "images" / f"{name}{suffix}"
+        if suffix == ".npy":
+            np.save(file, array)
+        else:
+            tifffile.imwrite(file, array, photometric="minisblack", planarconfig="contig")
+        middle = np.nanmedian(array[..., -1])
+        save_image((array[..., -1] > middle).astype(np.uint8), root / "masks" / f"{name}.png")
+
+
+def _config(root, **settings):
+    config = tiny.get_config().copy_and_resolve_references()
+    config.data.update({"name": "folder", "root": str(root), "size": (16, 16), "cache_gib": 0.0, **settings})
+    return config
+
+
+def _infer(config):
+    printed = []
+    data.infer_settings(config.data, printed.append)
+    return "\n".join(printed)
+
+
+def test_channels_and_depth_are_read_off_the_files(tmp_path):
+    _folder(tmp_path, {name: stack(DEEP, 5) for name in "abcdefgh"})
+    config = _config(tmp_path)
+    printed = _infer(config)
+    assert (config.data.channels, config.data.dtype) == (5, "uint16")
+    assert "Images of 5 channel(s)" in printed and "Images of 16 bits" in printed
+    source = data.load(config.data, "all")
+    assert source.classes.channels == 5 and source.classes.dtype == "uint16"
+    np.testing.assert_array_equal(source[0][0], stack(DEEP, 5))
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (stack(DEEP, 4), r"differ in their channels: 4 channel\(s\): .*odd.tif; 5 channel\(s\): .*a.tif"),
+        (stack(GREY, 5), r"differ in their depth: .*16 bits: .*a.tif.*8 bits: .*odd.tif.*value_range=\(low, high\)"),
+        (
+            stack(DEEP, 5).astype(np.float32),
+            r"differ in their depth: 32-bit floats: .*odd.tif; 16 bits: .* Convert them$",
+        ),
+    ],
+)
+def test_images_that_do_not_go_together_are_named(other, message, tmp_path):
+    _folder(tmp_path, {"a": stack(DEEP, 5), "b": stack(DEEP, 5), "odd": other})
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        _infer(_config(tmp_path))
+
+
+def test_16_bits_become_8_only_by_a_range(tmp_path):
+    _folder(tmp_path, {"a": stack(GREY, 3), "b": stack(DEEP, 3), "c": stack(GREY, 3), "d": stack(GREY, 3)})
+    config = _config(tmp_path, value_range=(1000, 20000))
+    _infer(config)
+    image, _ = data.load(config.data, "all")[1]
+    expected = ((stack(DEEP, 3).astype(float) - 1000) / 19000).clip(0, 1) * 255
+    assert config.data.dtype == "" and image.dtype == np.uint8 and np.abs(image - expected).max() <= 0.501
+    config.data.value_range = ()
+    with pytest.raises(UserError, match=r"b.tif: 16-bit values, where 8-bit ones are needed.*config.data.value_range"):
+        data.load(config.data, "all")[1]
+
+
+def test_pixels_without_a_value_are_ignored(tmp_path):
+    float_image = stack(GREY, 2).astype(np.float32)
+    float_image[2:5, 7, 1] = np.nan
+    _folder(tmp_path, dict.fromkeys("abcdef", float_image), ".npy")
+    config = _config(tmp_path)
+    _infer(config)
+    image, label = data.load(config.data, "all")[0]
+    assert config.data.dtype == "float32" and np.isnan(image[2:5, 7, 1]).all()
+    expected = np.zeros(label.shape, bool)
+    expected[2:5, 7] = True
+    np.testing.assert_array_equal(label == 255, expected)
+
+
+def test_alpha_is_said(tmp_path):
+    for name in "abcdef":
+        save_image(stack(GREY, 4), tmp_path / f"images/{name}.png")
+        save_image((GREY > 99).astype(np.uint8), tmp_path / f"masks/{name}.png")
+    config = _config(tmp_path)
+    assert "6 image(s) have an alpha channel, which is left out, e.g. " in _infer(config)
+    assert config.data.channels == 3 and config.data.dtype == ""
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_and_masks_can_be_turned_upright(orientation, tmp_path):
+    """The pixels as stored and the EXIF number of all eight ways to hold a camera, against Pillow's own turns."""
+    turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+    turn |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+    stored, exif = Image.fromarray(stack(GREY, 3)), Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "images").mkdir()
+    upright = stored.transpose(getattr(Image.Transpose, turn[orientation])) if orientation > 1 else stored
+    for name in "abcdef":
+        stored.save(tmp_path / f"images/{name}.png", exif=exif)
+        save_image((np.asarray(upright)[..., 0] > 99).astype(np.uint8), tmp_path / f"masks/{name}.png")
+    config = _config(tmp_path, orientation="upright")
+    _infer(config)
+    source = data.load(config.data, "all")
+    image, label = source[0]
+    np.testing.assert_array_equal(image, np.asarray(upright))
+    np.testing.assert_array_equal(label, image[..., 0] > 99)
+    assert source.read_size(0) == image.shape[:2]
+    config.data.orientation = "as_stored"
+    if orientation >= 5:
+        with pytest.raises(UserError, match=r"drawn on the upright photo, set config.data.orientation='upright'"):
+            data.load(config.data, "all")[0]
+
+
+def test_the_values_of_integers_are_described_exactly_and_of_floats_nearly():
+    arrays = [RNG.integers(low, low + 4000, (40, 50, 2)).astype(np.uint16) for low in (0, 500, 9000)]
+    exact = np.stack(arrays).reshape(-1, 2).astype(np.float64)
+    for kind in (np.uint16, np.float32):
+        found = statistics.describe(lambda i, kind=kind: {"image": arrays[i].astype(kind)}, 3)
+        for name, function in {"min": np.min, "max": np.max, "mean": np.mean, "deviation": np.std}.items():
+            np.testing.assert_allclose(found[name], function(exact, axis=0), rtol=1e-9)
+        for name, share in statistics.SHARES.items():
+            np.testing.assert_allclose(found[name], np.quantile(exact, share, axis=0), atol=10)
+    arrays[0] = arrays[0].astype(np.float32)
+    arrays[0][0] = np.nan
+    found = statistics.describe(lambda i: {"image": arrays[i].astype(np.float32)}, 3)
+    np.testing.assert_allclose(found["mean"], np.nanmean(np.stack(arrays).reshape(-1, 2), axis=0), rtol=1e-6)
+
+
+VALUES = {"min": [10.0], "low": [100.0], "median": [300.0], "high": [900.0], "max": [5000.0]}
+VALUES |= {"mean": [400.0], "deviation": [160.0]}
+NETWORK = forward.Normalization((127.0,), (127.0,))
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, values, pretrained, value, expected",
+    [
+        ("", "uint8", None, None, 51, 0.2),
+        ("", "uint8", None, NETWORK, 254, 1.0),
+        ("range", "uint8", None, NETWORK, 51, 0.2),
+        ("percentile", "uint8", {**VALUES, "low": [10.0], "high": [110.0]}, None, 60, 0.5),
+        ("", "uint16", VALUES, None, 500, 0.5),
+        ("", "uint16", VALUES, None, 4000, 1.0),
+        ("range", "uint16", VALUES, None, 13107, 0.2),
+        ("range", "float32", VALUES, None, 2505, 0.5),
+        ("standard", "float32", VALUES, None, 400, 0.0),
+        ("standard", "float32", VALUES, None, 560, 1.0),
+        ("standard", "float32", VALUES, None, np.nan, 0.0),
+        ("network", "float32", VALUES, NETWORK, 100 + 800 * 254 / 255, 1.0),
+    ],
+)
+def test_normalisation_follows_the_training_images(kind, dtype, values, pretrained, value, expected):
+    settings = {"normalize": kind, "value_range": ()}
+    classes = data.Classes("binary", ("a", "b"), ((0, 0, 0),) * 2, channels=1, dtype=dtype)
+    assert normalization.needs_values(settings, classes) == (values is not None)
+    made = normalization.make(settings, classes, values, pretrained or forward.Normalization())
+    assert forward.Normalization.from_json(json.loads(json.dumps(made.to_json()))) == made
+    found = jax.jit(lambda x: made(made.to_unit(x)))(np.array([[value]], dtype))
+    assert float(found[0, 0]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_normalisation_that_there_is_not():
+    classes = data.Classes("binary", ("a", "b"), ((0, 0, 0),) * 2)
+    with pytest.raises(UserError, match="config.data.normalize = 'network' is for pretrained weights"):
+        normalization.make({"normalize": "network", "value_range": ()}, classes, None, forward.Normalization())
+
+
+@pytest.fixture(scope="module")
+def five_bands(tmp_path_factory):
+    """A training on uint16 images of five channels, of which only the last shows the class."""
+    root, rng = tmp_path_factory.mktemp("bands"), np.random.default_rng(3)
+    for k in range(24):
+        yy, xx = np.mgrid[:32, :32]
+        y, x, r = rng.integers(8, 24, 2).tolist() + [rng.integers(5, 9)]
+        disc = (yy - y) ** 2 + (xx - x) ** 2 < r**2
+        array = rng.normal(1000, 200, (32, 32, 5))
+        array[..., 4] = rng.normal(300, 20, (32, 32)) + 120 * disc
+        (root / "images").mkdir(exist_ok=True)
+        tifffile.imwrite(
+            root / f"images/{k:02}.tif", array.astype(np.uint16), photometric="minisblack", planarconfig="contig"
+        )
+        save_image(disc.astype(np.uint8) * 255, root / f"masks/{k:02}.png")
+    flags = {
+        "data.root": root,
+        "data.size": "(32, 32)",
+        "train.epochs": 40.0,
+        "train.batch_size": 8,
+        "train.eval_every_epochs": 40.0,
+        "optimizer.learning_rate": 0.01,
+        "train.panels": 2,
+        "data.show": "(4,)",
+    }
+    command = [sys.executable, "-m", "unet_jax.main", "--config=configs/folder.py", f"--workdir={root / 'run'}"]
+    command += ["--config.model.name=unet", "--config.model.features=(8,16)", "--config.loss.dice=0.5"]
+    done = subprocess.run([*command, *(f"--config.{n}={v}" for n, v in flags.items())], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return root
+
+
+@pytest.mark.slow
+def test_a_class_that_only_the_fifth_channel_shows_is_learned_and_predicted(five_bands):
+    assert helpers.metric_rows(five_bands / "run")[-1]["val/miou"] > 0.85
+    trained = unet_jax.load(five_bands / "run")
+    classes = json.loads((five_bands / "run/classes.json").read_text())
+    assert classes["channels"] == 5 and classes["dtype"] == "uint16" and len(classes["values"]["mean"]) == 5
+    image = trained.read_image(five_bands / "images/03.tif")
+    label = forward.to_label(trained.predict_image(image), trained.classes.task)
+    mask = np.asarray(Image.open(five_bands / "masks/03.png")) > 0
+    assert (label == mask).mean() > 0.95
+    assert list((five_bands / "run/panels").glob("*/*.png")) and (five_bands / "run/report.html").exists()
+    shown = trained.picture(image)
+    assert shown.shape == (32, 32, 1) and shown[mask].mean() > shown[~mask].mean() + 80
+
+    tifffile.imwrite(five_bands / "dark.tif", (image // 256), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(UserError, match=r"dark.tif: channel 0 holds values around 3.5; in the images of the training"):
+        trained.read_image(five_bands / "dark.tif")
+    tifffile.imwrite(five_bands / "8.tif", image.astype(np.uint8), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(UserError, match=r"8.tif: 8-bit values, where 16-bit ones are needed"):
+        trained.read_image(five_bands / "8.tif")
+    tifffile.imwrite(five_bands / "3.tif", image[..., :3], photometric="rgb")
+    with pytest.raises(UserError, match=r"3.tif has 3 channel\(s\), not 5"):
+        trained.read_image(five_bands / "3.tif")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_exports_take_deep_images(dtype, five_bands):
+    from jax import export as jax_export
+
+    from unet_jax.interop import export
+
+    onnxruntime = pytest.importorskip("onnxruntime")
+    trained = unet_jax.load(five_bands / "run")
+    normalized = dataclasses.replace(trained.network.normalization, fill=(500.0,) * 5)
+    network = dataclasses.replace(
+        trained.network, normalization=normalized, classes=dataclasses.replace(trained.classes, dtype=dtype)
+    )
+    trained = dataclasses.replace(trained, network=network, classes=network.classes, source_sizes=((9, 9), (99, 99)))
+    image = np.stack([reading.read_channels(five_bands / "images" / f"{k:02}.tif") for k in (1, 2)]).astype(dtype)
+    image = np.concatenate([image, image[:, ::-1]], 2)[:, :, 3:50]  # to be resized
+    expected = np.stack([trained.predict_image(one, "fit", "none") for one in image])
+    _, probability = jax_export.deserialize(export.to_stablehlo(trained)).call(image)
+    np.testing.assert_allclose(probability, expected, atol=2e-3 if dtype == "uint16" else 1e-5)
+    session = onnxruntime.InferenceSession(export.to_onnx(trained).SerializeToString())
+    _, probability = session.run(["label", "probability"], {"image": image})
+    np.testing.assert_allclose(probability, expected, atol=2e-3 if dtype == "uint16" else 1e-5)
+    if dtype == "float32":
+        image[0, 5:9, 7] = np.nan
+        assert np.isfinite(session.run(["probability"], {"image": image})[0]).all()
+
+
+def test_a_layout_of_a_damaged_file_names_it(tmp_path):
+    (tmp_path / "a.tif").write_bytes(b"II*\0garbage")
+    with pytest.raises(UserError, match=r"a.tif: not a readable TIFF image"):
+        tiff_files.read_layout(epath.Path(tmp_path / "a.tif"), "")
