@@ -1,5 +1,6 @@
 """`--mode=check` names each fault; real images pass."""
 
+import json
 import shutil
 
 import numpy as np
@@ -51,7 +52,7 @@ def _broken_folder(root):
     save("colored", mask=RNG.integers(0, 2, (20, 30, 3), np.uint8) * 200)
     faults["masks/colored.png"] = "a coloured mask"
     write_rgb_png(save("bomb")[0], 40_000, 40_000, 8, b"")
-    faults["images/bomb.png"] = "exceeds limit of 500000000 pixels"
+    faults["images/bomb.png"] = "40000x40000 pixels are more than 500000000"
     save("twice")
     Image.fromarray(RNG.integers(0, 256, (20, 30, 3), np.uint8)).save(root / "images/twice.jpg")
     faults["images/twice.png"] = "twice.jpg has the same name"
@@ -92,7 +93,7 @@ def test_every_fault_is_named(tmp_path):
     assert any("in more than one split: train good0, validation copy" in line for line in shown)
     assert len(shown) == len(faults) + 1 >= 12
     assert not any(f"{name}.png" in line for line in shown for name in good)
-    assert f"{len(shown)} fault(s)" in result.stdout and "OK" not in result.stdout.split()
+    assert result.stdout.splitlines()[-1] == f"{len(shown)} fault(s)"
     with Image.open(tmp_path / "run.check.png") as sheet:
         assert sheet.size[0] > 150
 
@@ -113,7 +114,7 @@ def test_images_without_faults_are_ok(tmp_path, real_data, capsys):
     config.data.root = str(real_data / "camvid/CamVid")
     assert check.check(config, tmp_path / "sheet.png")
     out = capsys.readouterr().out
-    assert "42 pairs; usable: 34 train, 8 validation" in out and out.rstrip().endswith("OK")
+    assert "42 pairs; usable: 34 train, 8 validation" in out and out.splitlines()[-1] == "OK"
     assert "480x360: 42 (width x height); resized to 480x360" in out
     row = next(line.split() for line in out.splitlines() if line.startswith("pedestrian"))
     assert row[1] == "9" and row[3] == "26" and row[5] == "8"
@@ -142,3 +143,78 @@ def test_faults_of_every_list_are_printed_and_the_test_split_is_read(tmp_path, c
     assert "range.png: label 7" in out and "usable: 2 train, 1 validation, 1 test" in out
     with pytest.raises(UserError, match="cannot be written"):
         check.check(config, "/proc/nowhere/sheet.png")
+
+
+def _write_pairs(root, pairs):
+    """Writes images and masks, and the lists of the splits; `pairs` is split -> name -> image, mask."""
+    for split, examples in pairs.items():
+        for name, (image, mask) in examples.items():
+            save_image(image, root / f"images/{name}.png")
+            save_image(mask, root / f"masks/{name}.png")
+        (root / f"{split}.txt").write_text("\n".join(examples))
+    return f"--config.data.lists={tuple(f'{split}.txt' for split in pairs)}"
+
+
+def _scene():
+    """An image uint8 `[128, 128, 3]` of soft blobs, and a mask of one large object."""
+    image = Image.fromarray(RNG.integers(0, 256, (16, 16, 3), np.uint8)).resize((128, 128), Image.Resampling.BICUBIC)
+    mask = np.zeros((128, 128), np.uint8)
+    mask[20:60, 30:90] = 1
+    return np.asarray(image), mask
+
+
+def test_the_verdict_tells_duplicates_lost_objects_and_missing_classes(tmp_path):
+    train = {f"t{k:02}": _scene() for k in range(12)}
+    validation = {f"v{k}": _scene() for k in range(6)}
+    train["t00"][1][[100, 110, 120], [100, 110, 120]] = 1  # the resize picks odd rows and columns
+    train["t05"][1][100:120, 20:40] = 2
+    image, mask = train["t01"]
+    train |= {"twice": (image, mask), "contradiction": (image, mask.T)}
+    image, mask = train["t02"]
+    validation["copy"] = np.rot90(Image.fromarray(image).reduce(2)), np.rot90(mask[::2, ::2])
+    blank = np.full((128, 128, 3), 9, np.uint8)  # of which there may be many
+    train["blank1"], validation["blank2"] = (blank, mask), (blank, mask.T)
+    lists = _write_pairs(tmp_path / "data", {"train": train, "validation": validation})
+    labels = "--config.data.labels=('0 background','1 cell','2 dirt')"
+    flags = (lists, labels, "--config.data.size=(64,64)")
+    shown = _run(tmp_path / "data", *flags, workdir=tmp_path / "run")
+    assert shown.returncode == 1 and "Traceback" not in shown.stderr, shown.stderr
+    *lines, fault, missing, lost, copies, verdict = shown.stdout.splitlines()
+    contradicting = "contradicting masks: the same image has different labels"
+    assert fault == f"FAULT     {contradicting}: train t01, train twice, train contradiction"
+    assert missing.startswith("warning   in no validation image, so not scored: 'dirt'. ")
+    assert lost.startswith(
+        "warning   objects lost when images are resized to 64x64: 'cell' 3 of 26 (up to 1 px), e.g. "
+    )
+    assert "train t00: choose a larger --config.data.size" in lost
+    assert copies.startswith("warning   1 image(s) are near-duplicates of one in another split, e.g. train t02 and ")
+    assert verdict == "1 fault(s)"
+    row = next(line for line in lines if line.startswith("cell"))
+    assert row.split()[6:] == ["26", "1", "px", "3", "train", "t00"]
+    assert max(map(len, lines)) <= 120
+
+    result = _run(tmp_path / "data", *flags, "--json", workdir=tmp_path / "run")
+    assert result.returncode == 1
+    found = json.loads(result.stdout)
+    assert [f"FAULT     {text}" for text in found["faults"]] == [fault]
+    assert [f"warning   {text}" for text in found["warnings"]] == [missing, lost, copies]
+    assert found["verdict"] == verdict and found["splits"]["train"] == {"pairs": 15, "usable": 15}
+    (copy,) = found["near_duplicates"]
+    assert (copy["first"], copy["second"]) == ("train t02", "validation copy") and copy["distance"] <= 12
+    assert found["sheet"] == str(tmp_path / "run.check.png")
+    _, cell, dirt = found["classes"]
+    assert (cell["objects"], cell["lost"], cell["smallest_in"]) == (26, 3, "train t00")
+    assert dirt["splits"]["train"]["images"] == 1 and dirt["splits"]["validation"]["images"] == 0
+
+
+def test_json_is_alone_on_standard_output_and_for_this_mode_only(tmp_path):
+    pairs = {"train": {"a": _scene(), "b": _scene()}, "validation": {"c": _scene()}}
+    root = tmp_path / "data"
+    shown = _run(root, _write_pairs(root, pairs), "--json", workdir=tmp_path / "run")
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["verdict"] == "OK, with 2 warning(s)" and found["faults"] == []
+    assert "only 2 training image(s)" in found["warnings"][0] and "only 1 validation" in found["warnings"][1]
+    assert "Labels, as guessed from the masks" in shown.stderr
+    refused = run_main("--mode=eval", "--json", f"--workdir={tmp_path}")
+    assert refused.returncode == 1 and "--json is for --mode=check, not for --mode=eval" in refused.stderr

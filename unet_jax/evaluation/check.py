@@ -1,41 +1,39 @@
-"""`--mode=check`: reads all images and labels once and lists what is wrong with them, before any training."""
+"""`--mode=check`: reads all images and labels once and says what a training would see, and what is wrong with it."""
 
 import collections
-import hashlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from unet_jax import data, models
-from unet_jax.data import colors, images, windows
-from unet_jax.errors import UserError, escape_line
-from unet_jax.evaluation import pictures
+from unet_jax.data import images, windows
+from unet_jax.errors import UserError
+from unet_jax.evaluation import check_sheet, check_text, duplicates, evaluate, inspection
+from unet_jax.evaluation.inspection import Example
+from unet_jax.inference import normalization
 from unet_jax.parallel.processes import print_on_main
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-SHOWN = 24  # pictures on the contact sheet
 SPLITS = ("train", "validation")  # and "test", if a third list names its images
+FEW_TRAINING, FEW_VALIDATION = 10, 5  # images, below which a warning is due
+LOST = 0.05  # share of the objects of a class that may be lost before a warning is due: masks have specks
+LISTED = 4  # classes in the warning about them
+SHIFT = 0.1  # relative change of the share of a class by the resize, above which it is told
+
+Facts = dict[str, Any]  # JSON values, as `--json` prints them
 
 
-class Example(NamedTuple):
-    """One example; if it has a fault, nothing is known of its image."""
-
-    split: str
-    index: int  # in the split
-    name: str  # of the split and the example
-    fault: str = ""  # what is wrong with it; empty if nothing is
-    size: tuple[int, int] = (0, 0)  # height and width of the image
-    pixels: np.ndarray = np.zeros(0)  # of each class, and ignored ones, int64 `[K + 1]`
-    digest: bytes = b""  # of the image
-
-
-def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
+def check(config: "ConfigDict", sheet: epath.PathLike, as_json: bool = False) -> bool:
     """Prints what a training with `config` would find, and draws the PNG `sheet`; returns whether there are no faults.
+
+    With `as_json`, standard output is one JSON object; what else would be printed goes to standard error.
 
     Raises:
       UserError: there are no images, the configuration does not fit them, or the sheet cannot be written.
@@ -50,122 +48,202 @@ def check(config: "ConfigDict", sheet: epath.PathLike) -> bool:
         raise UserError(f"{sheet} cannot be written: {error}. Choose another --workdir") from error
     if not config.data.size:
         windows.check_size(config.augment.crop)
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        facts = _find(config, sheet)
+    if as_json:
+        print_on_main(json.dumps(facts, indent=1))
+    else:
+        print_on_main("\n".join(check_text.lines(facts)))
+    return not facts["faults"]
+
+
+def _find(config: "ConfigDict", sheet: epath.Path) -> Facts:
+    """Reads everything and draws the sheet."""
     data.infer_settings(config.data, print_on_main)
     lists = config.data.lists
     has_test = len(lists) == 3 and (epath.Path(config.data.root) / lists[2]).exists()
     splits = (*SPLITS, "test") if has_test else SPLITS
     sources = {split: data.load_with_faults(config.data, split) for split in splits}
     classes = sources["train"].classes
-    places = [(source, split, index) for split, source in sources.items() for index in range(len(source))]
-    examples = images.map_parallel(lambda place: _inspect(*place), places, "Checking")
+    places = [(source, split, index, config.data) for split, source in sources.items() for index in range(len(source))]
+    examples = images.map_parallel(lambda place: inspection.inspect(*place), places, "Checking")
     good = [example for example in examples if not example.fault]
     faults = list(dict.fromkeys(fault for source in sources.values() for fault in source.faults))
     faults += [example.fault for example in examples if example.fault]
-    faults += _duplicates(good)
-
-    counts = ", ".join(f"{sum(example.split == split for example in good)} {split}" for split in splits)
-    print_on_main(f"checked   {len(examples)} pairs; usable: {counts}")
-    if good:
-        _print_sizes(config, classes, good)
-        _print_labels(classes, good)
-        _draw_sheet(sources, good, classes, sheet)
-    for fault in faults:
-        print_on_main(f"FAULT     {escape_line(fault)}")
-    print_on_main(f"{len(faults)} fault(s)" if faults else "OK")
-    return not faults
-
-
-def _inspect(source: data.Source, split: str, index: int) -> Example:
-    name = f"{split} {source.ids[index]}"
-    try:
-        image, label = source[index]
-    except UserError as error:
-        return Example(split, index, name, str(error))
-    pixels = np.zeros(len(source.classes.names) + 1, np.int64)
-    if source.classes.task == "multilabel":
-        pixels[:-1] = (label == 1).sum((0, 1))
+    contradictions, notes = duplicates.same_images(good)
+    faults += contradictions
+    copies = []
+    if len(good) > duplicates.MAX_COMPARED:
+        notes.append(f"more than {duplicates.MAX_COMPARED} images: not searched for near-duplicates")
     else:
-        values = np.bincount(label.ravel(), minlength=256)
-        pixels[:-1] = values[: len(pixels) - 1]
-        pixels[-1] = values[source.classes.ignore_label]
-        if pixels[-1] == label.size:
-            return Example(split, index, name, f"{name}: every pixel of its label is ignored")
-    digest = hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).digest()
-    return Example(split, index, name, "", image.shape[:2], pixels, digest)
+        copies = duplicates.near_copies(good)
+
+    facts = {
+        "splits": {
+            split: {"pairs": len(source), "usable": sum(example.split == split for example in good)}
+            for split, source in sources.items()
+        },
+        **_sizes(config, classes, good),
+        "channels": classes.channels,
+        "dtype": classes.dtype,
+        "values": _values(config, sources["train"], faults),
+        "task": classes.task,
+        "classes": [_describe_class(k, name, good, splits) for k, name in enumerate(classes.names)],
+        "ignored": _describe_pixels(len(classes.names), good, splits),
+        "near_duplicates": [
+            {"first": copy.first.name, "second": copy.second.name, "distance": copy.distance} for copy in copies
+        ],
+        "faults": faults,
+    }
+    facts["warnings"], more = _judge(facts, good, copies)
+    facts["notes"] = notes + more
+    count = len(facts["warnings"])
+    verdict = f"{len(faults)} fault(s)" if faults else "OK" + f", with {count} warning(s)" * (count > 0)
+    if good:
+        check_sheet.draw(sources, good, copies, classes, config.data.show, sheet)
+    return {**facts, "sheet": str(sheet) if good else None, "verdict": verdict}
 
 
-def _duplicates(good: Sequence[Example]) -> list[str]:
-    """A fault for each image that is in more than one split: its score would measure memory, not generalisation."""
-    same = collections.defaultdict(list)
-    for example in good:
-        same[example.digest].append(example)
-    return [
-        f"the same image is in more than one split: {', '.join(example.name for example in found)}"
-        for found in same.values()
-        if len({example.split for example in found}) > 1
-    ]
+def _values(config: "ConfigDict", source: data.Source, faults: Sequence[str]) -> Facts | None:
+    """What values the training images hold, as the training finds them, if it needs to know and can read them."""
+    if faults or not normalization.needs_values(config.data, source.classes):
+        return None
+    return evaluate.open_images(source, config, source.classes).values()
 
 
-def _print_sizes(config: "ConfigDict", classes: data.Classes, good: Sequence[Example]) -> None:
-    """Sizes and channels of the images, and how much the network pads them."""
+def _describe_class(k: int, name: str, good: Sequence[Example], splits: Sequence[str]) -> Facts:
+    """Shares, images and objects of a class."""
+    having = [example for example in good if example.objects.count[k]]
+    losing = sorted((e for e in good if e.objects.lost[k]), key=lambda e: -e.objects.lost[k])
+    smallest = min(having, key=lambda e: e.objects.smallest[k], default=None)
+    return {
+        "id": k,
+        "name": name,
+        "splits": _describe_pixels(k, good, splits),
+        "objects": int(sum(e.objects.count[k] for e in having)),  # in all splits; none of the background
+        "smallest": int(smallest.objects.smallest[k]) if smallest else None,
+        "smallest_in": smallest.name if smallest else None,
+        "lost": int(sum(e.objects.lost[k] for e in losing)),
+        "largest_lost": int(max((e.objects.largest_lost[k] for e in losing), default=0)),
+        "most_lost_in": [e.name for e in losing[:2]],
+    }
+
+
+def _describe_pixels(row: int, good: Sequence[Example], splits: Sequence[str]) -> Facts:
+    """For each split, the share of a class, or of ignored pixels, and the number of images that have any."""
+    facts = {}
+    for split in splits:
+        chosen = [example for example in good if example.split == split]
+        shares = {}
+        for key, counts in (("share", [e.pixels for e in chosen]), ("share_in_training", [e.seen for e in chosen])):
+            total = np.sum(counts, 0) if counts else np.zeros(row + 1)
+            shares[key] = float(total[row] / max(total.sum(), 1))
+        facts[split] = {**shares, "images": sum(int(e.pixels[row] > 0) for e in chosen)}
+    return facts
+
+
+def _sizes(config: "ConfigDict", classes: data.Classes, good: Sequence[Example]) -> Facts:
+    """Sizes of the images, at which size training sees them, and how much the network pads them."""
     model = models.create(num_outputs=classes.num_outputs, **config.model)
     sizes = collections.Counter(example.size for example in good)
-    shown = ", ".join(f"{w}x{h}: {count}" for (h, w), count in sizes.most_common(6))
     height, width = tuple(config.data.size) or tuple(config.augment.crop)
-    kept = "kept" if config.data.scale == 1 else f"scaled by {config.data.scale:g}"
-    becomes = f"resized to {width}x{height}" if config.data.size else f"{kept}, seen in windows of {width}x{height}"
-    print_on_main(f"sizes     {shown}{', ...' if len(sizes) > 6 else ''} (width x height); {becomes}")
-    print_on_main(f"channels  {classes.channels}")
     rows, columns = map(sum, model.margins((height, width)))
-    mirrored = f"mirrored up to {width + columns}x{height + rows}" if rows or columns else "not padded"
-    if not config.data.size:
-        scaled = [images.scaled_size(example.size, config.data.scale) for example in good]
-        small = sum(h < height or w < width for h, w in scaled)
-        if small:
-            print_on_main(f"note      {small} of {len(good)} images are smaller than a window: mirrored up to it")
-    padded = sum(count for size, count in sizes.items() if any(map(sum, model.margins(size))))
-    print_on_main(
-        f"network   {width}x{height} is {mirrored}; at their own size {padded} of {len(good)} images are mirrored at "
-        "their borders"
-    )
+    scaled = [images.scaled_size(example.size, config.data.scale) for example in good]
+    return {
+        "sizes": [{"height": h, "width": w, "images": count} for (h, w), count in sizes.most_common()],
+        "training": {
+            "height": height,
+            "width": width,
+            "windows": not config.data.size,  # of the images, rather than all of them resized
+            "scale": config.data.scale,
+            "padded_height": height + rows,
+            "padded_width": width + columns,
+            "smaller_than_window": 0 if config.data.size else sum(h < height or w < width for h, w in scaled),
+        },
+        "padded_at_own_size": sum(count for size, count in sizes.items() if any(map(sum, model.margins(size)))),
+    }
 
 
-def _print_labels(classes: data.Classes, good: Sequence[Example]) -> None:
-    """A line for each class: its share of the pixels, and how many images it is in."""
-    none = np.zeros((0, len(classes.names) + 1), np.int64)
-    pixels = {split: np.array([e.pixels for e in good if e.split == split] or none) for split in SPLITS}
-    totals = {split: counts.sum(0) for split, counts in pixels.items()}
-    holding = {split: (counts > 0).sum(0) for split, counts in pixels.items()}
-    names = (*classes.names, "ignored")
-    width = max(map(len, names))
-    print_on_main(f"{'class':{width}}  id   share of training  in images   share of validation  in images")
-    for row, name in enumerate(names):
-        if name == "ignored" and not any(total[row] for total in totals.values()):
-            continue
-        index = row if row < len(classes.names) else classes.ignore_label
-        (a, b), (c, d) = ((totals[s][row] / max(totals[s].sum(), 1), holding[s][row]) for s in SPLITS)
-        print_on_main(f"{name:{width}}  {index:3}  {a:17.3%}  {b:9}   {c:19.3%}  {d:9}")
-    for row, name in enumerate(classes.names):
-        if not totals["train"][row]:
-            print_on_main(f"note      {name!r} is in no training image: it cannot be learned")
-        elif not totals["validation"][row]:
-            print_on_main(f"note      {name!r} is in no validation image: it will not be scored")
+def _judge(facts: Facts, good: Sequence[Example], copies: Sequence[duplicates.NearCopy]) -> tuple[list[str], list[str]]:
+    """Warnings, each with its remedy, and notes, which need no action."""
+    warnings, notes = [], []
+    training, rows = facts["training"], facts["classes"]
+    pairs = {split: found["pairs"] for split, found in facts["splits"].items()}
+    if pairs["train"] < FEW_TRAINING:
+        warnings.append(f"only {pairs['train']} training image(s): expect poor results on new images. Label more")
+    if pairs["validation"] < FEW_VALIDATION:
+        warnings.append(
+            f"only {pairs['validation']} validation image(s): scores will depend on which these are. Hold out more by "
+            "--config.data.validation or --config.data.lists, or label more"
+        )
+    if not good:
+        return warnings, notes
+    absent = [row["name"] for row in rows if not row["splits"]["train"]["images"]]
+    if absent:
+        warnings.append(
+            f"in no training image, so not learned: {_quoted(absent)}. Add images that show it, or move some here from "
+            "another split (--config.data.lists)"
+        )
+    unscored = [r["name"] for r in rows if r["name"] not in absent and not r["splits"]["validation"]["images"]]
+    if unscored:
+        warnings.append(
+            f"in no validation image, so not scored: {_quoted(unscored)}. Choose the validation images by "
+            "--config.data.lists, or hold out more by --config.data.validation"
+        )
+    found, remedy = _lost_objects(rows, training)
+    warnings += [f"{found}: {remedy}"] if remedy else []
+    notes += [found] if found and not remedy else []
+    if copies:
+        shown = "; ".join(f"{copy.first.name} and {copy.second.name}" for copy in copies[:2])
+        warnings.append(
+            f"{len(copies)} image(s) are near-duplicates of one in another split, e.g. {shown}: remove them, or keep "
+            "them in one split (--config.data.group, --config.data.lists)"
+        )
+    flat = [example.name for example in good if not example.hashes.contrast]
+    if flat:
+        notes.append(f"{len(flat)} image(s) have one value throughout, e.g. {flat[0]}")
+    if training["smaller_than_window"]:
+        notes.append(
+            f"{training['smaller_than_window']} of {len(good)} images are smaller than a window: mirrored up to it"
+        )
+    shifted = [
+        f"{row['name']} {found['share']:.3%} -> {found['share_in_training']:.3%}"
+        for row in rows
+        if abs((found := row["splits"]["train"])["share_in_training"] - found["share"]) > SHIFT * found["share"]
+    ]
+    if shifted:
+        notes.append(f"shares of the training pixels change {_resized(training)}: {', '.join(shifted)}")
+    return warnings, notes
 
 
-def _draw_sheet(
-    sources: Mapping[str, data.Source], good: Sequence[Example], classes: data.Classes, sheet: epath.Path
-) -> None:
-    """A contact sheet of images spread over all splits, under the colours of their labels."""
+def _lost_objects(rows: Sequence[Facts], training: Facts) -> tuple[str, str]:
+    """Which classes lose objects, most of them first, and the remedy; empty if there are none, or only a few specks."""
 
-    def small_overlay(example):
-        image, label = sources[example.split][example.index]
-        factor = min(200 / max(image.shape[:2]), 1)
-        overlay = Image.fromarray(colors.overlay(image, label, classes))
-        small = overlay.resize([max(1, round(n * factor)) for n in overlay.size], Image.Resampling.BOX)
-        return example.name, np.asarray(small)
+    share = lambda row: row["lost"] / row["objects"]
+    losing = [row for row in rows if row["lost"]]
+    serious = [row for row in losing if share(row) > LOST]
+    chosen = sorted(serious or losing, key=share, reverse=True)
+    if not chosen:
+        return "", ""
+    parts = [
+        f"{row['name']!r} {'all' if row['lost'] == row['objects'] else row['lost']} of {row['objects']} (up to "
+        f"{row['largest_lost']} px), e.g. in {row['most_lost_in'][0]}"
+        for row in chosen[:LISTED]
+    ]
+    more = f"; and of {len(chosen) - LISTED} more classes" if len(chosen) > LISTED else ""
+    text = f"objects lost {_resized(training)}: {'; '.join(parts)}{more}"
+    if not serious:
+        return text, ""
+    if training["windows"]:
+        return text, f"raise --config.data.scale ({training['scale']:g})"
+    return text, 'choose a larger --config.data.size, or --config.data.size="()" --config.augment.crop="(256,256)"'
 
-    chosen = [good[i] for i in pictures.spread(SHOWN, len(good))]
-    picture = pictures.contact_sheet(images.map_parallel(small_overlay, chosen, "Drawing"), classes)
-    with sheet.open("wb") as file:
-        picture.save(file, "PNG")
-    print_on_main(f"look at   {sheet}")
+
+def _resized(training: Facts) -> str:
+    if training["windows"]:
+        return f"when images are scaled by {training['scale']:g}"
+    return f"when images are resized to {training['width']}x{training['height']}"
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
