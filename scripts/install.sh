@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: scripts/install.sh [EXTRA ...]   (extras of setup.cfg: test, notebook, convert, export, pretrained, cuda12, cuda13, tpu)
+# Usage: scripts/install.sh [EXTRA ...]   (extras of setup.cfg: test, notebook, convert, export, geo, pretrained, cuda12, cuda13, tpu)
 # Makes .venv and installs the project in it, editable. Does nothing when it was already done with this setup.cfg.
 set -euo pipefail
 cd "$(dirname "$0")/.."

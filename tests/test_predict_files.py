@@ -113,6 +113,21 @@ def test_overlapping_masks_are_written_one_file_each(config, tmp_path):
     assert json.loads((tmp_path / "out/predictions.json").read_text())["threshold"] == threshold
 
 
+def test_photos_that_are_to_be_turned_are_named(config, tmp_path, capsys):
+    path, exif = helpers.save_untrained(tmp_path / "run", config), Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    Image.fromarray(RNG.integers(0, 256, (40, 60), np.uint8)).save(tmp_path / "in/a.png", exif=exif)
+    predict.predict_files(path, str(tmp_path / "in"), tmp_path / "stored")
+    assert "EXIF data of 1 photo(s) say they are rotated" in capsys.readouterr().out
+    assert read_image(tmp_path / "stored/a.png").shape == (40, 60)
+    config.data.orientation = "upright"
+    path = helpers.save_untrained(tmp_path / "upright run", config)
+    predict.predict_files(path, str(tmp_path / "in"), tmp_path / "upright")
+    assert "rotated" not in capsys.readouterr().out
+    assert read_image(tmp_path / "upright/a.png").shape == (60, 40)
+
+
 @pytest.mark.slow
 def test_a_binary_network_on_a_folder_of_16_bit_images(tmp_path, capsys):
     config = folder.get_config()
@@ -148,6 +163,8 @@ def test_a_binary_network_on_a_folder_of_16_bit_images(tmp_path, capsys):
         (dict(output="full/note.txt"), "cannot be written"),
         (dict(inputs="clash"), "two outputs would be called x_probability_circle.png"),
         (dict(tta="flip"), "Did you mean 'flips'"),
+        (dict(vector="gpgk"), "--vector = 'gpgk' is not one of.*Did you mean 'gpkg'"),
+        (dict(vector="gpkg"), "--vector=gpkg is for GeoTIFF files, .*; a.png does not"),
         (dict(inputs="twins"), "would be written to the same file"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -196,18 +213,18 @@ def test_every_file_is_predicted_or_listed(trained, tmp_path, capsys):
     picture = RNG.integers(0, 256, (48, 48), np.uint8)
     for suffix in (".png", ".jpg", ".tif", ".gif", ".bmp", ".webp", ".jp2"):
         save_image(picture, tmp_path / f"in/{suffix[1:]}{suffix}")
-    np.save(tmp_path / "in/array.npy", picture)
+    np.save(tmp_path / "in/npy.npy", picture)
     for name in ("phone.heic", "scan.nii.gz", "notes.txt", "form.pdf"):
         (tmp_path / "in" / name).write_text("")
-    with pytest.raises(UserError, match="3 of 10 files could not be predicted") as error:
+    with pytest.raises(UserError, match="2 of 10 files could not be predicted") as error:
         predict.predict_files(trained, str(tmp_path / "in"), tmp_path / "out")
-    for name in ("array.npy", "phone.heic", "scan.nii.gz"):
+    for name in ("phone.heic", "scan.nii.gz"):
         assert f"{tmp_path}/in/{name}: .{name.split('.')[-1]} files are not supported" in str(error.value)
     printed = capsys.readouterr().out
-    assert "left alone, as they are no images: form.pdf, notes.txt" in printed and "7 of 7 images predicted" in printed
+    assert "left alone, as they are no images: form.pdf, notes.txt" in printed and "8 of 8 images predicted" in printed
     made = json.loads((tmp_path / "out/predictions.json").read_text())
-    assert len(made["shares"]) == 7 and len(made["failures"]) == 3 and "unfinished" not in made
-    for suffix in ("png", "tif", "bmp"):  # lossless: the same label
+    assert len(made["shares"]) == 8 and len(made["failures"]) == 2 and "unfinished" not in made
+    for suffix in ("png", "tif", "bmp", "npy"):  # lossless: the same label
         np.testing.assert_array_equal(read_image(tmp_path / f"out/{suffix}.png"), read_image(tmp_path / "out/png.png"))
 
 

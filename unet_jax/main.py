@@ -34,6 +34,9 @@ _MODE = flags.DEFINE_enum(
     "check: look for faults in all images and labels; plan: what a training step needs on these devices; train: train, "
     "or resume; eval: score a work directory; report: write its report.html; predict: label image files with it.",
 )
+_JSON = flags.DEFINE_bool(
+    "json", False, "check: print one JSON object on standard output, and all else on standard error."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -73,12 +76,22 @@ flags.DEFINE_enum(
     "interpolation", "bilinear", ["bilinear", "nearest"], "predict: of probabilities back to the image's own size."
 )
 flags.DEFINE_enum(
-    "probabilities", "none", ["none", "png", "npy"], "predict: also 16-bit PNG files, or float32 [H, W, K] NumPy files."
+    "probabilities",
+    "none",
+    ["none", "png", "npy"],
+    "predict: also 16-bit PNG files, or float32 [H, W, K] NumPy files; of a GeoTIFF, either way 16-bit GeoTIFF files.",
+)
+flags.DEFINE_enum(
+    "vector",
+    "none",
+    ["none", "gpkg", "geojson"],
+    "predict: of GeoTIFF files also a polygon for each region of a class, with its area, as GeoPackage or GeoJSON.",
 )
 flags.DEFINE_float("threshold", 0.5, "predict: the probability above which a sigmoid predicts its class.")
-_PREDICT_OPTIONS = ("scale", "interpolation", "probabilities", "threshold")
+_PREDICT_OPTIONS = ("scale", "interpolation", "probabilities", "threshold", "vector")
 _FLAG_MODES = {  # flag -> the modes that it is for
     "config": ("train", "check", "plan"),
+    "json": ("check",),
     **dict.fromkeys(("coordinator", "num_processes", "process_id"), ("train", "eval")),
     "memory_gib": ("plan",),
     "step": ("eval", "report", "predict"),
@@ -152,7 +165,7 @@ def _run() -> None:
     elif mode == "check":
         from unet_jax.evaluation import check
 
-        if not check.check(_CONFIG.value, f"{workdir.rstrip('/')}.check.png"):
+        if not check.check(_CONFIG.value, f"{workdir.rstrip('/')}.check.png", _JSON.value):
             sys.exit(1)
     elif mode == "plan":
         from unet_jax.training import plan

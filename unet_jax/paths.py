@@ -16,7 +16,8 @@ from etils.epath import gpath
 from unet_jax.errors import UserError, escape_line
 
 LONGEST = 255  # bytes of a file name, on all usual file systems
-_FILES = (".png", ".jpg", ".npy", ".json")  # endings of files that are named after data; no folder beside them has one
+# Endings of files that are named after data; no folder beside them has one.
+_FILES = (".png", ".jpg", ".npy", ".json", ".tif", ".gpkg", ".geojson")
 _MARK = re.compile("~[0-9a-f]{16}$")
 
 

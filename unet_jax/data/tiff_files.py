@@ -112,7 +112,7 @@ def _nodata(page) -> float | None:
     except ValueError:
         return None
     dtype = np.dtype(page.dtype)
-    if math.isnan(value) or dtype.kind == "f":
+    if dtype.kind == "f":
         return value
     limits = np.iinfo(dtype) if dtype.kind in "iu" else None
-    return value if limits and limits.min <= value <= limits.max and value.is_integer() else None
+    return value if limits and limits.min <= value <= limits.max and value.is_integer() else None  # nor is NaN

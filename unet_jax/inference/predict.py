@@ -1,15 +1,16 @@
 """`--mode=predict`: image files of any size in, label files of the same size out; needs the work directory alone."""
 
 import functools
+from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
 
 from unet_jax import data, paths
-from unet_jax.data import images
+from unet_jax.data import reading
 from unet_jax.data.source import shorten
 from unet_jax.errors import UserError, check_choice
-from unet_jax.inference import forward, prediction_files, resize, trained
+from unet_jax.inference import forward, polygons, prediction_files, resize, scene_files, scenes, trained
 from unet_jax.parallel import processes
 from unet_jax.workdir import files
 
@@ -27,6 +28,7 @@ def predict_files(
     interpolation: str = "bilinear",
     probabilities: str = "none",
     threshold: float = 0.5,
+    vector: str = "none",
 ) -> None:
     """Predicts image files.
 
@@ -37,6 +39,12 @@ def predict_files(
       a/x_probability_<class>.png  16 bits, 65535 is 1; or x_probability.npy, float32 `[H, W, K]`; if wanted
       predictions.json             the settings, the share of each class in each image, the size (height, width) at
                                    which it was predicted, and which files could not be
+    A TIFF with a georeference, which needs the extra `geo`, may be larger than the memory, unless it must be resized:
+      a/x.tif                      the label: a GeoTIFF as the image, 255 where that has no data; for a multilabel task
+                                   one file `x_<class>.tif` for each, 0 and 1
+      a/x_overlay.jpg              a preview
+      a/x_probability_<class>.tif  16 bits, 65535 is 1; if wanted, as `png` or as `npy`
+      a/x.gpkg, a/x.geojson        polygons, if wanted, of all classes but the background; see `polygons.write`
     If it is stopped, the same command goes on.
 
     Args:
@@ -51,10 +59,11 @@ def predict_files(
       interpolation: of probabilities to the size of the image, one of `resize.INTERPOLATION`.
       probabilities: `none`, `png` or `npy`.
       threshold: of the probability of a sigmoid.
+      vector: one of `polygons.FORMATS`; all images must be georeferenced.
 
     Raises:
-      UserError: no images; an output that would overwrite something; or, after all others are predicted, images that
-        cannot be read.
+      UserError: no images; one that does not go with the options; an output that would overwrite something; or, after
+        all others are predicted, images that cannot be read.
     """
     import tqdm
 
@@ -63,8 +72,12 @@ def predict_files(
     if tta is not None:
         check_choice("--tta", tta, forward.TTA)
     check_choice("--scale", scale, resize.SCALES)
+    check_choice("--vector", vector, polygons.FORMATS)
     output = epath.Path(output)
     image_files, others = prediction_files.find(inputs, output)
+    georeferenced = _find_georeferenced(image_files, vector)
+    if georeferenced:
+        paths.check_utf8("--output", output)
     network = trained.load(path, step)
     network.predicted_size(network.size, scale)  # an error, if it has no size to fit
     classes = network.classes
@@ -83,33 +96,54 @@ def predict_files(
         "interpolation": interpolation,
         "threshold": threshold if sigmoid else None,
         "probabilities": probabilities,
+        "vector": None if vector == "none" else vector,  # as where older versions were stopped
         "classes": classes.names,
     }
     done = prediction_files.claim(output, image_files, classes, settings)
     processes.print_on_main(
         f"{path}, step {network.step}: {len(image_files)} image(s), {_describe(network, scale)}; "
-        f"test-time augmentation {tta}" + (f"; threshold {threshold}" if sigmoid else "")
+        f"test-time augmentation {tta}"
+        + (f"; threshold {threshold}" if sigmoid else "")
+        + (f"; {len(georeferenced)} georeferenced: GeoTIFF" if georeferenced else "")
     )
     if done:
         processes.print_on_main(f"{len(done)} already predicted by the run that was stopped")
 
-    shares, resized, far, failures = {}, {}, [], [_reason(file) for file in others if images.is_other_format(file)]
+    predict_bands = functools.partial(network.predict_bands, scale=scale, tta=tta, interpolation=interpolation)
+
+    turned = []  # photos that are to be turned, as their EXIF data say
+
+    def write_image(file, place, is_done):
+        if is_done:
+            label = prediction_files.read_label(place, classes)
+        else:
+            image = network.read_image(file)
+            if network.config.data.orientation == "as_stored" and reading.read_header(file).orientation != 1:
+                turned.append(file)
+            picture, bands = network.picture(image), predict_bands(image)
+            label = prediction_files.write(place, picture, bands, classes, threshold, probabilities)
+        return label.shape[:2], _shares(label, classes)
+
+    def write_scene(file, place, is_done):
+        with scenes.opened(file, network) as scene:
+            if not is_done:
+                polygons.check(scene, vector)
+                bands, picture = predict_bands(scene.for_prediction(scale)), network.picture(scene.preview[0])
+                options = threshold, probabilities != "none", vector
+                scene_files.write(place, scene, bands, picture, classes, *options)
+            return scene.shape[:2], scene_files.shares(place, classes)
+
+    shares, resized, far, failures = {}, {}, [], [_reason(file) for file in others if reading.is_other_format(file)]
     for name, file in tqdm.tqdm(image_files.items(), "Predicting", unit=" images", disable=None):
         place = functools.partial(paths.file_below, output, name)
         try:
-            if name in done:
-                label = prediction_files.read_label(place, classes)
-            else:
-                image = network.read_image(file)
-                bands = network.predict_bands(image, scale, tta, interpolation)
-                label = prediction_files.write(place, image, bands, classes, threshold, probabilities)
+            write = write_scene if name in georeferenced else write_image
+            size, shares[str(file)] = write(file, place, name in done)
         except UserError as error:
             failures.append(str(error))
             continue
         except OSError as error:
             raise UserError(f"--output={output}: cannot write the prediction of {file}: {error}") from error
-        size = label.shape[:2]
-        shares[str(file)] = _shares(label, classes)
         new = network.predicted_size(size, scale)
         resized[str(file)] = {"size": size, "predicted_at": new, "in_tiles": new != network.size}
         if network.config.data.size:
@@ -133,12 +167,37 @@ def predict_files(
         processes.print_on_main(
             "Some are larger than any training image. If they show no more than those, only in more detail: --scale=fit"
         )
-    ignored = [file.name for file in others if not images.is_other_format(file)]
+    if turned:
+        processes.print_on_main(
+            f"note: the EXIF data of {len(turned)} photo(s) say they are rotated, e.g. {turned[0]}. They were "
+            "predicted as they are stored, as in training (config.data.orientation)"
+        )
+    ignored = [file.name for file in others if not reading.is_other_format(file)]
     if ignored:
         processes.print_on_main(f"left alone, as they are no images: {shorten(ignored)}")
     if failures:
         shown = "".join(f"\n  {failure}" for failure in failures)
         raise UserError(f"{len(failures)} of {len(shares) + len(failures)} files could not be predicted:{shown}")
+
+
+def _find_georeferenced(image_files: Mapping[str, epath.Path], vector: str) -> set[str]:
+    """The names of the images that are georeferenced; a `UserError` if they cannot be read, or others made polygons."""
+    found = {name for name, file in image_files.items() if scenes.is_georeferenced(file)}
+    if found:
+        try:
+            scenes.optional("rasterio")
+        except UserError as error:
+            example = image_files[min(found)]
+            raise UserError(f"{example} is georeferenced, which its prediction would lose: {error}") from error
+    if vector != "none":
+        plain = [file for name, file in image_files.items() if name not in found]
+        if plain:
+            raise UserError(
+                f"--vector={vector} is for GeoTIFF files, which say where on the map they are; {plain[0]} does not: "
+                "leave out --vector, or the file"
+            )
+        scenes.optional("geopandas")
+    return found
 
 
 def _reason(file: epath.Path) -> str:

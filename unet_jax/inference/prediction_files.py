@@ -1,6 +1,7 @@
 """The files of `--mode=predict`: which images are meant, and what is written of each."""
 
 import collections
+import functools
 import glob
 import json
 import os
@@ -12,7 +13,7 @@ from etils import epath
 from PIL import Image
 
 from unet_jax import data, paths
-from unet_jax.data import colors, images
+from unet_jax.data import colors, images, reading
 from unet_jax.errors import UserError
 from unet_jax.inference import forward
 from unet_jax.workdir import files as workdir_files
@@ -36,7 +37,7 @@ def find(inputs: str, output: epath.Path) -> tuple[dict[str, epath.Path], list[e
         root, pattern = _split_pattern(inputs)
         candidates = [root / file for file in glob.glob(pattern, root_dir=root, recursive=True)]
     files = sorted(file for file in candidates if not file.name.startswith(".") and file.is_file())
-    candidates = [file for file in files if file.suffix.lower() in images.SUFFIXES]
+    candidates = [file for file in files if file.suffix.lower() in reading.SUFFIXES]
     found: dict[str, epath.Path] = {}
     for file, relative in zip(candidates, paths.names_below(root, candidates), strict=True):
         name = os.path.splitext(relative)[0]
@@ -46,8 +47,8 @@ def find(inputs: str, output: epath.Path) -> tuple[dict[str, epath.Path], list[e
             raise UserError(f"--output={output} holds the inputs, and would overwrite them: choose another folder")
         found[name] = file
     if not found:
-        raise UserError(f"--input={inputs} names no image ({', '.join(images.SUFFIXES)})")
-    return found, [file for file in files if file.suffix.lower() not in images.SUFFIXES]
+        raise UserError(f"--input={inputs} names no image ({', '.join(reading.SUFFIXES)})")
+    return found, [file for file in files if file.suffix.lower() not in reading.SUFFIXES]
 
 
 def _split_pattern(inputs: str) -> tuple[epath.Path, str]:
@@ -117,15 +118,16 @@ def _read_begun(file: epath.Path) -> dict[str, Any] | None:
 
 def _is_whole(output: epath.Path, name: str, classes: data.Classes) -> bool:
     """Whether all files of an image are there and the last, the overlay, was written to the end marker of JPEG."""
-    overlay, *others = (
-        paths.file_below(output, name, end) for end in (OVERLAY, *(f"{s}.png" for s in suffixes(classes)[0]))
-    )
-    return overlay.exists() and overlay.read_bytes()[-2:] == b"\xff\xd9" and all(file.exists() for file in others)
+    place = functools.partial(paths.file_below, output, name)
+    has_label = lambda suffix: any(place(f"{suffix}{kind}").exists() for kind in (".png", ".tif"))  # see `scene_files`
+    overlay = place(OVERLAY)
+    is_written = overlay.exists() and overlay.read_bytes()[-2:] == b"\xff\xd9"
+    return is_written and all(map(has_label, suffixes(classes)[0]))
 
 
 def write(
     place: Callable[[str], epath.Path],  # suffix -> file
-    image: np.ndarray,
+    picture: np.ndarray,
     bands: Iterable[tuple[slice, np.ndarray]],
     classes: data.Classes,
     threshold: float,
@@ -133,11 +135,12 @@ def write(
 ) -> np.ndarray:
     """Writes label, overlay (the last) and, if wanted, probabilities of an image; returns the label.
 
-    The `bands`, rows and their probabilities float32 `[rows, W, K]`, together cover the image.
+    The `picture` is the image as people see it, uint8 `[H, W, 1 or 3]`. The `bands`, rows and their probabilities
+    float32 `[rows, W, K]`, together cover the image.
     """
     label_suffixes, map_suffixes = suffixes(classes)
     place(".png").parent.mkdir(parents=True, exist_ok=True)
-    shape, maps = (*image.shape[:2], classes.num_outputs), None
+    shape, maps = (*picture.shape[:2], classes.num_outputs), None
     if probabilities == "npy":
         maps = np.lib.format.open_memmap(place("_probability.npy"), "w+", np.float32, shape)
     elif probabilities == "png":
@@ -150,25 +153,26 @@ def write(
 
     if classes.task == "multilabel":
         for k, suffix in enumerate(label_suffixes):
-            _save(label[..., k] * 255, place(f"{suffix}.png"))
+            save(label[..., k] * 255, place(f"{suffix}.png"))
     else:
-        _save(label, place(".png"), [part for color in classes.palette for part in color])
+        save(label, place(".png"), [part for color in classes.palette for part in color])
     if probabilities == "png":
         for k, suffix in enumerate(map_suffixes):
-            _save(maps[..., k], place(f"{suffix}.png"))
-    _save(colors.overlay(image, label, classes), place(OVERLAY))
+            save(maps[..., k], place(f"{suffix}.png"))
+    save(colors.overlay(picture, label, classes), place(OVERLAY))
     return label
 
 
 def read_label(place: Callable[[str], epath.Path], classes: data.Classes) -> np.ndarray:
     """The label that `write` wrote: uint8 `[H, W]`, or `[H, W, K]` if multilabel."""
     if classes.task != "multilabel":
-        return images.read_any(place(".png"), indices=True)
-    parts = [images.read_any(place(f"{suffix}.png")) for suffix in suffixes(classes)[0]]
+        return reading.read_any(place(".png"), indices=True)
+    parts = [reading.read_any(place(f"{suffix}.png")) for suffix in suffixes(classes)[0]]
     return np.stack([part > 0 for part in parts], -1).astype(np.uint8)
 
 
-def _save(pixels: np.ndarray, file: epath.Path, palette: Sequence[int] = ()) -> None:
+def save(pixels: np.ndarray, file: epath.Path, palette: Sequence[int] = ()) -> None:
+    """Writes a JPEG file if it is called so, else a PNG file, with a palette of red, green, blue, red... if given."""
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     if palette:
         picture.putpalette(palette)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from math import ceil
+from math import ceil, prod
 
 import jax
 import numpy as np
@@ -155,12 +155,11 @@ class Predictor:
             np.pad(np.arange(n), (before, begin[-1] + tile - n + after), mode="reflect")
             for n, begin, tile, (before, after) in zip(image.shape[:2], starts, self.tile, self._margins, strict=True)
         ]
-        places = list(itertools.product(*starts))
+        places = itertools.product(*starts)  # never all of them: a scene may have millions
         rows = sharding.process_rows(self._mesh, self._batch_size)
         pending: list = []
-        with tqdm.tqdm(total=len(places), desc="Predicting", unit=" tiles", disable=not progress) as bar:
-            for first in range(0, len(places), self._batch_size):
-                chosen = places[first : first + self._batch_size]
+        with tqdm.tqdm(total=prod(map(len, starts)), desc="Predicting", unit=" tiles", disable=not progress) as bar:
+            while chosen := list(itertools.islice(places, self._batch_size)):
                 windows = [self._window(image, index, place) for place in chosen]
                 windows += windows[:1] * (self._batch_size - len(chosen))
                 batch = sharding.put_batch(self._mesh, {"image": np.stack(windows)[rows]})

@@ -189,13 +189,18 @@ class Trained:
           UserError: it is not a readable image, or not like those of the training: of other channels, of another depth,
             or of other values altogether.
         """
-        settings = self.config.data.copy_and_resolve_references()
-        settings.channels, settings.dtype = self.classes.channels, self.classes.dtype
-        if tuple(settings.value_range) == (0, 65535) and self.classes.dtype == "uint8":
-            settings.value_range = ()  # what older versions recorded where no image had 16 bits
-        image = reading.read_image(epath.Path(file), settings)
+        settings = self.config.data
+        array = reading.read_channels(epath.Path(file), settings.pages, settings.orientation)
+        image = self.as_input(array, file)
         self.check_values(image, file)
         return image
+
+    def as_input(self, array: np.ndarray, file: epath.PathLike) -> np.ndarray:
+        """An image as its file holds it, or a part of it, as the network takes it; see `reading.as_input`."""
+        classes, value_range = self.classes, tuple(self.config.data.value_range)
+        if value_range == (0, 65535) and classes.dtype == "uint8":
+            value_range = ()  # what older versions recorded where no image had 16 bits
+        return reading.as_input(array, file, classes.channels, classes.dtype, value_range)
 
     def picture(self, image: np.ndarray) -> np.ndarray:
         """What people see of an image `[H, W, C]`: uint8 `[H, W, 1 or 3]`, the channels of `config.data.show`."""
@@ -208,8 +213,11 @@ class Trained:
         """
         if self.value_limits is None:
             return
-        low, high = self.value_limits
-        middle = np.nanmedian(image[::8, ::8].reshape(-1, image.shape[-1]).astype(np.float64), axis=0)
+        values = image[::8, ::8].reshape(-1, image.shape[-1]).astype(np.float64)
+        values = values[~np.isnan(values).any(1)]
+        if not len(values):
+            return
+        (low, high), middle = self.value_limits, np.median(values, axis=0)
         for channel in np.flatnonzero((middle < low) | (middle > high)):
             raise UserError(
                 f"{file}: channel {channel} holds values around {middle[channel]:g}; in the images of the training "
