@@ -4,7 +4,7 @@
   python scripts/export.py --workdir=runs/shapes --format=onnx --output=shapes.onnx
   python scripts/export.py --workdir=runs/shapes --format=safetensors --output=shapes.safetensors
 
-stablehlo and onnx files map uint8 images of any size to labels and probabilities of that size, as --mode=predict does:
+stablehlo and onnx files map images of any size to labels and probabilities of that size, as --mode=predict does:
 resized as in training and back, and normalised, but never in tiles. safetensors files hold only weights. The written
 file is read back and compared with the network. Required packages: scripts/install.sh export
 """

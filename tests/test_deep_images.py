@@ -18,13 +18,16 @@ from PIL import Image
 
 import unet_jax
 from unet_jax import data
-from unet_jax.data import reading, statistics, tiff_files
+from unet_jax.data import images, reading, statistics, tiff_files
 from unet_jax.errors import UserError
 from unet_jax.inference import forward, normalization
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 255, (20, 30)).astype(np.uint8)
 DEEP = GREY.astype(np.uint16) * 200
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+TURNS |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+TURNS = {number: Image.Transpose[name] for number, name in TURNS.items()}
 stack = lambda array, count: np.stack([array + k for k in range(count)], -1)
 
 
@@ -111,14 +114,61 @@ def _write_geotiff(file, bands, nodata=None):
 def test_overviews_are_no_images_and_nodata_is_nan(count, tmp_path):
     file = epath.Path(tmp_path / "a.tif")
     for array in (stack(GREY, count), stack(DEEP, count)):
+        array[3, 4:9] = array[3, 4, 0]
         _write_geotiff(file, array)
         np.testing.assert_array_equal(reading.read_channels(file), array)
         _write_geotiff(file, array, nodata=int(array[3, 4, 0]))
         found = reading.read_channels(file)
-        missing = array == array[3, 4, 0]
+        missing = (array == array[3, 4, 0]).all(-1)
         assert reading.read_header(file).has_nodata and found.dtype == np.float32
-        np.testing.assert_array_equal(np.isnan(found), missing)
+        np.testing.assert_array_equal(np.isnan(found), missing[..., None].repeat(count, -1))
         np.testing.assert_array_equal(found[~missing], array[~missing])
+
+
+def test_nodata_of_integers_is_where_all_channels_hold_it(tmp_path):
+    array, file = stack(GREY, 3), epath.Path(tmp_path / "a.tif")
+    array[:4], array[6, :, 1] = 0, 0
+    _write_geotiff(file, array, nodata=0)
+    found = reading.read_channels(file)
+    assert np.isnan(found).any(-1).sum() == 4 * 30
+    assert not np.isnan(found[6]).any()
+    # A network for 8 bits, as one from before there was nodata, is given the values as they are.
+    np.testing.assert_array_equal(reading.read_channels(file, nodata=False), array)
+    settings = tiny.get_config().data
+    settings.channels = 3
+    np.testing.assert_array_equal(reading.read_image(file, settings), array)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_file_is_turned_whatever_its_depth(orientation, tmp_path):
+    """As Pillow turns those that it reads."""
+    file, found = epath.Path(tmp_path / "a.tif"), []
+    for array in (GREY, DEEP, stack(GREY, 3), stack(DEEP, 5)):
+        kind = "rgb" if array.shape[2:] == (3,) else "minisblack"
+        tag = [(274, "H", 1, orientation, False)]
+        planar = {} if array.ndim == 2 else {"planarconfig": "contig"}
+        tifffile.imwrite(file, array, photometric=kind, extratags=tag, **planar)
+        found.append(reading.read_channels(file)[..., 0])
+        assert reading.read_header(file).size == found[-1].shape
+    turned = Image.fromarray(GREY).transpose(TURNS[orientation]) if orientation > 1 else GREY
+    np.testing.assert_array_equal(found[0], np.asarray(turned))
+    for other, factor in zip(found[1:], (200, 1, 200), strict=True):
+        np.testing.assert_array_equal(other, found[0].astype(np.uint16) * factor)
+
+
+def test_a_file_that_pillow_cannot_decompress(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", stack(GREY, 3), photometric="rgb", compression="lerc")
+    np.testing.assert_array_equal(reading.read_channels(epath.Path(tmp_path / "a.tif")), stack(GREY, 3))
+
+
+def test_nan_does_not_spread_when_an_image_is_resized():
+    image = np.full((64, 64, 2), 3.0, np.float32)
+    image[RNG.random((64, 64)) < 0.1, 0] = np.nan
+    image[:16, :16, 1] = np.nan
+    small = images.resize_image(image, (8, 8), "bilinear")
+    expected = np.full((8, 8, 2), 3.0)
+    expected[:2, :2, 1] = np.nan
+    np.testing.assert_allclose(small, expected)
 
 
 def _folder(root, arrays, suffix=".tif"):
@@ -199,6 +249,17 @@ def test_pixels_without_a_value_are_ignored(tmp_path):
     np.testing.assert_array_equal(label == 255, expected)
 
 
+def test_a_work_directory_with_the_whole_range_of_16_bits_goes_on_dividing_by_it(tmp_path, capsys):
+    """Older versions recorded it, and where no image had 16 bits too: hence the warning."""
+    config = tiny.get_config()
+    config.data.value_range = (0, 65535)
+    network = unet_jax.load(helpers.save_untrained(tmp_path / "run", config))
+    tifffile.imwrite(tmp_path / "a.tif", DEEP)
+    image = network.read_image(tmp_path / "a.tif")
+    np.testing.assert_array_equal(image[..., 0], np.rint(DEEP / 257))
+    assert "warning: 16-bit images are divided by 257" in capsys.readouterr().out
+
+
 def test_alpha_is_said(tmp_path):
     for name in "abcdef":
         save_image(stack(GREY, 4), tmp_path / f"images/{name}.png")
@@ -211,12 +272,10 @@ def test_alpha_is_said(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photos_and_masks_can_be_turned_upright(orientation, tmp_path):
     """The pixels as stored and the EXIF number of all eight ways to hold a camera, against Pillow's own turns."""
-    turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
-    turn |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
     stored, exif = Image.fromarray(stack(GREY, 3)), Image.Exif()
     exif[0x0112] = orientation
     (tmp_path / "images").mkdir()
-    upright = stored.transpose(getattr(Image.Transpose, turn[orientation])) if orientation > 1 else stored
+    upright = stored.transpose(TURNS[orientation]) if orientation > 1 else stored
     for name in "abcdef":
         stored.save(tmp_path / f"images/{name}.png", exif=exif)
         save_image((np.asarray(upright)[..., 0] > 99).astype(np.uint8), tmp_path / f"masks/{name}.png")
@@ -229,7 +288,7 @@ def test_photos_and_masks_can_be_turned_upright(orientation, tmp_path):
     assert source.read_size(0) == image.shape[:2]
     config.data.orientation = "as_stored"
     if orientation >= 5:
-        with pytest.raises(UserError, match=r"drawn on the upright photo, set config.data.orientation='upright'"):
+        with pytest.raises(UserError, match=r"say it is rotated .*: try config.data.orientation='upright'"):
             data.load(config.data, "all")[0]
 
 
@@ -278,6 +337,32 @@ def test_normalisation_follows_the_training_images(kind, dtype, values, pretrain
     assert forward.Normalization.from_json(json.loads(json.dumps(made.to_json()))) == made
     found = jax.jit(lambda x: made(made.to_unit(x)))(np.array([[value]], dtype))
     assert float(found[0, 0]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_limits_of_other_weights_hold_for_images_of_the_same_type():
+    classes = data.Classes("binary", ("a", "b"), ((0, 0, 0),) * 2, channels=1, dtype="uint16")
+    other = forward.Normalization((0.0,), (255.0,), (50.0,), (60.0,), (0.0,))
+    make = lambda value_range: normalization.make({"normalize": "", "value_range": value_range}, classes, VALUES, other)
+    assert make(()) == other
+    assert (make((0, 1000)).low, make((0, 1000)).high) == ((0.0,), (1000.0,))
+
+
+def test_floats_between_0_and_255_and_tiny_ones():
+    for low, high in ((0.0, 255.0), (0.0, 1e-9)):
+        values = {**VALUES, "low": [low], "high": [high], "mean": [high / 2], "deviation": [0.0]}
+        for kind in ("percentile", "standard"):
+            classes = data.Classes("binary", ("a", "b"), ((0, 0, 0),) * 2, channels=1, dtype="float32")
+            made = normalization.make({"normalize": kind, "value_range": ()}, classes, values, forward.Normalization())
+            made = forward.Normalization.from_json(json.loads(json.dumps(made.to_json())))
+            found = made(made.to_unit(np.float32([[np.nan, high, 2 * high]])))
+            expected = [[0.5, 1, 1]] if kind == "percentile" else [[0, 0.5, 0.5]]
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_channel_to_show_that_there_is_not(tmp_path):
+    classes = data.Classes("binary", ("a", "b"), ((0, 0, 0),) * 2, channels=2)
+    with pytest.raises(UserError, match=r"config.data.show = \(2,\) names a channel that the images do not have"):
+        data.check_show(_config(tmp_path, show=(2,)).data, classes)
 
 
 def test_a_normalisation_that_there_is_not():
@@ -340,9 +425,11 @@ def test_a_class_that_only_the_fifth_channel_shows_is_learned(five_bands):
     assert shown.shape == (40, 48, 1) and shown[mask].mean() > shown[~mask].mean() + 80
 
     contiguous = {"photometric": "minisblack", "planarconfig": "contig"}
-    tifffile.imwrite(five_bands / "dark.tif", (image // 256), **contiguous)
-    with pytest.raises(UserError, match=r"dark.tif: channel 0 holds values around 3; in the images of the training"):
-        trained.read_image(five_bands / "dark.tif")
+    tifffile.imwrite(five_bands / "bright.tif", np.minimum(image * 30.0, 65535).astype(np.uint16), **contiguous)
+    with pytest.raises(
+        UserError, match=r"bright.tif: channel 0 holds values around \d+; in the images of the training"
+    ):
+        trained.read_image(five_bands / "bright.tif")
     tifffile.imwrite(five_bands / "8.tif", image.astype(np.uint8), **contiguous)
     with pytest.raises(UserError, match=r"8.tif: 8-bit values, where 16-bit ones are needed"):
         trained.read_image(five_bands / "8.tif")

@@ -123,6 +123,8 @@ def test_windows_hold_what_training_reads(untrained, tmp_path, dtype, channels, 
     array = RNG.integers(-40 if dtype[0] in "if" else 0, 200, (60, 50, channels)).astype(dtype)
     if dtype[0] == "f":
         array[5:9, 6:20, -1], array[20:30, :9, 0] = np.nan, settings["nodata"]
+    elif "nodata" in settings:
+        array[20:30, :9] = settings["nodata"]  # of integers, all channels
     save_scene(array, tmp_path / "x.tif", **settings)
     network = unet_jax.load(untrained)
     depth = "float32" if "nodata" in settings else dtype

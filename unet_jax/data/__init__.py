@@ -23,7 +23,7 @@ UNCACHED = (
 )  # settings that do not change the examples
 NAMES = ("shapes", "carla", "oxford_iiit_pet", "isbi2012", "drive", "folder")
 
-__all__ = ["NAMES", "Classes", "Source", "check_settings", "classes"]
+__all__ = ["NAMES", "Classes", "Source", "check_settings", "check_show", "classes"]
 __all__ += ["infer_settings", "load", "load_with_faults", "reuse_settings"]
 
 
@@ -119,6 +119,15 @@ def check_settings(config) -> None:
     check_choice("config.data.dtype", config.dtype, ("", "uint8", "uint16", "float32"))
     if len(config.show) not in (0, 1, 3) or not all(isinstance(n, int) and n >= 0 for n in config.show):
         raise UserError(f"config.data.show = {config.show} must be the numbers of one or three channels, from 0, or ()")
+
+
+def check_show(config, classes: Classes) -> None:
+    """Raises a `UserError` if `config.data.show` names a channel that images of `classes` do not have."""
+    if any(channel >= classes.channels for channel in config.show):
+        raise UserError(
+            f"config.data.show = {tuple(config.show)} names a channel that the images do not have: they have "
+            f"{classes.channels}, from 0 to {classes.channels - 1}"
+        )
 
 
 def _module(config):

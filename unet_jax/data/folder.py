@@ -38,7 +38,7 @@ def load(config, split: str) -> Source:
         pair = chosen[index]
         image = reading.read_image(pair.image, config)
         mask = reading.read_any(pair.mask, not label_map.is_colored, config.orientation)
-        reading.check_same_size(image, mask, pair)
+        reading.check_same_size(image, mask, pair, config)
         label = label_map.apply(mask, str(pair.mask))
         if image.dtype == np.float32:
             label[np.isnan(image).any(-1)] = meaning.ignore_label
@@ -107,12 +107,13 @@ DEPTH = {"uint8": "8 bits", "uint16": "16 bits", "float32": "32-bit floats"}
 def _common_dtype(headers: Mapping[Any, reading.Header], value_range: Sequence[float]) -> str:
     """The `config.data.dtype` of images; "" for 8 bits, to which 16 bits may be converted by a `value_range`."""
     held = _group(headers, lambda header: header.dtype)
-    if len(held) > 1 and not (held.keys() == {"uint8", "uint16"} and value_range):
+    has_nodata = any(header.has_nodata for header in headers.values())
+    if len(held) > 1 and not (held.keys() == {"uint8", "uint16"} and value_range and not has_nodata):
         kinds = "; ".join(f"{DEPTH[dtype]}: {shorten(files)}" for dtype, files in sorted(held.items()))
         remedy = ", or set config.data.value_range=(low, high), the 16-bit values that become 0 and 255"
-        remedy = remedy if held.keys() == {"uint8", "uint16"} else ""
+        remedy = remedy if held.keys() == {"uint8", "uint16"} and not has_nodata else ""
         raise UserError(f"the images differ in their depth: {kinds}. Convert them{remedy}")
-    if any(header.has_nodata for header in headers.values()):
+    if has_nodata:
         return "float32"  # in which a pixel without data is NaN
     return "" if "uint8" in held else next(iter(held))
 

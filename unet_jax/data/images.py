@@ -89,10 +89,19 @@ def resize_image(image: np.ndarray, size: tuple[int, int], method: str) -> np.nd
         return image
     if image.dtype != np.uint8 or image.shape[-1] not in (1, 3):  # Pillow knows neither: one channel after another
         deep = image if image.dtype == np.uint8 else image.astype(np.float32)
-        parts = [_resize_picture(np.ascontiguousarray(deep[..., c]), size, method) for c in range(image.shape[-1])]
-        resized = np.stack(parts, -1)
+        resized = np.stack([_resize_channel(deep[..., c], size, method) for c in range(image.shape[-1])], -1)
         return (np.rint(resized) if image.dtype == np.uint16 else resized).astype(image.dtype)
     return _resize_picture(image[..., 0] if image.shape[-1] == 1 else image, size, method).reshape(*size, -1)
+
+
+def _resize_channel(channel: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:
+    """The mean of the values that there are; NaN where more than half of the weight is on NaN."""
+    missing = np.isnan(channel)
+    if method == "nearest" or not missing.any():
+        return _resize_picture(np.ascontiguousarray(channel), size, method)
+    there = _resize_picture((~missing).astype(np.float32), size, method)
+    summed = _resize_picture(np.where(missing, np.float32(0), channel), size, method)
+    return np.where(there >= 0.5, summed / np.maximum(there, 0.5), np.float32(np.nan))
 
 
 def _resize_picture(pixels: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:

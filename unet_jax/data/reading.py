@@ -144,29 +144,40 @@ def _read_16_bits(path, kind: str) -> np.ndarray:
     return array[..., 0] if array.shape[2:] == (1,) else array
 
 
-def read_channels(path, pages: str = "", orientation: str = "as_stored") -> np.ndarray:
+def read_channels(path, pages: str = "", orientation: str = "as_stored", nodata: bool = True) -> np.ndarray:
     """Reads an image file with all its channels, uint8, uint16 or float32 `[h, w, C]`.
 
     A channel is left out only if the file declares it to be alpha. See `tiff_files.read` for what becomes float32; an
     array (`.npy`, or the only one of an `.npz`) is `[h, w]` or `[h, w, C]`.
 
     Args:
-      pages: of a TIFF file: `channels` reads several pages as channels.
+      pages, nodata: of a TIFF file, see `tiff_files.read`.
       orientation: as of `read_any`.
 
     Raises:
       UserError: not a readable image, or one of several pages; names it.
     """
-    name = path.name.lower()
-    if name.endswith(ARRAYS):
+    if path.name.lower().endswith(ARRAYS):
         return _read_array(path)
-    if name.endswith((".tif", ".tiff")):
-        layout = tiff_files.read_layout(path, pages)
-        _check_pixels(path, layout.size)
-        if not layout.is_common:
-            return tiff_files.read(path, pages)
-    array = read_any(path, orientation=orientation)
-    return array[..., None] if array.ndim == 2 else array
+    layout = _tiff_layout(path, pages)
+    if layout is not None and (not layout.is_common or (nodata and layout.has_nodata)):
+        return tiff_files.read(path, pages, nodata)
+    try:
+        array = read_any(path, orientation=orientation)
+    except UserError:
+        if layout is None or layout.has_palette:
+            raise
+        return tiff_files.read(path, pages, nodata)  # compressed as Pillow does not know
+    return np.atleast_3d(array)
+
+
+def _tiff_layout(path, pages: str) -> tiff_files.Layout | None:
+    """The layout of a TIFF file; None of another."""
+    if not path.name.lower().endswith((".tif", ".tiff")) or not tiff_files.is_tiff(path):
+        return None
+    layout = tiff_files.read_layout(path, pages)
+    _check_pixels(path, layout.size)
+    return layout
 
 
 def _read_array(path) -> np.ndarray:
@@ -193,7 +204,7 @@ def read_image(path, settings) -> np.ndarray:
     Raises:
       UserError: as `read_channels`, or an image of other channels or another depth; names it.
     """
-    array = read_channels(path, settings.pages, settings.orientation)
+    array = read_channels(path, settings.pages, settings.orientation, settings.dtype == "float32")
     return as_input(array, path, settings.channels, settings.dtype or "uint8", settings.value_range)
 
 
@@ -253,18 +264,16 @@ def read_header(path, pages: str = "") -> Header:
 
     `pages` as in `read_channels`.
     """
-    name = path.name.lower()
-    if name.endswith(ARRAYS):
+    if path.name.lower().endswith(ARRAYS):
         array = _read_array(path)
         return Header(array.shape[-1], array.dtype.name, False, False, 1, None, array.shape[:2])
-    if name.endswith((".tif", ".tiff")):
-        layout = tiff_files.read_layout(path, pages)
-        if not layout.is_common:
-            has_alpha = layout.alpha > 0
-            return Header(layout.channels, layout.dtype, layout.has_nodata, has_alpha, 1, None, layout.size)
+    layout = _tiff_layout(path, pages)
+    if layout is not None and not layout.has_palette:
+        has_alpha = layout.alpha > 0
+        return Header(layout.channels, layout.dtype, layout.has_nodata, has_alpha, 1, None, layout.size)
     with _open(path) as image:
         palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3) if image.mode == "P" else None
-        is_grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+        is_grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I") or "LA;16" in str(image.tile)
         is_16_bit = image.mode.startswith("I;16") or _loses_bits(image)
         has_alpha = image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info
         size = image.height, image.width
@@ -273,13 +282,18 @@ def read_header(path, pages: str = "") -> Header:
         return Header(channels, dtype, False, has_alpha, orientation, palette, size)
 
 
-def check_same_size(image: np.ndarray, mask: np.ndarray, pair: Pair) -> None:
-    """Raises a `UserError` that names both files if an image `[h, w, ...]` and its mask differ in size."""
+def check_same_size(image: np.ndarray, mask: np.ndarray, pair: Pair, settings=None) -> None:
+    """Raises a `UserError` that names both files if an image `[h, w, ...]` and its mask differ in size.
+
+    `settings` are `config.data`, if `pages` and `orientation` count.
+    """
     if image.shape[:2] == mask.shape[:2]:
         return
-    orientation = read_header(pair.image).orientation
-    remedy = "if the mask was drawn on the upright photo, set config.data.orientation='upright'"
-    hint = f" The EXIF data of the photo say it is rotated ({orientation}): {remedy}." * (orientation != 1)
+    orientation = read_header(pair.image, settings.pages if settings else "").orientation
+    hint = ""
+    if orientation != 1 and settings:
+        other = "as_stored" if settings.orientation == "upright" else "upright"
+        hint = f" The EXIF data of the photo say it is rotated ({orientation}): try config.data.orientation={other!r}."
     raise UserError(
         f"{pair.image} is {image.shape[1]}x{image.shape[0]} pixels but its mask {pair.mask} is "
         f"{mask.shape[1]}x{mask.shape[0]} (width x height).{hint}"

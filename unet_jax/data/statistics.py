@@ -1,6 +1,6 @@
 """What values the images of a split hold: the fingerprint by which a network normalises them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,28 +20,23 @@ def describe(read: Callable[[int], Mapping[str, np.ndarray]], count: int) -> dic
       read: index -> an example with its `image` `[h, w, C]`.
       count: of the images.
     """
-    parts = images.map_parallel(lambda i: _part(read(i)["image"], count), range(count), "Reading values")
-    if parts[0][0] == "counts":
-        return _of_counts(sum(part for _, part in parts))
-    return _of_floats([part for _, part in parts])
+    if read(0)["image"].dtype.kind == "u":
+        return _of_integers(images.iterate_parallel(lambda i: _count(read(i)["image"]), range(count), "Reading values"))
+    sampled = max(64, SAMPLED // count)
+    parts = images.iterate_parallel(lambda i: _sum(read(i)["image"], sampled), range(count), "Reading values")
+    return _of_floats(parts)
 
 
-def _part(image: np.ndarray, count: int) -> tuple[str, Any]:
-    pixels = image.reshape(-1, image.shape[-1])
-    if image.dtype.kind == "u":
-        length = np.iinfo(image.dtype).max + 1
-        return "counts", np.stack([np.bincount(channel, minlength=length) for channel in pixels.T])
-    wide = pixels.astype(np.float64)
-    counted = np.isfinite(wide)
-    wide = np.where(counted, wide, 0)
-    sums = np.stack([counted.sum(0), wide.sum(0), (wide**2).sum(0)])
-    limits = np.where(counted, pixels, np.inf).min(0), np.where(counted, pixels, -np.inf).max(0)
-    every = max(1, len(pixels) // max(64, SAMPLED // count))
-    return "floats", (sums, *limits, pixels[every // 2 :: every])
+def _count(image: np.ndarray) -> np.ndarray:
+    """How often each value is in each channel, int64 `[C, values]`."""
+    length = np.iinfo(image.dtype).max + 1
+    return np.stack([np.bincount(channel, minlength=length) for channel in image.reshape(-1, image.shape[-1]).T])
 
 
-def _of_counts(counts: np.ndarray) -> dict[str, list[float]]:
-    """`counts` int `[C, values]`."""
+def _of_integers(parts: Iterable[np.ndarray]) -> dict[str, list[float]]:
+    counts = next(iter(parts))
+    for part in parts:
+        counts += part
     values, total = np.arange(counts.shape[1], dtype=np.float64), counts.sum(1)
     below = counts.cumsum(1) / total[:, None]
     held = [np.flatnonzero(channel) for channel in counts]
@@ -51,16 +46,26 @@ def _of_counts(counts: np.ndarray) -> dict[str, list[float]]:
     return _named([h[0] for h in held], shares, [h[-1] for h in held], mean, deviation)
 
 
-def _of_floats(parts: list) -> dict[str, list[float]]:
-    count, total, squares = sum(sums for sums, *_ in parts)
+def _sum(image: np.ndarray, sampled: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Number, sum and sum of squares of the values; their limits; some pixels `[n, C]`, a copy that keeps no image."""
+    pixels = image.reshape(-1, image.shape[-1])
+    counted = np.isfinite(pixels)
+    wide = np.where(counted, pixels, 0).astype(np.float64)
+    limits = np.where(counted, pixels, np.inf).min(0), np.where(counted, pixels, -np.inf).max(0)
+    every = max(1, len(pixels) // sampled)
+    return np.stack([counted.sum(0), wide.sum(0), (wide**2).sum(0)]), *limits, pixels[every // 2 :: every].copy()
+
+
+def _of_floats(parts: Iterable[tuple]) -> dict[str, list[float]]:
+    sums, lows, highs, sampled = zip(*parts, strict=True)
+    count, total, squares = sum(sums)
     count = np.maximum(count, 1)
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    sample = np.concatenate([pixels for *_, pixels in parts])
+    sample = np.concatenate(sampled)
     sample = np.where(np.isfinite(sample), sample, np.nan)
     shares = {name: np.nanquantile(sample, share, axis=0) for name, share in SHARES.items()}
-    low, high = np.min([part[1] for part in parts], axis=0), np.max([part[2] for part in parts], axis=0)
-    return _named(low, shares, high, mean, deviation)
+    return _named(np.min(lows, 0), shares, np.max(highs, 0), mean, deviation)
 
 
 def _named(low, shares: Mapping[str, Any], high, mean, deviation) -> dict[str, list[float]]:

@@ -15,43 +15,49 @@ _NODATA = 42113  # the tag in which GDAL writes the value of pixels without data
 class Layout(NamedTuple):
     """How a file holds its image."""
 
-    size: tuple[int, int]  # height and width
+    size: tuple[int, int]  # height and width, turned
     channels: int  # without alpha
     dtype: str  # of the values, uint8, uint16 or float32; pixels without data aside, of what `read` returns
     has_nodata: bool  # whether the file declares a value for pixels without data
     alpha: int  # number of alpha channels, as the file declares them
     is_common: bool  # grey or coloured, with 8 bits at most: Pillow reads it too, palettes and CMYK included
+    has_palette: bool
+
+
+def is_tiff(path) -> bool:
+    """Whether a file begins as a TIFF file does."""
+    with path.open("rb") as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def read_layout(path, pages: str) -> Layout:
     """Reads the layout of a file, not its pixels; the arguments and errors of `read`."""
     with _open(path, pages) as series:
-        page = series.keyframe
-        alpha = len(_alpha(page))
+        page, dtype = series.keyframe, np.dtype(series.dtype)
+        alpha, kind = len(_alpha(page)), page.photometric.name
         sides = dict(zip(series.axes, series.shape, strict=True))
         channels = math.prod(n for axis, n in sides.items() if axis not in "YX")
         if "S" in sides:
             channels = channels // sides["S"] * (sides["S"] - alpha)
-        dtype = np.dtype(series.dtype)
-        kind = page.photometric.name
         needed = {"MINISBLACK": 1, "MINISWHITE": 1, "PALETTE": 1, "RGB": 3, "YCBCR": 3, "SEPARATED": 4}  # CMYK the last
-        is_common = dtype.itemsize == 1 and dtype.kind in "bu" and _nodata(page) is None and len(series.pages) == 1
-        is_common &= channels == needed.get(kind)
+        is_common = dtype.itemsize == 1 and dtype.kind in "bu" and len(series.pages) == 1
+        is_common &= channels == needed.get(kind) and (alpha == 0 or (alpha == 1 and kind == "RGB"))
         if is_common:
             channels = 1 if kind.startswith("MINIS") else 3
-        kept = "uint8" if is_common else dtype.name if dtype.name in ("uint8", "uint16") else "float32"
-        has_nodata = _nodata(page) is not None
-        return Layout((sides["Y"], sides["X"]), channels, kept, has_nodata, alpha, is_common)
+        name = "uint8" if is_common else dtype.name if dtype.name in ("uint8", "uint16") else "float32"
+        size = (sides["X"], sides["Y"]) if _orientation(page) >= 5 else (sides["Y"], sides["X"])
+        return Layout(size, channels, name, _nodata(page) is not None, alpha, is_common, kind == "PALETTE")
 
 
-def read(path, pages: str) -> np.ndarray:
-    """The image of a file as it is, `[h, w, C]` without alpha.
+def read(path, pages: str, nodata: bool = True) -> np.ndarray:
+    """The image of a file, `[h, w, C]` without alpha, turned as the file says, as Pillow does.
 
-    uint8 and uint16 stay as they are; all other values become float32, and so does an image that declares a value for
-    pixels without data: these are NaN.
+    uint8 and uint16 stay as they are; all other values become float32.
 
     Args:
       pages: `channels` to read several pages, or slices, as channels; `` if a file must hold one image.
+      nodata: whether an image that declares a value for pixels without data becomes float32, and these NaN: of floats
+        each such value, of integers, which may just hold it, the pixels where all channels do.
 
     Raises:
       UserError: not a readable TIFF file, or one of several images.
@@ -62,13 +68,34 @@ def read(path, pages: str) -> np.ndarray:
             array = np.delete(array, _alpha(page), series.axes.index("S"))
         others = [axis for axis in series.axes if axis not in "YX"]
         array = array.transpose([series.axes.index(axis) for axis in ("Y", "X", *others)])
-        array = array.reshape(*array.shape[:2], -1)
+        array = _turn(array.reshape(*array.shape[:2], -1), _orientation(page))
+        missing = _find_missing(array, _nodata(page)) if nodata and _nodata(page) is not None else None
         if page.photometric.name == "MINISWHITE" and array.dtype.kind == "u":
             array = np.array(2**page.bitspersample - 1, array.dtype) - array
-        nodata = _nodata(page)
-        if nodata is None:
-            return np.ascontiguousarray(array if array.dtype.name in ("uint8", "uint16") else array.astype(np.float32))
-        return np.where(array == array.dtype.type(nodata), np.float32(np.nan), array.astype(np.float32))
+        if missing is not None:
+            return np.where(missing, np.float32(np.nan), array.astype(np.float32))
+        return np.ascontiguousarray(array if array.dtype.name in ("uint8", "uint16") else array.astype(np.float32))
+
+
+def _find_missing(array: np.ndarray, nodata: float) -> np.ndarray:
+    """Where an image `[h, w, C]` has no data, bool, of that shape or `[h, w, 1]`."""
+    with np.errstate(over="ignore"):  # as a smaller type than the one it was meant for, it may be infinite
+        same = array == array.dtype.type(nodata)
+    return same if array.dtype.kind == "f" else same.all(-1, keepdims=True)
+
+
+def _turn(array: np.ndarray, orientation: int) -> np.ndarray:
+    """An image `[h, w, C]` as tag 274 says it is to be seen."""
+    turns = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
+    transposed, upside_down, mirrored = turns.get(orientation, (0, 0, 0))
+    array = array.swapaxes(0, 1) if transposed else array
+    array = array[::-1] if upside_down else array
+    return array[:, ::-1] if mirrored else array
+
+
+def _orientation(page) -> int:
+    tag = page.tags.get("Orientation")
+    return 1 if tag is None else int(tag.value)
 
 
 @contextlib.contextmanager

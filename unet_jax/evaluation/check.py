@@ -65,6 +65,7 @@ def _find(config: "ConfigDict", sheet: epath.Path) -> Facts:
     splits = (*SPLITS, "test") if has_test else SPLITS
     sources = {split: data.load_with_faults(config.data, split) for split in splits}
     classes = sources["train"].classes
+    data.check_show(config.data, classes)
     places = [(source, split, index, config.data) for split, source in sources.items() for index in range(len(source))]
     examples = images.map_parallel(lambda place: inspection.inspect(*place), places, "Checking")
     good = [example for example in examples if not example.fault]

@@ -35,7 +35,7 @@ class Normalization:
     def to_unit(self, image: jax.Array) -> jax.Array:
         """Images `[..., C]` of any type as float32 in 0..1."""
         x = image.astype(jnp.float32)
-        if not self.has_limits:
+        if image.dtype == jnp.uint8 and not self.has_limits:
             return x / 255
         if jnp.issubdtype(image.dtype, jnp.floating):
             x = jnp.where(jnp.isnan(x), np.float32(self.fill), x)
@@ -65,7 +65,7 @@ class Normalization:
     def to_json(self) -> dict[str, list[float]]:
         """A dictionary that `from_json` takes back."""
         values = {"mean": list(self.mean), "scale": list(self.scale)}
-        if not self.has_limits:  # as before there were any
+        if not self.has_limits and self.fill == (0.0,):  # as before there were any
             return values
         return {**values, "low": list(self.low), "high": list(self.high), "fill": list(self.fill)}
 
@@ -104,7 +104,7 @@ def make(
         )
     if values is not None and not np.isfinite(list(values.values())).all():
         raise UserError("config.data.root: a channel of the training images holds no value but NaN or nodata")
-    if kind == "network" and pretrained.has_limits:  # the values that its weights know
+    if kind == "network" and pretrained.has_limits and not settings["value_range"]:  # the values that its weights know
         return pretrained
     low, high = _limits(kind, settings["value_range"], classes.dtype, values)
     mean, scale = (0.0,), (255.0,)
@@ -113,7 +113,8 @@ def make(
     elif kind == "standard":
         to_255 = 255 / (np.array(high) - low)
         mean = tuple(float(x) for x in (np.array(values["mean"]) - low) * to_255)
-        scale = tuple(float(x) for x in np.maximum(np.array(values["deviation"]) * to_255, 1e-3))
+        deviation = np.array(values["deviation"]) * to_255
+        scale = tuple(float(x) for x in np.where(deviation > 1e-3, deviation, 255))  # a channel may be constant
     fill = tuple(values["mean"]) if values is not None and classes.dtype == "float32" else (0.0,)
     return Normalization(mean, scale, low, high, fill)
 
@@ -128,5 +129,6 @@ def _limits(kind, value_range, dtype, values) -> tuple[tuple[float, ...], tuple[
         low, high = ([value] for value in FULL[dtype]) if dtype in FULL else (values["min"], values["max"])
     else:
         low, high = values["low"], values["high"]
-    spread = np.maximum(np.subtract(high, low), np.maximum(np.abs(low), 1) * 1e-6)  # of a channel that is all the same
+    spread = np.subtract(high, low)
+    spread = np.where(spread > 0, spread, np.maximum(np.abs(low), 1) * 1e-6)  # of a channel that is all the same
     return tuple(low), tuple(float(x) for x in low + spread)

@@ -74,11 +74,14 @@ class Scene:
         return self._read(key)[0]
 
     def missing(self, rows: slice) -> np.ndarray:
-        """Where whole rows have no data in some channel, which is NaN or declared, bool `[rows, W]`."""
-        found = np.zeros((rows.stop - rows.start, self.shape[1]), bool)
-        if self.source.nodata is not None or np.dtype(self.source.dtypes[0]).kind == "f":
-            for band in self._bands:  # one at a time: all would be large
-                found |= self._is_missing(self._read_values([band], (rows, slice(None)))[0])
+        """Where whole rows have no data, bool `[rows, W]`: NaN, or what is declared; of integers in all channels."""
+        is_float = np.dtype(self.source.dtypes[0]).kind == "f"
+        found = np.full((rows.stop - rows.start, self.shape[1]), not is_float)
+        if self.source.nodata is None and not is_float:
+            return ~found
+        for band in self._bands:  # one at a time: all would be large
+            of_band = self._is_missing(self._read_values([band], (rows, slice(None))))[0]
+            found = found | of_band if is_float else found & of_band
         return found
 
     @functools.cached_property
@@ -98,6 +101,8 @@ class Scene:
     def _read(self, key=None, shape=None) -> tuple[np.ndarray, np.ndarray]:
         values = self._read_values(self._bands, key, shape)
         missing = self._is_missing(values)
+        if values.dtype.kind != "f":  # see `tiff_files.read`
+            missing = np.broadcast_to(missing.all(0), missing.shape)
         array = np.moveaxis(values, 0, -1)
         if array.dtype.name not in ("uint8", "uint16"):
             array = array.astype(np.float32)

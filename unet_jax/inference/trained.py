@@ -189,8 +189,8 @@ class Trained:
           UserError: it is not a readable image, or not like those of the training: of other channels, of another depth,
             or of other values altogether.
         """
-        settings = self.config.data
-        array = reading.read_channels(epath.Path(file), settings.pages, settings.orientation)
+        settings, nodata = self.config.data, self.classes.dtype == "float32"
+        array = reading.read_channels(epath.Path(file), settings.pages, settings.orientation, nodata)
         image = self.as_input(array, file)
         self.check_values(image, file)
         return image
@@ -198,8 +198,11 @@ class Trained:
     def as_input(self, array: np.ndarray, file: epath.PathLike) -> np.ndarray:
         """An image as its file holds it, or a part of it, as the network takes it; see `reading.as_input`."""
         classes, value_range = self.classes, tuple(self.config.data.value_range)
-        if value_range == (0, 65535) and classes.dtype == "uint8":
-            value_range = ()  # what older versions recorded where no image had 16 bits
+        if (array.dtype, classes.dtype, value_range) == (np.uint16, "uint8", (0, 65535)):
+            self._warn_once(
+                "warning: 16-bit images are divided by 257. Older versions recorded this also where no training image "
+                "had 16 bits: if so, convert these images to 8 bits as the training images were"
+            )
         return reading.as_input(array, file, classes.channels, classes.dtype, value_range)
 
     def picture(self, image: np.ndarray) -> np.ndarray:
@@ -209,7 +212,8 @@ class Trained:
     def check_values(self, image: np.ndarray, file: epath.PathLike) -> None:
         """Raises a `UserError` if the values of an image, or of a part of it, cannot be like those of the training.
 
-        That is, if the median of a channel is below or above all that the training images held.
+        That is, if the median of a channel is further outside of what the training images held than that is wide: they
+        may have been resized, which narrows it.
         """
         if self.value_limits is None:
             return
@@ -217,11 +221,11 @@ class Trained:
         values = values[~np.isnan(values).any(1)]
         if not len(values):
             return
-        (low, high), middle = self.value_limits, np.median(values, axis=0)
-        for channel in np.flatnonzero((middle < low) | (middle > high)):
+        (low, high), middle = map(np.array, self.value_limits), np.median(values, axis=0)
+        for channel in np.flatnonzero((middle < 2 * low - high) | (middle > 2 * high - low)):
             raise UserError(
                 f"{file}: channel {channel} holds values around {middle[channel]:g}; in the images of the training "
-                f"they were {low[channel]:g} to {high[channel]:g}"
+                f"they were {low[channel]:g} to {high[channel]:g}: convert it as those were"
             )
 
 

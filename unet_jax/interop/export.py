@@ -212,7 +212,7 @@ def to_onnx(trained: Trained, resize: bool = True) -> "onnx.ModelProto":
     if resize:
         x = onnx_graph.resize_image(graph, x, np.array(trained.size), trained.config.data.resize, dtype)
     size = graph.add("Shape", x, start=1, end=3)
-    x = _normalize_onnx(graph, normalization, x)
+    x = _normalize_onnx(graph, normalization, x, dtype)
     x = graph.add("Transpose", _reflect_pad_onnx(graph, trained.model, x), perm=(0, 3, 1, 2))  # ONNX convolves NCHW
     x = onnx_networks.add_network(graph, trained.model, _weights(trained), x)
     logits = graph.add("Slice", graph.add("Transpose", x, perm=(0, 2, 3, 1)), np.array([0, 0]), size, np.array([1, 2]))
@@ -246,9 +246,9 @@ def to_onnx(trained: Trained, resize: bool = True) -> "onnx.ModelProto":
     return proto
 
 
-def _normalize_onnx(graph, normalization: forward.Normalization, x: str) -> str:
-    """`Normalization` of float32 values without NaN as ONNX nodes."""
-    if normalization.has_limits:
+def _normalize_onnx(graph, normalization: forward.Normalization, x: str, dtype: str) -> str:
+    """`Normalization` of the values of a `dtype`, given as float32 without NaN, as ONNX nodes."""
+    if normalization.has_limits or dtype != "uint8":
         low, high = np.float32(normalization.low), np.float32(normalization.high)
         x = graph.add("Div", graph.add("Sub", x, low), high - low)
         x = graph.add("Clip", x, np.float32(0), np.float32(1))

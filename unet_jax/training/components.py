@@ -61,6 +61,7 @@ def build(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, 
         raise UserError(f"config.seed = {config.seed} is not in 0..2**31-1")
     if config.train.log_every_steps < 1 or config.train.panels < 0:
         raise UserError("config.train.log_every_steps must be 1 or more, config.train.panels 0 or more")
+    data.check_show(config.data, classes)
     check_choice("config.train.nonfinite", config.train.nonfinite, ("stop", "skip"))
     evaluate.check(config.eval, classes)
     border.pixel_weight_fn(config.loss, classes)

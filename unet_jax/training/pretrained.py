@@ -99,10 +99,9 @@ def _load_run(path: epath.PathLike, parts: tuple[str, ...], network: forward.Net
     elif names != classes.names and "params/head/bias" in arrays:
         summary += f"; its head was trained for {', '.join(names)}, and is kept"
     normalization = forward.Normalization.from_json(values.get("normalization"))
-    adapted = {
-        field.name: encoder_weights.adapt_numbers(getattr(normalization, field.name), classes.channels)
-        for field in dataclasses.fields(normalization)
-    }
+    is_alike = data.Classes.from_json(values).dtype == classes.dtype
+    kept = [field.name for field in dataclasses.fields(normalization)] if is_alike else ["mean", "scale"]
+    adapted = {name: encoder_weights.adapt_numbers(getattr(normalization, name), classes.channels) for name in kept}
     return Pretrained(arrays, forward.Normalization(**adapted), summary)
 
 
