@@ -130,6 +130,7 @@ def test_label_entries_are_parsed():
         (("0 a", "1 a"), "uses a name twice"),
         (("0 a", "1-9 b"), "'1-9 b' is not a valid entry"),
         (("0 a", "9-1 -> 1 b"), "'9-1 -> 1 b' is not a valid entry"),
+        (("0 a", "1..9 -> 1 b"), "'1..9 -> 1 b' is not a valid entry"),
         (("0 a", "1-9 -> 1 b", "5 -> ignore"), "lists the value 5 twice"),
         ((0, 255), "is not a valid entry"),
         (("0 a", "1 \x1b[31mred"), r"'1 \\x1b\[31mred' is not a valid entry"),

@@ -82,7 +82,7 @@ def parse(entries: Sequence[str]) -> LabelMap:
         match = _ENTRY.fullmatch(entry) if isinstance(entry, str) else None
         numbers = tuple(map(int, re.findall(r"\d+", match["value"]))) if match else ()
         is_color, is_range = len(numbers) == 3, len(numbers) == 2
-        is_valid = numbers and is_name(match["name"]) and not match["name"].startswith("->")
+        is_valid = numbers and is_name(match["name"]) and "->" not in match["name"]
         is_valid = is_valid and not (is_range and (match["id"] is None or numbers[0] > numbers[1]))
         if not is_valid or max(numbers) > (255 if is_color else 65535):
             raise UserError(f"config.data.labels: {entry!r} is not a valid entry. {HELP}")
