@@ -106,8 +106,8 @@ def main(argv: list[str]) -> None:
     """Runs the chosen mode; bad input ends with exit code 1, a signal with 128 + its number, and one message."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it only feeds data, and would print a line at each start
-    # Orbax also raises what it logs as an error with a traceback.
-    for name, level in (("absl", logging.CRITICAL), ("jax", logging.WARNING)):
+    # Orbax also raises what it logs as an error with a traceback; pyogrio counts the records that it writes.
+    for name, level in (("absl", logging.CRITICAL), ("jax", logging.WARNING), ("pyogrio", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
     signals.end_at_once()
     try:
