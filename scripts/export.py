@@ -46,8 +46,7 @@ image = np.asarray(Image.open("photo.jpg").convert({0!r}){1})[None{2}]"""
 # Of other images than 8-bit grey and RGB.
 DEEP_IMAGE_CODE = """
 import numpy as np, tifffile
-image = tifffile.imread("image.tif")  # {0}, {1}
-image = image.reshape(1, *image.shape[:2], -1)"""
+image = np.atleast_3d(tifffile.imread("image.tif"))[None]  # {0}, {1}"""
 
 
 def main() -> None:
@@ -127,7 +126,7 @@ def _export(workdir: str, kind: str, output: pathlib.Path, step: int | None, res
             mode, axis = ("RGB", "") if classes.channels == 3 else ("L", ", ..., None")
             opening = IMAGE_CODE.format(mode, resized, axis)
         else:
-            sides = f"[{height}, {width}" if must_resize else "[height, width"
+            sides = f"[1, {height}, {width}" if must_resize else "[1, height, width"
             opening = DEEP_IMAGE_CODE.format(classes.dtype, f"{sides}, {classes.channels}]")
         described = textwrap.indent(textwrap.fill(export.describe_input(trained, resize), 100), "# ")
         code = f"{opening}\n{described}{code}"

@@ -1,9 +1,11 @@
 """The exceptions that end the program without a traceback, and how they are reported."""
 
 import difflib
+import importlib
 import re
 import traceback
 from collections.abc import Iterable
+from types import ModuleType
 
 # A terminal obeys the first, no encoding has the second (bytes of a file name that are not UTF-8).
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\ud800-\udfff]")
@@ -37,6 +39,18 @@ def escape_line(text: str) -> str:
 def is_name(text: str) -> bool:
     """Whether a class may have this name: no control characters, not even tabs and line breaks."""
     return escape(text) == text and not {"\t", "\n"} & set(text)
+
+
+def import_extra(name: str, extra: str) -> ModuleType:
+    """Imports a package that only an extra of `setup.cfg` installs; a `UserError` if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise UserError(
+            f"the package {package} is needed, but not installed: run scripts/install.sh {extra}, or "
+            f'pip install "unet_jax[{extra}]"'
+        ) from error
 
 
 def check_choice(field: str, value: str, choices: Iterable[str]) -> str:

@@ -22,8 +22,8 @@ LOSSY = (".jpg", ".jpeg", ".webp", ".jp2")  # which a mask must not be
 _OTHER = (".arw", ".cr2", ".czi", ".dcm", ".dng", ".h5", ".heic", ".heif", ".lif", ".mha", ".mhd", ".mrc", ".nd2")
 _OTHER += (".ndpi", ".nef", ".nii", ".nrrd", ".raw", ".svs")
 _DOCUMENTS = (".eps", ".mpeg", ".mpg", ".ps")  # which Pillow opens as well
-# A file that claims more pixels is taken for a decompression bomb, unless the environment variable is set.
-MAX_PIXELS = int(os.environ.get("UNET_JAX_MAX_PIXELS", 500_000_000))
+# A file that claims more pixels is taken for a decompression bomb; what is no number sets no other limit.
+MAX_PIXELS = int(_limit) if (_limit := os.environ.get("UNET_JAX_MAX_PIXELS", "")).isdecimal() else 500_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns below ours
 
 

@@ -2,17 +2,15 @@
 
 import contextlib
 import functools
-import importlib
 import warnings
 from collections.abc import Iterator, Sequence
 from math import ceil, prod
-from types import ModuleType
 
 import numpy as np
 from etils import epath
 
 from unet_jax.data import reading
-from unet_jax.errors import UserError
+from unet_jax.errors import UserError, import_extra
 from unet_jax.inference.trained import Trained
 
 # GeoTIFF: pixel scale, tie points, transformation and geographic keys; and the rational polynomials of a camera.
@@ -20,17 +18,7 @@ _TAGS = (33550, 33922, 34264, 34735, 50844)
 _PREVIEW = 2048  # pixels a side, at most
 _CACHE = 512 * 2**20  # bytes of decoded blocks: tiles overlap, and blocks reach over several tiles
 
-
-def optional(name: str) -> ModuleType:
-    """Imports a package of the `geo` extra; a `UserError` if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.split(".")[0]
-        raise UserError(
-            f"the package {package} is needed, but not installed: run scripts/install.sh geo, or "
-            'pip install "unet_jax[geo]"'
-        ) from error
+optional = functools.partial(import_extra, extra="geo")
 
 
 def is_georeferenced(file: epath.Path) -> bool:

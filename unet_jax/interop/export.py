@@ -14,7 +14,7 @@ at their own size resize nothing. Each export raises a `UserError` if a package 
 """
 
 import dataclasses
-import importlib
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import export
 
-from unet_jax.errors import UserError
+from unet_jax.errors import UserError, import_extra
 from unet_jax.inference import forward
 from unet_jax.inference.resize import triangle
 from unet_jax.inference.trained import Trained
@@ -40,14 +40,7 @@ if TYPE_CHECKING:
 
 PLATFORMS = ("cpu", "cuda", "tpu")  # that a StableHLO file can run on
 
-
-def optional(name: str):
-    """Imports a package of the `export` extra; a `UserError` if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.split(".")[0]
-        raise UserError(f"the package {package} is needed, but not installed: run scripts/install.sh export") from error
+optional = functools.partial(import_extra, extra="export")
 
 
 def metadata(trained: Trained) -> dict[str, str]:
