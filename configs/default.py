@@ -23,6 +23,9 @@ def get_config() -> ConfigDict:
     # the network sees windows of config.augment.crop, and the labels are scored at the size of the image
     config.data.size = (96, 96)
     config.data.scale = 1.0  # size=(): factor on the size of each image
+    # folder only, size=(): instead of the factor, how large a pixel is that images are scaled to, as their files tell:
+    # micrometres, or units of the map for GeoTIFF; 0 is as it is
+    config.data.pixel_size = 0.0
     # size=(): share of the windows that are centred on a pixel of a class drawn evenly; finds what few windows show (8
     # of 8 objects, against none), and makes little difference where most show all classes, see README.md
     config.data.foreground = 1 / 3

@@ -118,7 +118,7 @@ def test_devices_processes_microbatches_and_restarts_make_no_difference(config, 
 def test_the_plan_and_the_check_know_windows(config, tmp_path, capsys):
     assert check.check(config, tmp_path / "sheet.png")
     output = capsys.readouterr().out
-    assert "(width x height); kept, seen in windows of 24x16" in output
+    assert "(width x height); at their own size, seen in windows of 24x16" in output
     assert "note      1 of 5 images are smaller than a window: mirrored up to it" in output
     assert components.examples_per_epoch(config, data.load(config.data, "all")) == 3 + 9 + 12 + 3 + 6
 
@@ -130,6 +130,9 @@ def test_the_plan_and_the_check_know_windows(config, tmp_path, capsys):
         ({"data.foreground": 1.5}, r"config.data.foreground = 1.5 is a share, in 0..1"),
         ({"data.scale": 0.0}, r"config.data.scale = 0.0 must be positive"),
         ({"data.scale": 0.5, "data.size": (16, 24)}, r"config.data.scale = 0.5 is for images at their own size"),
+        ({"data.pixel_size": 0.5, "data.size": (16, 24)}, r"config.data.pixel_size = 0.5 is for images at their own"),
+        ({"data.pixel_size": -0.5}, r"config.data.pixel_size = -0.5 must be positive, or 0 to keep the pixels"),
+        ({"data.pixel_size": 0.5, "data.scale": 2.0}, r"instead of config.data.scale; here they are 'folder' and 2.0"),
         ({"data.size": (16,)}, r"config.data.size = \(16,\) must be .* or \(\) for images at their own size"),
     ],
 )

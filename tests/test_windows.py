@@ -36,8 +36,9 @@ def _image(index):
 def _pipeline(cached=True, scale=1.0, label=_label, classes=CLASSES, count=4, notify=print):
     read = lambda index: (_image(index), label(index))
     settings = {"test": "test_windows", "label": label(0).tobytes().hex(), "count": count}
-    source = Source(classes, [str(i) for i in range(count)], read, files=(), settings=settings)
-    return pipeline.Pipeline(source, (), "nearest", 1.0 if cached else 0.0, notify=notify, scale=scale)
+    ids, factors = [str(i) for i in range(count)], lambda index: (scale, scale)
+    source = Source(classes, ids, read, files=(), settings={**settings, "scale": scale}, factors=factors)
+    return pipeline.Pipeline(source, (), "nearest", 1.0 if cached else 0.0, notify=notify)
 
 
 def _batches(images, steps, start=0, rows=np.arange(4), drawn=WINDOW, seed=7):

@@ -77,7 +77,8 @@ def load_with_faults(config, split: str) -> Source:
     # the files are, how many may be cached and what is drawn from them does not change the examples.
     settings = defaults.differing(defaults.flatten(json.loads(config.to_json()), "data."))
     settings = {name: value for name, value in settings.items() if name not in UNCACHED}
-    return dataclasses.replace(source, settings={**settings, "split": split})
+    factors = source.factors if config.pixel_size else lambda index: (config.scale, config.scale)
+    return dataclasses.replace(source, settings={**settings, "split": split}, factors=factors)
 
 
 def classes(config) -> Classes:
@@ -99,11 +100,19 @@ def check_settings(config) -> None:
         )
     if not 0 < config.scale < math.inf:
         raise UserError(f"config.data.scale = {config.scale} must be positive")
-    if config.size and config.scale != 1:
+    if not 0 <= config.pixel_size < math.inf:
+        raise UserError(f"config.data.pixel_size = {config.pixel_size} must be positive, or 0 to keep the pixels")
+    if config.pixel_size and (config.name != "folder" or config.scale != 1):
         raise UserError(
-            f"config.data.scale = {config.scale} is for images at their own size, not for config.data.size = "
-            f"{tuple(config.size)}"
+            f"config.data.pixel_size = {config.pixel_size} is for images of config.data.name='folder', instead of "
+            f"config.data.scale; here they are {config.name!r} and {config.scale}"
         )
+    for field, default in (("scale", 1), ("pixel_size", 0)):
+        if config.size and config[field] != default:
+            raise UserError(
+                f"config.data.{field} = {config[field]} is for images at their own size, not for config.data.size = "
+                f"{tuple(config.size)}"
+            )
     if not 0 <= config.foreground <= 1:
         raise UserError(f"config.data.foreground = {config.foreground} is a share, in 0..1")
     if not 0 < config.validation < 1:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from unet_jax.data import images, labels, mask_values, pairing, reading
+from unet_jax.data import images, labels, mask_values, pairing, pixel_sizes, reading
 from unet_jax.data.source import Classes, Source, bullets, shorten
 from unet_jax.errors import UserError, check_choice
 
@@ -48,8 +48,11 @@ def load(config, split: str) -> Source:
         header = reading.read_header(chosen[index].image, config.pages)
         return header.upright_size() if config.orientation == "upright" else header.size
 
+    def factors(index):
+        return pixel_sizes.factors(config, pixel_sizes.read(chosen[index].image))
+
     files = tuple(file for pair in chosen for file in (pair.image, pair.mask))
-    return Source(meaning, [pair.id for pair in chosen], read, tuple(faults), files, read_size=read_size)
+    return Source(meaning, [pair.id for pair in chosen], read, tuple(faults), files, None, read_size, factors)
 
 
 def classes(config) -> Classes:

@@ -74,9 +74,9 @@ def iterate_parallel(function: Callable, items: Sequence, title: str) -> Iterato
                 future.cancel()
 
 
-def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
-    """A (height, width) times a factor, in whole pixels."""
-    return tuple(max(1, round(n * scale)) for n in size)
+def scaled_size(size: Sequence[int], factors: Sequence[float]) -> tuple[int, int]:
+    """A (height, width) times two factors, in whole pixels."""
+    return tuple(max(1, round(n * factor)) for n, factor in zip(size, factors, strict=True))
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:

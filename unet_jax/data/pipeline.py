@@ -46,24 +46,22 @@ class Pipeline:
         cache_gib: float,
         pixel_weight_fn: border.BorderWeights | None = None,
         notify: Callable[[str], None] = print,
-        scale: float = 1.0,
     ):
         """Fills the cache, reading everything once, in parallel, unless it is there already or does not fit.
 
         Args:
-          size: height and width that the examples are resized to; () keeps their own.
+          size: height and width that the examples are resized to; () keeps their own, times `source.factors`.
           resize: the method for images, `bilinear` or `nearest`.
           cache_gib: disk space that the examples of all sources may take; 0 for no cache.
           pixel_weight_fn: label -> loss weights float32 `[H, W]`; None for none.
           notify: called with the reason if the examples cannot be cached, unless it is their size, and if the cache is
             damaged.
-          scale: factor on the size of each example, if they keep their own.
 
         Raises:
           UserError: an example cannot be read, or a value of its label is no class.
         """
         self.source, self._size, self._resize, self._pixel_weight_fn = source, tuple(size), resize, pixel_weight_fn
-        self._scale, self._notify = scale, notify
+        self._notify = notify
         self._cached = None
         if source.files is not None and source.settings is not None:
             key_fields = {
@@ -72,7 +70,6 @@ class Pipeline:
                 "settings": dict(source.settings),
                 "size": self._size,
                 "resize": resize,
-                "scale": scale,
                 "pixel_weight_fn": None if pixel_weight_fn is None else pixel_weight_fn.key_fields(),
             }
             names = ["image", "label"] + ["weight"] * (pixel_weight_fn is not None)
@@ -100,7 +97,7 @@ class Pipeline:
     def _decode(self, index: int) -> Batch:
         """`_example`, from the source."""
         image, label = self.source[index]
-        size = self._size or images.scaled_size(image.shape[:2], self._scale)
+        size = self._size or images.scaled_size(image.shape[:2], self.source.factors(index))
         label = images.resize_label(label, size)
         example = {"image": images.resize_image(image, size, self._resize), "label": label}
         if self._pixel_weight_fn is not None:

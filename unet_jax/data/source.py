@@ -62,6 +62,8 @@ class Source:
     settings: Mapping[str, Any] | None = None  # all else that determines the examples, JSON values; from `data.load`
     # Index -> height and width of its image, without decoding it; None if there is no such way.
     read_size: Callable[[int], tuple[int, int]] | None = None
+    # Index -> what height and width of its image are multiplied by, if images keep their own size; from `data.load`.
+    factors: Callable[[int], tuple[float, float]] = lambda index: (1.0, 1.0)
 
     def __len__(self) -> int:
         return len(self.ids)

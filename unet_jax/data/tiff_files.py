@@ -45,7 +45,7 @@ def read_layout(path, pages: str) -> Layout:
         if is_common:
             channels = 1 if kind.startswith("MINIS") else 3
         name = "uint8" if is_common else dtype.name if dtype.name in ("uint8", "uint16") else "float32"
-        size = (sides["X"], sides["Y"]) if _orientation(page) >= 5 else (sides["Y"], sides["X"])
+        size = (sides["X"], sides["Y"]) if is_turned(page) else (sides["Y"], sides["X"])
         return Layout(size, channels, name, _nodata(page) is not None, alpha, is_common, kind == "PALETTE")
 
 
@@ -91,6 +91,11 @@ def _turn(array: np.ndarray, orientation: int) -> np.ndarray:
     array = array.swapaxes(0, 1) if transposed else array
     array = array[::-1] if upside_down else array
     return array[:, ::-1] if mirrored else array
+
+
+def is_turned(page) -> bool:
+    """Whether what a `tifffile.TiffPage` stores as height is seen as width."""
+    return _orientation(page) >= 5
 
 
 def _orientation(page) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from unet_jax import data, models
-from unet_jax.data import images, windows
+from unet_jax.data import images, pixel_sizes, windows
 from unet_jax.errors import UserError
 from unet_jax.evaluation import check_sheet, check_text, duplicates, evaluate, inspection
 from unet_jax.evaluation.inspection import Example
@@ -149,7 +149,7 @@ def _sizes(config: "ConfigDict", classes: data.Classes, good: Sequence[Example])
     sizes = collections.Counter(example.size for example in good)
     height, width = tuple(config.data.size) or tuple(config.augment.crop)
     rows, columns = map(sum, model.margins((height, width)))
-    scaled = [images.scaled_size(example.size, config.data.scale) for example in good]
+    trained = [example.trained_size for example in good]
     return {
         "sizes": [{"height": h, "width": w, "images": count} for (h, w), count in sizes.most_common()],
         "training": {
@@ -157,9 +157,11 @@ def _sizes(config: "ConfigDict", classes: data.Classes, good: Sequence[Example])
             "width": width,
             "windows": not config.data.size,  # of the images, rather than all of them resized
             "scale": config.data.scale,
+            "pixel_size": config.data.pixel_size or None,  # that images are scaled to, if they are
+            "images": pixel_sizes.describe(config.data),  # in words, of windows
             "padded_height": height + rows,
             "padded_width": width + columns,
-            "smaller_than_window": 0 if config.data.size else sum(h < height or w < width for h, w in scaled),
+            "smaller_than_window": 0 if config.data.size else sum(h < height or w < width for h, w in trained),
         },
         "padded_at_own_size": sum(count for size, count in sizes.items() if any(map(sum, model.margins(size)))),
     }
@@ -236,13 +238,14 @@ def _lost_objects(rows: Sequence[Facts], training: Facts) -> tuple[str, str]:
     if not serious:
         return text, ""
     if training["windows"]:
-        return text, f"raise --config.data.scale ({training['scale']:g})"
+        field, change = ("pixel_size", "lower") if training["pixel_size"] else ("scale", "raise")
+        return text, f"{change} --config.data.{field} ({training[field]:g})"
     return text, 'choose a larger --config.data.size, or --config.data.size="()" --config.augment.crop="(256,256)"'
 
 
 def _resized(training: Facts) -> str:
     if training["windows"]:
-        return f"when images are scaled by {training['scale']:g}"
+        return f"when images are {training['images']}"
     return f"when images are resized to {training['width']}x{training['height']}"
 
 

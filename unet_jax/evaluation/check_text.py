@@ -29,8 +29,7 @@ def _sizes(facts: Mapping[str, Any]) -> list[str]:
     listed = ", ".join(f"{size['width']}x{size['height']}: {size['images']}" for size in sizes[:SIZES])
     listed += ", ..." * (len(sizes) > SIZES)
     at = f"{training['width']}x{training['height']}"
-    kept = "kept" if training["scale"] == 1 else f"scaled by {training['scale']:g}"
-    becomes = f"{kept}, seen in windows of {at}" if training["windows"] else f"resized to {at}"
+    becomes = f"{training['images']}, seen in windows of {at}" if training["windows"] else f"resized to {at}"
     padded = f"{training['padded_width']}x{training['padded_height']}"
     mirrored = "not padded" if padded == at else f"mirrored up to {padded}"
     count = sum(size["images"] for size in sizes)

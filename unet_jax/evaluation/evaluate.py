@@ -147,15 +147,8 @@ class Scorer:
 def open_images(source: data.Source, config: "ConfigDict", classes: data.Classes) -> pipeline.Pipeline:
     """The images of a source as `config` describes them, with the pixel weights of its loss."""
     settings, pixel_weight_fn = config.data, border.pixel_weight_fn(config.loss, classes)
-    return pipeline.Pipeline(
-        source,
-        settings.size,
-        settings.resize,
-        settings.cache_gib,
-        pixel_weight_fn,
-        processes.print_on_main,
-        scale=settings.scale,
-    )
+    notify = processes.print_on_main
+    return pipeline.Pipeline(source, settings.size, settings.resize, settings.cache_gib, pixel_weight_fn, notify)
 
 
 class Split(NamedTuple):
@@ -194,7 +187,7 @@ def open_split(
     if images is None:
         with processes.main_first("data"):
             source = data.load(config.data, split)
-        trained.check_source(path, classes, source)
+        _check_source(path, classes, source)
         if data_dir is not None and split == "all":
             _warn_of_same_names(path, network)
         images = open_images(source, config, classes)
@@ -244,6 +237,17 @@ def evaluate_workdir(
     return result
 
 
+def _check_source(path: epath.PathLike, classes: data.Classes, source: data.Source) -> None:
+    """Raises a `UserError` if a network is for another task, or number of classes or channels, than the images."""
+    kinds = [(c.task, len(c.names), c.channels, c.dtype) for c in (classes, source.classes)]
+    if kinds[0] != kinds[1]:
+        given, held = (
+            f"{task} task of {count} classes, {channels} channel(s) of {dtype}"
+            for task, count, channels, dtype in kinds
+        )
+        raise UserError(f"{path} is a network for a {given}; the images in config.data.root are for a {held}")
+
+
 def default_split(data_dir: str | None) -> str:
     """What is scored unless a split is named: of other images than those of the training, all."""
     return "validation" if data_dir is None else "all"
@@ -261,11 +265,6 @@ def _warn_of_same_names(path: epath.Path, network: trained.Trained) -> None:
             f"warning: the images in --data_dir={escape_line(settings.root)} have the names of those of the "
             "training. If they are the same, --split=validation scores the ones that it did not see"
         )
-
-
-def describe_own_size(scale: float) -> str:
-    """At which size images are that are not resized to one."""
-    return "at their own size" if scale == 1 else f"scaled by {scale:g}"
 
 
 def describe_split(split: str, count: int, total: int, root: str) -> str:

@@ -31,14 +31,17 @@ def count(network: trained.Trained, source: data.Source, tta: str) -> np.ndarray
       source: the images, at their own size.
       tta: test-time augmentation, one of `forward.VIEWS`.
     """
-    settings = network.config.data
-    is_same = source.size_range() == (network.size, network.size) if settings.size else settings.scale == 1
+    if network.config.data.size:
+        is_same = source.size_range() == (network.size, network.size)
+    else:
+        is_same = all(source.factors(index) == (1, 1) for index in range(len(source)))
     if is_same:
         return None
     counts = []
     for index in _progress(len(source), "Scoring at their own size"):
         image, label = source[index]
-        counts.append(sum(_count(band, label[r], network.classes) for r, band in network.predict_bands(image, tta=tta)))
+        bands = network.predict_bands(image, tta=tta, factors=source.factors(index))
+        counts.append(sum(_count(band, label[rows], network.classes) for rows, band in bands))
     return np.stack(counts)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from unet_jax import metrics
-from unet_jax.data import pipeline
+from unet_jax.data import pipeline, pixel_sizes
 from unet_jax.errors import UserError, escape_line
 from unet_jax.evaluation import evaluate, page, scores
 from unet_jax.inference import trained
@@ -105,7 +105,7 @@ def _measure(
     count, size = len(source), network.config.data.size
     kind = "all {} image{}" if name == "all" else f"{{}} {name} image{{}}"
     origin = f"{kind.format(count, 's' if count != 1 else '')} "
-    origin += f"of {size[0]}x{size[1]}" if size else evaluate.describe_own_size(network.config.data.scale)
+    origin += f"of {size[0]}x{size[1]}" if size else pixel_sizes.describe(network.config.data)
     if data_dir is not None:
         origin += f" in {escape_line(data_dir)}"
     if tta != "none":

@@ -132,3 +132,25 @@ def _limits(kind, value_range, dtype, values) -> tuple[tuple[float, ...], tuple[
     spread = np.subtract(high, low)
     spread = np.where(spread > 0, spread, np.maximum(np.abs(low), 1) * 1e-6)  # of a channel that is all the same
     return tuple(low), tuple(float(x) for x in low + spread)
+
+
+def check_values(image: np.ndarray, limits: Sequence[Sequence[float]], file) -> None:
+    """Raises a `UserError` if the values of an image, or of a part of it, cannot be like those of the training.
+
+    That is, if the median of a channel is further outside of what the training images held than that is wide: they may
+    have been resized, which narrows it.
+
+    Args:
+      image: `[H, W, C]`, of a file that the error names.
+      limits: the smallest and the largest value of each channel in the training images.
+    """
+    values = image[::8, ::8].reshape(-1, image.shape[-1]).astype(np.float64)
+    values = values[~np.isnan(values).any(1)]
+    if not len(values):
+        return
+    (low, high), middle = map(np.array, limits), np.median(values, axis=0)
+    for channel in np.flatnonzero((middle < 2 * low - high) | (middle > 2 * high - low)):
+        raise UserError(
+            f"{file}: channel {channel} holds values around {middle[channel]:g}; in the images of the training "
+            f"they were {low[channel]:g} to {high[channel]:g}: convert it as those were"
+        )

@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from unet_jax import data, paths
-from unet_jax.data import reading
+from unet_jax.data import pixel_sizes, reading
 from unet_jax.data.source import shorten
 from unet_jax.errors import UserError, check_choice
 from unet_jax.inference import forward, polygons, prediction_files, resize, scene_files, scenes, trained
@@ -79,7 +79,7 @@ def predict_files(
     if georeferenced:
         paths.check_utf8("--output", output)
     network = trained.load(path, step)
-    network.predicted_size(network.size, scale)  # an error, if it has no size to fit
+    network.predicted_size(network.size, scale, (1, 1))  # an error, if it has no size to fit
     classes = network.classes
     sigmoid = classes.task != "multiclass"
     if threshold != 0.5 and not sigmoid:
@@ -109,28 +109,29 @@ def predict_files(
     if done:
         processes.print_on_main(f"{len(done)} already predicted by the run that was stopped")
 
-    predict_bands = functools.partial(network.predict_bands, scale=scale, tta=tta, interpolation=interpolation)
+    def predict_bands(image, factors):
+        return network.predict_bands(image, scale, tta, interpolation, factors)
 
     turned = []  # photos that are to be turned, as their EXIF data say
 
-    def write_image(file, place, is_done):
+    def write_image(file, place, is_done, factors):
         if is_done:
             label = prediction_files.read_label(place, classes)
         else:
             image = network.read_image(file)
             if network.config.data.orientation == "as_stored" and reading.read_header(file).orientation != 1:
                 turned.append(file)
-            picture, bands = network.picture(image), predict_bands(image)
+            picture, bands = network.picture(image), predict_bands(image, factors)
             label = prediction_files.write(place, picture, bands, classes, threshold, probabilities)
         return label.shape[:2], _shares(label, classes)
 
-    def write_scene(file, place, is_done):
+    def write_scene(file, place, is_done, factors):
         with scenes.opened(file, network) as scene:
             if not is_done:
                 polygons.check(scene, vector)
-                bands, picture = predict_bands(scene.for_prediction(scale)), network.picture(scene.preview[0])
+                image, picture = scene.for_prediction(scale, factors), network.picture(scene.preview[0])
                 options = threshold, probabilities != "none", vector
-                scene_files.write(place, scene, bands, picture, classes, *options)
+                scene_files.write(place, scene, predict_bands(image, factors), picture, classes, *options)
             return scene.shape[:2], scene_files.shares(place, classes)
 
     shares, resized, far, failures = {}, {}, [], [_reason(file) for file in others if reading.is_other_format(file)]
@@ -138,13 +139,14 @@ def predict_files(
         place = functools.partial(paths.file_below, output, name)
         try:
             write = write_scene if name in georeferenced else write_image
-            size, shares[str(file)] = write(file, place, name in done)
+            factors = network.factors(file, scale)
+            size, shares[str(file)] = write(file, place, name in done, factors)
         except UserError as error:
             failures.append(str(error))
             continue
         except OSError as error:
             raise UserError(f"--output={output}: cannot write the prediction of {file}: {error}") from error
-        new = network.predicted_size(size, scale)
+        new = network.predicted_size(size, scale, factors)
         resized[str(file)] = {"size": size, "predicted_at": new, "in_tiles": new != network.size}
         if network.config.data.size:
             far.append(resize.excess(size, new, network.size, network.source_sizes))
@@ -209,8 +211,8 @@ def _describe(network: trained.Trained, scale: str) -> str:
     show = lambda size: f"{size[1]}x{size[0]}"
     to = show(network.size)
     if scale == "native" or (scale == "train" and not network.resizes):
-        factor = network.config.data.scale
-        text = "at their own size" if scale == "native" or factor == 1 else f"scaled by {factor:g} as in training"
+        trained_at = pixel_sizes.describe(network.config.data)
+        text = "at their own size" if scale == "native" else f"{trained_at} as in training"
     elif scale == "fit" or network.source_sizes is None:
         return f"resized to {to} and back"
     else:

@@ -119,8 +119,10 @@ class Scene:
             missing |= values == (values.dtype.type(nodata) if values.dtype.kind == "f" else nodata)
         return missing
 
-    def for_prediction(self, scale: str):
+    def for_prediction(self, scale: str, factors: tuple[float, float] | None):
         """What `Trained.predict_bands` is given: the scene itself, or all of it in memory if it must be resized first.
+
+        `scale` and `factors` are those that it is given as well.
 
         Raises:
           UserError: it is not like the images of the training: of other channels, of another depth, or of other values
@@ -132,7 +134,7 @@ class Scene:
         if not missing.all():
             self._network.check_values(preview[~missing][None], self.file)
         size = self.shape[:2]
-        new = self._network.predicted_size(size, scale)
+        new = self._network.predicted_size(size, scale, factors)
         if new == size != self._network.size:
             return self
         if prod(size) > reading.MAX_PIXELS:

@@ -12,9 +12,10 @@ from etils import epath
 from flax import linen as nn
 
 from unet_jax import data, losses, models
-from unet_jax.data import border, images, reading
+from unet_jax.data import border, images, pixel_sizes, reading
 from unet_jax.errors import UserError, check_choice
 from unet_jax.inference import forward, resize, tiles
+from unet_jax.inference.normalization import check_values
 from unet_jax.parallel import processes, sharding
 from unet_jax.workdir import checkpoints, files, record
 
@@ -125,7 +126,8 @@ class Trained:
         `forward.to_label(probability, classes.task)` is its label.
 
         Args:
-          image: a file, or `[H, W, C]` of the type `classes.dtype`, in memory or a memory-mapped file.
+          image: a file, or `[H, W, C]` of the type `classes.dtype`, in memory or a memory-mapped file. An array does
+            not say how large its pixels are, which a network trained with `config.data.pixel_size` has to know.
           scale: at which size it is predicted, one of `resize.SCALES`; see `resize.predicted_size`.
           tta: test-time augmentation, one of `forward.TTA`; None is `config.eval.tta`.
 
@@ -136,21 +138,29 @@ class Trained:
           UserError: a file that is not a readable image, or not like those of the training; another array; an unknown
             option.
         """
-        image = self.read_image(image) if isinstance(image, str | os.PathLike) else np.asarray(image)
-        bands = self.predict_bands(image, scale, tta)
+        factors = None
+        if isinstance(image, str | os.PathLike):
+            factors, image = self.factors(image, scale), self.read_image(image)
+        bands = self.predict_bands(np.asarray(image), scale, tta, factors=factors)
         probability = np.empty((*image.shape[:2], self.classes.num_outputs), np.float32)
         for rows, band in bands:
             probability[rows] = band
         return probability
 
     def predict_bands(
-        self, image: np.ndarray, scale: str = "train", tta: str | None = None, interpolation: str = "bilinear"
+        self,
+        image: np.ndarray,
+        scale: str = "train",
+        tta: str | None = None,
+        interpolation: str = "bilinear",
+        factors: tuple[float, float] | None = None,
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """`predict_image`, so that the probabilities of a large image are never held whole.
 
         Args:
           image, scale, tta: see `predict_image`.
           interpolation: of the probabilities to the size of the image, one of `resize.INTERPOLATION`.
+          factors: of the image, as `factors` returns them.
 
         Yields:
           rows and their probabilities float32 `[rows, W, K]`, from top to bottom.
@@ -160,7 +170,7 @@ class Trained:
         check_choice("interpolation", interpolation, resize.INTERPOLATION)
         tiles.check_image(image, self.classes)
         size = image.shape[:2]
-        new = self.predicted_size(size, scale)
+        new = self.predicted_size(size, scale, factors)
         small = images.resize_image(image, new, self.config.data.resize)
         if new == self.size and self.config.data.size:
             bands = [(slice(0, new[0]), np.asarray(self.predict(small[None], tta)[0]))]
@@ -168,10 +178,24 @@ class Trained:
             bands = self.predictor(tta).bands(small)
         return resize.resize_bands(bands, new, size, interpolation)
 
-    def predicted_size(self, size: tuple[int, int], scale: str) -> tuple[int, int]:
-        """The (height, width) at which an image of `size` is predicted; see `resize.predicted_size`.
+    def factors(self, file: epath.PathLike, scale: str) -> tuple[float, float] | None:
+        """What height and width of an image file are multiplied by, as in training; None if that is not by its pixels.
 
-        A network that was trained on images at their own size has no size to `fit`: a `UserError`.
+        Raises:
+          UserError: it does not say how large its pixels are, and training scaled images to one size of them.
+        """
+        if scale != "train" or not self.config.data.pixel_size:
+            return None
+        return pixel_sizes.factors(self.config.data, pixel_sizes.read(epath.Path(file)))
+
+    def predicted_size(
+        self, size: tuple[int, int], scale: str, factors: tuple[float, float] | None = None
+    ) -> tuple[int, int]:
+        """The (height, width) at which an image of `size` is predicted; see `resize.predicted_size` and `factors`.
+
+        Raises:
+          UserError: the network was trained on images at their own size and has none to `fit`, or scaled them by the
+            size of their pixels, which is not known without `factors`.
         """
         if not self.config.data.size:
             if scale == "fit":
@@ -179,7 +203,14 @@ class Trained:
                     "the scale 'fit' is for networks trained on images resized to one size; this one was trained on "
                     "images at their own size: choose 'train'"
                 )
-            return images.scaled_size(size, self.config.data.scale if scale == "train" else 1.0)
+            if scale == "native":
+                return size
+            if self.config.data.pixel_size and factors is None:
+                raise UserError(
+                    f"this network was trained on images {pixel_sizes.describe(self.config.data)}, which an array does "
+                    "not tell: give the file, or choose 'native' if the image is at that scale"
+                )
+            return images.scaled_size(size, factors or pixel_sizes.factors(self.config.data, None))
         return resize.predicted_size(scale, size, self.size, self.source_sizes)
 
     def read_image(self, file: epath.PathLike) -> np.ndarray:
@@ -210,23 +241,9 @@ class Trained:
         return self.network.normalization.picture(image, self.config.data.show)
 
     def check_values(self, image: np.ndarray, file: epath.PathLike) -> None:
-        """Raises a `UserError` if the values of an image, or of a part of it, cannot be like those of the training.
-
-        That is, if the median of a channel is further outside of what the training images held than that is wide: they
-        may have been resized, which narrows it.
-        """
-        if self.value_limits is None:
-            return
-        values = image[::8, ::8].reshape(-1, image.shape[-1]).astype(np.float64)
-        values = values[~np.isnan(values).any(1)]
-        if not len(values):
-            return
-        (low, high), middle = map(np.array, self.value_limits), np.median(values, axis=0)
-        for channel in np.flatnonzero((middle < 2 * low - high) | (middle > 2 * high - low)):
-            raise UserError(
-                f"{file}: channel {channel} holds values around {middle[channel]:g}; in the images of the training "
-                f"they were {low[channel]:g} to {high[channel]:g}: convert it as those were"
-            )
+        """Raises a `UserError` if the values of an image cannot be like those of the training; see `normalization`."""
+        if self.value_limits is not None:
+            check_values(image, self.value_limits, file)
 
 
 def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Trained:
@@ -258,7 +275,7 @@ def load(path: epath.PathLike, step: int | None = None, mesh: jax.sharding.Mesh 
     except UserError as error:
         raise UserError(f"{path / 'config.json'}: {error}") from error
     step, saved = checkpoints.read_variables(path, step, sharding.replicated(mesh))
-    variables = evaluated_variables(saved)
+    variables = checkpoints.evaluated(saved)
     differing = models.differing_shapes(network.model, classes.channels, variables)
     if differing:
         weight, (found, needed) = next(iter(differing.items()))
@@ -278,20 +295,3 @@ def _source_sizes(values: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int
     first = values.get("image_size")
     sizes = values.get("image_sizes", first and [first, first])
     return sizes and tuple(tuple(map(int, size)) for size in sizes)
-
-
-def evaluated_variables(saved: dict[str, Any]) -> dict[str, Any]:
-    """Of the variables of a checkpoint those that a network is evaluated with: what has an EMA, as its EMA."""
-    batch_stats = saved.get("ema_batch_stats", saved.get("batch_stats", {}))
-    return {"params": saved.get("ema", saved["params"]), "batch_stats": batch_stats}
-
-
-def check_source(path: epath.PathLike, classes: data.Classes, source: data.Source) -> None:
-    """Raises a `UserError` if a network is for another task, or number of classes or channels, than the images."""
-    kinds = [(c.task, len(c.names), c.channels, c.dtype) for c in (classes, source.classes)]
-    if kinds[0] != kinds[1]:
-        given, held = (
-            f"{task} task of {count} classes, {channels} channel(s) of {dtype}"
-            for task, count, channels, dtype in kinds
-        )
-        raise UserError(f"{path} is a network for a {given}; the images in config.data.root are for a {held}")

@@ -26,6 +26,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import export
 
+from unet_jax.data import pixel_sizes
 from unet_jax.errors import UserError, import_extra
 from unet_jax.inference import forward
 from unet_jax.inference.resize import triangle
@@ -70,9 +71,8 @@ def describe_input(trained: Trained, resize: bool = True) -> str:
         low, high = trained.config.data.value_range
         text += f", 16-bit values {low}..{high} as 0..255"
     if not trained.resizes:
-        factor = trained.config.data.scale
-        resized = "were not resized" if factor == 1 else f"were scaled by {factor:g}: scale these as well"
-        return f"{text}, of any size, at the scale of the training images, which {resized}"
+        scaled = pixel_sizes.describe(trained.config.data)
+        return f"{text}, of any size, at the scale of the training images, which were {scaled}"
     if not resize:
         return f"{text}, which must be resized to {to} (height x width, {trained.config.data.resize}) as in training"
     text += f", of any size: resized to {to} (height x width), and the result back."

@@ -114,7 +114,7 @@ def examples_per_epoch(config: "ConfigDict", source: data.Source) -> int:
     if config.data.size:
         return len(source)
     window = augment.check(config.augment, config.data.size)
-    sizes = [images.scaled_size(size, config.data.scale) for size in source.sizes()]
+    sizes = [images.scaled_size(size, source.factors(index)) for index, size in enumerate(source.sizes())]
     return int(windows.per_image(sizes, window).sum())
 
 

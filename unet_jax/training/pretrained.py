@@ -9,7 +9,7 @@ from etils import epath
 
 from unet_jax import data, models
 from unet_jax.errors import UserError
-from unet_jax.inference import forward, trained
+from unet_jax.inference import forward
 from unet_jax.parallel import sharding
 from unet_jax.training import optimizer, state
 from unet_jax.weights import encoder_weights
@@ -70,7 +70,7 @@ def _load_run(path: epath.PathLike, parts: tuple[str, ...], network: forward.Net
         step, saved = checkpoints.read_variables(path, None, sharding.replicated(network.mesh))
     except UserError as error:
         raise UserError(f"{field}: {error}") from error
-    arrays = _flatten(trained.evaluated_variables(saved))
+    arrays = _flatten(checkpoints.evaluated(saved))
     summary, first_conv = f"Starting from the weights of {path}, step {step}", f"params/{network.model.first_conv}"
     differing = models.differing_shapes(network.model, classes.channels, arrays)
     if first_conv in arrays and first_conv in differing:

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from unet_jax import data, losses, metrics, paths
-from unet_jax.data import cache, pipeline
+from unet_jax.data import cache, pipeline, pixel_sizes
 from unet_jax.data.source import shorten
 from unet_jax.errors import UserError
 from unet_jax.evaluation import curves, evaluate, pictures, report
@@ -257,7 +257,7 @@ def _warn_of_small_batches(config: "ConfigDict") -> None:
 def _print_summary(config, built, steps, images, state) -> None:
     classes, windows = built.network.classes, built.windows
     if windows:
-        size, kind, again = evaluate.describe_own_size(config.data.scale), "windows", "for each window"
+        size, kind, again = pixel_sizes.describe(config.data), "windows", "for each window"
     else:
         size, kind, again = f"of {config.data.size[0]}x{config.data.size[1]}", "images", "each epoch"
     cached = "cached" if images["train"].cached else f"read again {again}"

@@ -189,6 +189,12 @@ def read_variables(
         raise UserError(f"{place} was deleted by a running training while it was read. Try again") from error
 
 
+def evaluated(saved: dict[str, Any]) -> dict[str, Any]:
+    """Of the variables of a checkpoint those that a network is evaluated with: what has an EMA, as its EMA."""
+    batch_stats = saved.get("ema_batch_stats", saved.get("batch_stats", {}))
+    return {"params": saved.get("ema", saved["params"]), "batch_stats": batch_stats}
+
+
 def _read(place: epath.Path, **items):
     """Items of a step, without a manager, which would also clean up the folder."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
