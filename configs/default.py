@@ -11,6 +11,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of the weights, the order of examples, augmentation and dropout
     config.deterministic = False  # bit-equal repeats on GPUs too, with slower kernels where needed
+    config.auto = False  # fields at their default are read off the training images, see configs/README.md
+    config.auto_except = ()  # auto: fields that stay at their default, as ("train.batch_size",); flags stay anyway
     config.init_from = ""  # work directory whose weights to start from; a head for other classes is initialised
     config.init_parts = ()  # prefixes of the weights to take from init_from, as ("encoder",); () is all of them
 
@@ -76,8 +78,12 @@ def get_config() -> ConfigDict:
     config.model.dtype = "float32"  # of the computation: float32 | bfloat16 (GPU, TPU); weights stay float32
 
     config.augment = ConfigDict()  # all off: 0, False, ()
+    # 0..2, instead of setting each field: those that are off get this times their value in training/augment.py, of
+    # flip_horizontal, rotate, scale, shift, brightness, contrast, gamma, blur, noise; in colour hue and saturation too
+    config.augment.strength = 0.0
     config.augment.flip_horizontal = False
     config.augment.flip_vertical = False
+    config.augment.turns = False  # by a random multiple of 90 degrees; images (data.size=(): windows) must be square
     config.augment.rotate = 0.0  # degrees, uniform in +-
     config.augment.scale = 0.0  # zoom, uniform in 1 +-
     config.augment.shift = 0.0  # share of each side, uniform in +-; not of windows, which lie anywhere (data.size=())
@@ -88,6 +94,11 @@ def get_config() -> ConfigDict:
     config.augment.brightness = 0.0  # added, uniform in +- of the full range
     config.augment.contrast = 0.0  # factor about the mean, uniform in 1 +-
     config.augment.gamma = 0.0  # exponent, uniform in 1 +-
+    config.augment.hue = 0.0  # rotation of the colours, uniform in +- that share of a turn; only for 3 channels
+    config.augment.saturation = 0.0  # factor on the difference from grey, uniform in 1 +-; only for 3 channels
+    config.augment.blur = 0.0  # pixels: standard deviation of a Gaussian, uniform in 0 to blur
+    config.augment.noise = 0.0  # standard deviation of Gaussian noise, uniform in 0 to noise of the full range
+    config.augment.cutmix = 0.0  # share of the examples into which a rectangle of another one is pasted
 
     config.loss = ConfigDict()
     config.loss.cross_entropy = 1.0  # weight of the softmax or sigmoid cross-entropy
@@ -115,6 +126,9 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 1e-3
     config.optimizer.encoder_learning_rate = 1.0  # encoder_unet: factor on it for the weights of the encoder
     config.optimizer.schedule = "cosine"  # constant | step | cosine
+    # When a run is extended: restart: as at its beginning, over the epochs added | constant: as it was at the end, for
+    # cosine a tenth of the learning rate
+    config.optimizer.extension = "restart"
     config.optimizer.warmup_epochs = 0.0  # linear, from 0
     config.optimizer.decay_epochs = ()  # schedule=step: times 0.1 at each
     config.optimizer.momentum = 0.9  # sgd
@@ -129,9 +143,12 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 16  # over all devices
     config.train.accumulate = 1  # microbatches in which a batch goes through the network, to save memory
     config.train.nonfinite = "stop"  # a loss, gradient or weight that is not finite: stop | skip (10 in a row at most)
-    config.train.epochs = 10.0
-    config.train.eval_every_epochs = 1.0  # evaluates, draws panels and saves; once more at the end
-    config.train.checkpoint_every_epochs = 1.0  # saves in between; the most that a crash can cost
+    config.train.epochs = 10.0  # more than before extends the run of a work directory
+    config.train.extends = ()  # the epochs at which it ended before, filled in when it is extended
+    config.train.minutes = 0.0  # instead of epochs: about how long the training takes, measured on its first steps
+    config.train.patience = 0  # evaluations without a better config.eval.best_metric, after which it ends; 0 is off
+    config.train.eval_every_epochs = 1.0  # evaluates, draws panels and saves; once more at the end; 0: ten times in all
+    config.train.checkpoint_every_epochs = 1.0  # saves in between; the most that a crash can cost; 0: likewise
     config.train.log_every_steps = 20
     config.train.panels = 4  # validation images drawn at each evaluation
 

@@ -12,7 +12,7 @@ from PIL import Image
 from unet_jax import data
 from unet_jax.data import labels, pairing, reading
 from unet_jax.errors import UserError
-from unet_jax.training import loop, setup
+from unet_jax.training import loop, summary
 
 RNG = np.random.default_rng(0)
 
@@ -386,6 +386,6 @@ def test_batch_normalisation_over_two_images_is_warned_of(model, remedy, capsys)
     config = tiny.get_config()
     config.model.update(model)
     config.train.batch_size, config.train.accumulate = 16, 8
-    setup._warn_of_small_batches(config)
+    summary._warn_of_small_batches(config)
     printed = capsys.readouterr().out
     assert printed.rstrip().endswith(remedy) and ("over 2 image(s) at a time" in printed) == bool(remedy)

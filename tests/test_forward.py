@@ -166,28 +166,35 @@ def test_views_are_those_that_their_names_say():
 
 
 @pytest.mark.parametrize(
-    "horizontal, vertical, rotate, best, exact",
+    "horizontal, vertical, turns, rotate, best, exact",
     [
-        (False, False, 30, "none", "none"),
-        (True, False, 15, "horizontal", "none horizontal"),
-        (False, True, 0, "vertical", "none vertical"),
-        (True, True, 10, "flips", "none horizontal vertical flips"),
-        (True, True, 90, "dihedral", "none horizontal vertical flips turns dihedral rotations"),
-        (False, False, 180, "turns", "none turns rotations"),
-        (True, False, 180, "dihedral", "none horizontal vertical flips turns dihedral rotations"),
+        (False, False, False, 30, "none", "none"),
+        (True, False, False, 15, "horizontal", "none horizontal"),
+        (False, True, False, 0, "vertical", "none vertical"),
+        (True, True, False, 10, "flips", "none horizontal vertical flips"),
+        (True, True, False, 90, "dihedral", "none horizontal vertical flips turns dihedral rotations"),
+        (False, False, False, 180, "turns", "none turns rotations"),
+        (True, False, False, 180, "dihedral", "none horizontal vertical flips turns dihedral rotations"),
+        (False, False, True, 0, "turns", "none turns"),
+        (False, False, True, 38, "turns", "none turns"),
+        (False, False, True, 39, "turns", "none turns rotations"),  # 360 / 7 is 38.6 degrees from 90
+        (True, False, True, 0, "dihedral", "none horizontal vertical flips turns dihedral"),
+        (False, True, True, 10, "dihedral", "none horizontal vertical flips turns dihedral"),
     ],
 )
-def test_auto_is_the_most_views_that_training_drew(horizontal, vertical, rotate, best, exact):
-    augment = {"flip_horizontal": horizontal, "flip_vertical": vertical, "rotate": float(rotate)}
+def test_auto_is_the_most_views_that_training_drew(horizontal, vertical, turns, rotate, best, exact):
+    augment = {"flip_horizontal": horizontal, "flip_vertical": vertical, "turns": turns, "rotate": float(rotate)}
     assert forward.best_tta(augment) == best
     assert [name for name in forward.VIEWS if not forward.unseen_views(name, augment)] == exact.split()
 
 
 def test_unseen_views_are_named():
-    augment = {"flip_horizontal": True, "flip_vertical": False, "rotate": 120.0}
+    augment = {"flip_horizontal": True, "flip_vertical": False, "turns": False, "rotate": 120.0}
     assert forward.unseen_views("flips", augment) == ["turned by 180 degrees", "flipped vertically"]
     assert forward.unseen_views("dihedral", augment) == ["turned by 180 degrees", "flipped vertically"]
     assert forward.unseen_views("rotations", augment) == ["turned by 154 degrees", "turned by 206 degrees"]
+    augment |= {"flip_horizontal": False, "turns": True, "rotate": 0.0}
+    assert forward.unseen_views("flips", augment) == ["flipped horizontally", "flipped vertically"]
 
 
 @pytest.mark.parametrize(

@@ -148,9 +148,9 @@ def test_a_new_metric_is_in_table_json_and_log(tmp_path):
     values = json.loads(json.dumps(scores.to_json(result)))
     assert values["missed"] == 3 / 12 and values["miss"] == {"road": 2 / 8, "car": 1 / 4, "dog": None}
 
-    settings = dict(steps_per_epoch=2.0, total_steps=4, batch_size=1, every=1, skips_nonfinite=False)
+    settings = dict(steps_per_epoch=2.0, ends=[4], batch_size=1, every=1, skips_nonfinite=False)
     training_log = log.TrainingLog(tmp_path, schedule=lambda step: 0.1, **settings)
-    training_log.add_evaluation(4, result)
+    training_log.add_evaluation(4, result, None)
     training_log.close()
     (row,) = metrics_log.read(tmp_path)
     assert row["val/missed"] == 3 / 12 and row["val/miss/car"] == 1 / 4 and row["val/miss/dog"] is None
@@ -173,10 +173,10 @@ def test_the_final_table_is_that_of_the_best_step(config, tmp_path):
         records = metrics.records(metrics.Counts(counts, names))
         return scores.Evaluation(0.1 * wrong, records, counts[None], names, [0.5])
 
-    settings = dict(steps_per_epoch=2.0, total_steps=total, batch_size=1, every=1, skips_nonfinite=False)
+    settings = dict(steps_per_epoch=2.0, ends=[total], batch_size=1, every=1, skips_nonfinite=False)
     training_log = log.TrainingLog(tmp_path, schedule=lambda step: 0.1, **settings)
     for step, wrong in ((5, 10), (total, 20)):
-        training_log.add_evaluation(step, result(wrong))
+        training_log.add_evaluation(step, result(wrong), None)
     training_log.close()
     network = SimpleNamespace(classes=data.Classes("binary", names, ((0, 0, 0),) * 2))
     run = SimpleNamespace(path=tmp_path, config=config, log=training_log, steps=SimpleNamespace(total=total))
@@ -203,7 +203,7 @@ def test_scores_of_one_class_alone_are_not_telling():
 
 
 def test_a_step_without_labelled_pixels_does_not_count_in_the_mean_loss(tmp_path):
-    settings = dict(steps_per_epoch=2.0, total_steps=3, batch_size=1, every=3, skips_nonfinite=False)
+    settings = dict(steps_per_epoch=2.0, ends=[3], batch_size=1, every=3, skips_nonfinite=False)
     training_log = log.TrainingLog(tmp_path, schedule=lambda step: 0.1, **settings)
     for step, (loss, labelled) in enumerate(((0.5, True), (0.0, False), (0.25, True)), 1):
         found = {"loss": loss, "grad_norm": 1.0, "param_norm": 1.0, "labelled": labelled, "signal": 0}

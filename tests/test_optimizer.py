@@ -13,7 +13,7 @@ RATE = optax.constant_schedule(0.1)
 
 
 def _schedule(config, **settings):
-    return optimizer.make_schedule(config.optimizer.to_dict() | settings, steps_per_epoch=10, total_steps=100)
+    return optimizer.make_schedule(config.optimizer.to_dict() | settings, steps_per_epoch=10, ends=[100])
 
 
 def test_schedules(config):
@@ -111,5 +111,5 @@ def test_a_factor_for_the_encoder_needs_one(config):
 def test_an_invalid_setting_is_an_error_that_names_it(config, settings, message):
     settings = config.optimizer.to_dict() | {"ema": 0.0} | settings
     with pytest.raises(UserError, match=message):
-        schedule = optimizer.make_schedule(settings, steps_per_epoch=10, total_steps=100)
+        schedule = optimizer.make_schedule(settings, steps_per_epoch=10, ends=[100])
         optimizer.make_optimizer(settings, schedule)

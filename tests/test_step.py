@@ -38,6 +38,18 @@ def test_gradients_of_microbatches_add_up_to_those_of_the_batch(gradient_config,
     assert history[0]["loss"] == pytest.approx(whole_history[0]["loss"], abs=1e-6)
 
 
+def test_augmentation_across_the_batch_does_not_see_devices_and_microbatches(gradient_config):
+    config = gradient_config
+    config.augment.update({"turns": True, "blur": 1.0, "noise": 0.1, "cutmix": 0.7})
+    one, history = helpers.run_steps(config, helpers.one_device(), steps=1)
+    many, many_history = helpers.run_steps(config, sharding.create_mesh(4, 2), steps=1)
+    config.train.accumulate = 4
+    accumulated, accumulated_history = helpers.run_steps(config, helpers.two_devices(), steps=1)
+    for other, other_history in ((many, many_history), (accumulated, accumulated_history)):
+        chex.assert_trees_all_close(other.params, one.params, atol=1e-6)
+        assert other_history[0]["loss"] == pytest.approx(history[0]["loss"], abs=1e-6)
+
+
 def test_a_step_says_whether_any_pixel_was_labelled(gradient_config, monkeypatch):
     assert helpers.run_steps(gradient_config, helpers.two_devices(), steps=1)[1][0]["labelled"] == 1
     put_batch = sharding.put_batch
@@ -101,6 +113,7 @@ def test_networks_train_the_same_on_images_split_over_devices(gradient_config, m
 def test_a_step_has_no_sums_whose_order_a_gpu_chooses(gradient_config, model):
     config = gradient_config
     config.model.update(model)
+    config.augment.update({"turns": True, "blur": 1.0, "noise": 0.1, "cutmix": 0.7})
     made = _compile(config, helpers.two_devices())
     shardings = jax.tree.map(lambda x: x.sharding, made.arguments[0])
     program = components.make_train_step(config, made.components, shardings).lower(*made.arguments).as_text()

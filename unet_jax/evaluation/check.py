@@ -13,7 +13,7 @@ from etils import epath
 from unet_jax import data, models
 from unet_jax.data import images, pixel_sizes, windows
 from unet_jax.errors import UserError
-from unet_jax.evaluation import check_sheet, check_text, duplicates, evaluate, inspection
+from unet_jax.evaluation import check_sheet, check_text, duplicates, evaluate, inspection, recipe
 from unet_jax.evaluation.inspection import Example
 from unet_jax.inference import normalization
 from unet_jax.parallel.processes import print_on_main
@@ -60,6 +60,7 @@ def check(config: "ConfigDict", sheet: epath.PathLike, as_json: bool = False) ->
 def _find(config: "ConfigDict", sheet: epath.Path) -> Facts:
     """Reads everything and draws the sheet."""
     data.infer_settings(config.data, print_on_main)
+    chosen = _read_recipe(config) if config.auto else []
     lists = config.data.lists
     has_test = len(lists) == 3 and (epath.Path(config.data.root) / lists[2]).exists()
     splits = (*SPLITS, "test") if has_test else SPLITS
@@ -96,6 +97,8 @@ def _find(config: "ConfigDict", sheet: epath.Path) -> Facts:
         ],
         "faults": faults,
     }
+    if config.auto:
+        facts["recipe"] = [{"fields": dict(choice.values), "why": choice.why} for choice in chosen]
     facts["warnings"], more = _judge(facts, good, copies)
     facts["notes"] = notes + more
     count = len(facts["warnings"])
@@ -103,6 +106,14 @@ def _find(config: "ConfigDict", sheet: epath.Path) -> Facts:
     if good:
         check_sheet.draw(sources, good, copies, classes, config.data.show, sheet)
     return {**facts, "sheet": str(sheet) if good else None, "verdict": verdict}
+
+
+def _read_recipe(config: "ConfigDict") -> list[recipe.Choice]:
+    """What a training would read off the images, set in `config`; nothing if there are faults, which will be named."""
+    try:
+        return recipe.apply(config, data.load(config.data, "train"), print_on_main)
+    except UserError:
+        return []
 
 
 def _values(config: "ConfigDict", source: data.Source, faults: Sequence[str]) -> Facts | None:

@@ -123,14 +123,17 @@ class Network:
 def unseen_views(tta: str, augment: Mapping[str, Any]) -> list[str]:
     """The views of a set of `VIEWS` that a training never drew, in words.
 
-    A training draws its flips, each turned by up to `rotate` degrees either way. `augment` is `config.augment`.
+    A training draws its flips, each turned by quarters of a circle if it has `turns`, and by up to `rotate` degrees
+    either way. `augment` is `config.augment`.
     """
     horizontal, vertical = augment["flip_horizontal"], augment["flip_vertical"]
     flips = {(0, False): True, (0, True): horizontal, (180, True): vertical, (180, False): horizontal and vertical}
 
+    quarters = (0, 90, 180, 270) if augment["turns"] else (0,)
+
     def is_drawn(degrees, mirrored):
-        turns = [abs((degrees - start + 180) % 360 - 180) for (start, m), on in flips.items() if on and m == mirrored]
-        return any(turn <= augment["rotate"] for turn in turns)
+        starts = [flip + quarter for (flip, m), on in flips.items() if on and m == mirrored for quarter in quarters]
+        return any(abs((degrees - start + 180) % 360 - 180) <= augment["rotate"] for start in starts)
 
     return [_describe_view(*view) for view in VIEWS[tta] if not is_drawn(*view)]
 

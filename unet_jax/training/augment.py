@@ -1,6 +1,8 @@
 """Joint random transforms of image, label and loss weights, in JAX, on the device.
 
 One key per example: what happens to an example depends neither on the rest of the batch nor on the number of devices.
+Only CutMix, which comes last, takes pixels from the next example of the batch.
+
 Window, rotation, zoom, shift and elastic deformation are one map of coordinates, so that an image is resampled at most
 once. Labels and weights take the nearest pixel and never blend. Outside the image the label is the ignore label, while
 the image is mirrored: a valid network looks beyond the window that it predicts.
@@ -8,12 +10,13 @@ the image is mirrored: a valid network looks beyond the window that it predicts.
 Where images keep their own size, windows of them are drawn before, see `data/windows.py`, and come with as much around
 them as the transforms can `reach`: then the window is not drawn here, but in the middle.
 
-To add one: its field in `config.augment`, its limit in `LIMITS`, and a function with the next free number in
-`INTENSITY` (or a step in `_window`, if it moves pixels).
+To add one: its field in `config.augment`, its limit in `LIMITS`, and a function in `intensity.py` with the next free
+number in `INTENSITY` (or a step in `_window`, if it moves pixels).
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -21,30 +24,123 @@ import jax.numpy as jnp
 from unet_jax.data import windows
 from unet_jax.errors import UserError, check_choice
 from unet_jax.inference import resample
+from unet_jax.training import cutmix, intensity
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 # The key of an augmentation is fold_in(key of the example, its number). No number is used twice, so that a new
 # augmentation changes no draw of the others.
-FLIP, AFFINE, CROP, COLOR, ELASTIC = range(5)
+FLIP, AFFINE, CROP, COLOR, ELASTIC, TURN, HUE, SATURATION, BLUR, NOISE, CUTMIX = range(11)
 
-LIMITS = {"rotate": 180, "scale": 0.9, "shift": 1, "brightness": 1, "contrast": 0.9, "gamma": 0.9}  # from 0
+# Changes of the values of a window, in this order: (number of the key, function of key, image and settings).
+INTENSITY = (
+    (COLOR, intensity.color),
+    (HUE, intensity.hue),
+    (SATURATION, intensity.saturation),
+    (BLUR, intensity.blur),
+    (NOISE, intensity.noise),
+)
+
+LIMITS = {  # from 0
+    "strength": 2,
+    "rotate": 180,
+    "scale": 0.9,
+    "shift": 1,
+    "brightness": 1,
+    "contrast": 0.9,
+    "gamma": 0.9,
+    "hue": 0.5,
+    "saturation": 1,
+    "blur": 10,  # the kernel grows with it
+    "noise": 1,
+    "cutmix": 1,
+}
+
+# What `config.augment.strength = 1` sets, see `apply_strength`. Not among them is what only some images allow: those
+# without an up and down (flip_vertical, turns), and those whose objects may be cut in pieces (cutmix).
+STRENGTH = {
+    "flip_horizontal": True,
+    "rotate": 15.0,
+    "scale": 0.2,
+    "shift": 0.05,
+    "brightness": 0.1,
+    "contrast": 0.2,
+    "gamma": 0.2,
+    "hue": 0.02,
+    "saturation": 0.2,
+    "blur": 0.5,
+    "noise": 0.02,
+}
+COLORS_ONLY = ("hue", "saturation")  # only for images of 3 channels
 
 
-def check(settings: Mapping, size: Sequence[int]) -> tuple[int, int]:
-    """Checks the ranges of `config.augment` for images of (height, width) `size`; returns the size of the window.
+def apply_strength(settings: "ConfigDict", channels: int) -> None:
+    """Sets each field that is off to `config.augment.strength` times its value in `STRENGTH`; 0 changes nothing.
 
-    `size` is empty if images keep their own.
+    A field that is on keeps its value, so a second call changes nothing. `hue` and `saturation` stay off unless images
+    have 3 channels.
+
+    Args:
+      settings: `config.augment`, changed in place.
+      channels: of the images.
+
+    Raises:
+      UserError: a strength out of its range.
     """
+    strength = settings["strength"]
+    _check_limit(settings, "strength", LIMITS["strength"])
+    for name, value in STRENGTH.items():
+        if strength and not settings[name] and (channels == 3 or name not in COLORS_ONLY):
+            settings[name] = value if isinstance(value, bool) else strength * value
+
+
+def check(
+    settings: Mapping, size: Sequence[int], channels: int | None = None, batch_size: int | None = None
+) -> tuple[int, int]:
+    """Checks `config.augment`; returns the size of the window.
+
+    Args:
+      settings: `config.augment`.
+      size: height and width of the images; empty if they keep their own.
+      channels: of the images; None does not check whether the settings suit them.
+      batch_size: of the global batch; None likewise.
+
+    Raises:
+      UserError: a setting that is out of its range, or that does not suit the images or the batch.
+    """
+    field = "config.data.size" if size else "config.augment.crop"
     crop = tuple(settings["crop"]) or tuple(size)
     size = tuple(size) or windows.check_size(crop)
     for name, limit in {**LIMITS, "elastic": min(size)}.items():
-        if not 0 <= settings[name] <= limit:
-            raise UserError(f"config.augment.{name} = {settings[name]} is not in 0..{limit}")
+        _check_limit(settings, name, limit)
     if not 2 <= settings["elastic_grid"] <= min(size):
         raise UserError(f"config.augment.elastic_grid = {settings['elastic_grid']} is not in 2..{min(size)}")
     check_choice("config.augment.interpolation", settings["interpolation"], resample.INTERPOLATION)
     if len(crop) != 2 or not all(isinstance(c, int) and 0 < c <= s for c, s in zip(crop, size, strict=True)):
         raise UserError(f"config.augment.crop = {crop} must be (height, width) within config.data.size = {tuple(size)}")
+    if settings["turns"] and size[0] != size[1]:
+        raise UserError(
+            f"config.augment.turns = True turns images by 90 degrees, so they must be square, but {field} = {size}: "
+            "make it a square, or set config.augment.turns to False"
+        )
+    for name in COLORS_ONLY:
+        if settings[name] and channels not in (3, None):
+            raise UserError(
+                f"config.augment.{name} = {settings[name]} changes red, green and blue, but the images have {channels} "
+                "channel(s): set it to 0"
+            )
+    if settings["cutmix"] and batch_size == 1:
+        raise UserError(
+            f"config.augment.cutmix = {settings['cutmix']} pastes from other images of the batch, but "
+            "config.train.batch_size = 1: set it to 2 or more, or config.augment.cutmix to 0"
+        )
     return crop
+
+
+def _check_limit(settings, name, limit):
+    if not 0 <= settings[name] <= limit:
+        raise UserError(f"config.augment.{name} = {settings[name]} is not in 0..{limit}")
 
 
 def reach(settings: Mapping, margins: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -85,11 +181,17 @@ def augment(
       margins: how many pixels the image extends beyond the window: (above, below), (left, right).
       is_cut: whether the images are windows already, with `reach` around them.
 
+    With `turns`, H and W must be the same.
+
     Returns:
       the same fields and types; labels and weights `[B, h, w, ...]` of the window, images with the margins around it.
     """
     one = lambda key, example: _augment_one(key, example, settings, margins, ignore_label, is_cut)
-    return jax.vmap(one)(keys, dict(batch))
+    batch = jax.vmap(one)(keys, dict(batch))
+    if settings["cutmix"]:
+        cutmix_keys = jax.vmap(lambda key: jax.random.fold_in(key, CUTMIX))(keys)
+        batch = cutmix.paste(cutmix_keys, batch, settings["cutmix"], margins)
+    return batch
 
 
 def _augment_one(key, example, settings, margins, ignore_label, is_cut):
@@ -98,11 +200,21 @@ def _augment_one(key, example, settings, margins, ignore_label, is_cut):
         example = jax.tree.map(lambda x: jnp.where(horizontal, x[:, ::-1], x), example)
     if settings["flip_vertical"]:
         example = jax.tree.map(lambda x: jnp.where(vertical, x[::-1], x), example)
+    if settings["turns"]:
+        quarters = jax.random.randint(jax.random.fold_in(key, TURN), (), 0, 4)
+        example = jax.tree.map(lambda x: _turn(x, quarters), example)
     example = _window(key, example, settings, margins, ignore_label, is_cut)
     image = example["image"]
     for number, change in INTENSITY:
         image = change(jax.random.fold_in(key, number), image, settings)
     return {**example, "image": image}
+
+
+def _turn(x, quarters):
+    """`jnp.rot90(x, quarters)` of a square, for a number of quarters that is only known when it runs."""
+    x = jnp.where(quarters % 2 == 1, x.swapaxes(0, 1), x)
+    x = jnp.where((quarters == 1) | (quarters == 2), x[::-1], x)
+    return jnp.where(quarters >= 2, x[:, ::-1], x)
 
 
 def _window(key, example, settings, margins, ignore_label, is_cut):
@@ -162,24 +274,3 @@ def affine_coordinates(
         1 + settings["scale"] * zoom,
     )
     return y + center[0], x + center[1]
-
-
-def color(key: jax.Array, image: jax.Array, settings: Mapping) -> jax.Array:
-    """image ** g * c about the mean + b, clipped to 0..1; `image` is float `[h, w, C]` in 0..1.
-
-    b, c and g are uniform in ± `brightness`, 1 ± `contrast` and 1 ± `gamma` of the settings.
-    """
-    brightness, contrast, gamma = (settings[name] for name in ("brightness", "contrast", "gamma"))
-    b, c, g = jax.random.uniform(key, (3,), minval=-1, maxval=1)
-    if gamma:
-        image = image ** (1 + gamma * g)
-    if contrast:
-        mean = image.mean()
-        image = (image - mean) * (1 + contrast * c) + mean
-    if brightness:
-        image = image + brightness * b
-    return jnp.clip(image, 0, 1) if brightness or contrast else image
-
-
-# Changes of the values of a window, in this order: (number of the key, function of key, image and settings).
-INTENSITY = ((COLOR, color),)

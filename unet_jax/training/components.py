@@ -23,13 +23,18 @@ class Steps(NamedTuple):
     """The training in steps."""
 
     per_epoch: float  # may be fractional
-    total: int
+    ends: tuple[int, ...]  # after how many steps the run ended, each time before it was extended, and ends now
     eval_every: int  # steps between two evaluations
     save_every: int  # steps between two checkpoints
 
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.ends[-1]
+
     def evaluates(self, step: int) -> bool:
         """Whether the state after `step` steps is evaluated."""
-        return step == self.total or step % self.eval_every == 0
+        return step in self.ends or step % self.eval_every == 0
 
     def saves(self, step: int) -> bool:
         """Whether the state after `step` steps is saved."""
@@ -59,8 +64,10 @@ def build(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, 
     sharding.check_batch_size(mesh, config.train.batch_size, config.train.accumulate)
     if not 0 <= config.seed < 2**31:
         raise UserError(f"config.seed = {config.seed} is not in 0..2**31-1")
-    if config.train.log_every_steps < 1 or config.train.panels < 0:
-        raise UserError("config.train.log_every_steps must be 1 or more, config.train.panels 0 or more")
+    if config.train.log_every_steps < 1 or config.train.panels < 0 or config.train.patience < 0:
+        raise UserError(
+            "config.train.log_every_steps must be 1 or more, config.train.panels and config.train.patience 0 or more"
+        )
     data.check_show(config.data, classes)
     check_choice("config.train.nonfinite", config.train.nonfinite, ("stop", "skip"))
     evaluate.check(config.eval, classes)
@@ -72,7 +79,7 @@ def build(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, 
             "not see: set config.train.accumulate to 1, or use config.loss.dice"
         )
     network = forward.create_network(config.model, classes, mesh)
-    crop, drawn = augment.check(config.augment, config.data.size), None
+    crop, drawn = augment.check(config.augment, config.data.size, classes.channels, config.train.batch_size), None
     field, eval_size = "config.data.size", tuple(config.data.size)
     if not config.data.size:
         reach = augment.reach(config.augment, network.margins(crop))
@@ -83,7 +90,7 @@ def build(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding.Mesh, 
             "config.optimizer.weight_decay would shrink scales and biases, which config.model.encoder_norm = 'frozen' "
             "keeps as they are: set config.optimizer.decayed to 'kernels'"
         )
-    schedule = optimizer.make_schedule(config.optimizer, steps.per_epoch, steps.total)
+    schedule = optimizer.make_schedule(config.optimizer, steps.per_epoch, steps.ends)
     params = models.shapes(models.abstract_variables(network.model, classes.channels)["params"])
     optimizer.check_names(config.optimizer, params)
     return Components(
@@ -133,12 +140,22 @@ def describe_images(config: "ConfigDict", source: data.Source) -> dict[str, list
 
 def count_steps(settings: Mapping, steps_per_epoch: float) -> Steps:
     """The epochs of `config.train`, which must be positive, as whole numbers of steps, each at least one."""
-    counts = []
     for field in ("epochs", "eval_every_epochs", "checkpoint_every_epochs"):
-        if not 0 < settings[field] < math.inf:
-            raise UserError(f"config.train.{field} = {settings[field]} must be positive")
-        counts.append(max(1, round(settings[field] * steps_per_epoch)))
-    return Steps(steps_per_epoch, *counts)
+        value, may_be_zero = settings[field], field != "epochs"
+        if not (0 < value < math.inf or (may_be_zero and value == 0)):
+            remedy = ", or 0 for ten times in all" if may_be_zero else ""
+            raise UserError(f"config.train.{field} = {value} must be positive{remedy}")
+    steps = lambda epochs: max(1, round(epochs * steps_per_epoch))
+    lengths = (*settings["extends"], settings["epochs"])
+    ends = tuple(map(steps, lengths))
+    if list(ends) != sorted(set(ends)) or not lengths[0] > 0:
+        raise UserError(
+            f"config.train.extends = {tuple(settings['extends'])}, the epochs at which a run ended before, and "
+            f"config.train.epochs = {settings['epochs']}, at which it ends, must each be more than the one before"
+        )
+    tenth = lengths[0] / 10
+    every = (steps(settings[field] or tenth) for field in ("eval_every_epochs", "checkpoint_every_epochs"))
+    return Steps(steps_per_epoch, ends, *every)
 
 
 def make_train_step(config: "ConfigDict", components: Components, shardings: state.TrainState) -> Callable:

@@ -1,6 +1,5 @@
 """Training logs: console, `metrics.jsonl` and TensorBoard."""
 
-import collections
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +15,8 @@ from unet_jax.workdir import metrics_log
 MAX_SKIPPED = 10  # steps in a row that config.train.nonfinite = "skip" forgives
 
 # What a checkpoint holds so that the lines stay exact: the losses since the last line, the number of steps whose update
-# was skipped, and how many of the latest steps in a row were.
-_INITIAL = {"window": [], "skipped": 0, "in_a_row": 0}
+# was skipped, and how many of the latest steps in a row were; the best score, and the evaluations since then.
+INITIAL = {"window": [], "skipped": 0, "in_a_row": 0, "best": None, "since_best": 0}
 
 
 class TrainingLog:
@@ -29,7 +28,7 @@ class TrainingLog:
         *,
         schedule: Callable[[int], float],  # step -> learning rate
         steps_per_epoch: float,  # may be fractional
-        total_steps: int,
+        ends: Sequence[int],  # steps at which a line is written as well; the last is that of the run
         batch_size: int,  # over all devices
         every: int,  # steps between two lines
         skips_nonfinite: bool,  # whether the step skips updates that are not finite
@@ -37,11 +36,12 @@ class TrainingLog:
         resume_state: Mapping | None = None,  # from the checkpoint of `first_step`
     ):
         """Starts at `first_step`."""
-        self.resume_state = {name: (resume_state or {}).get(name, value) for name, value in _INITIAL.items()}
+        self.resume_state = {name: (resume_state or {}).get(name, value) for name, value in INITIAL.items()}
         self.nonfinite_error = ""  # what was not finite, once that cannot be forgiven
         self.last_evaluation: Evaluation | None = None
+        self.evaluated_step = first_step  # of `last_evaluation`
         self._path, self._schedule = path, schedule
-        self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
+        self._steps_per_epoch, self._ends, self._total_steps = steps_per_epoch, ends, ends[-1]
         self._batch_size, self._every, self._skips = batch_size, every, skips_nonfinite
         self._started, self._first_step = time.monotonic(), first_step
         self._writer = None
@@ -63,7 +63,7 @@ class TrainingLog:
         if self._is_finite(step, values) and labelled:
             self.resume_state["window"] = [*self.resume_state["window"], values["loss"]]
         self._timed_steps += 1
-        if step % self._every == 0 or step == self._total_steps:
+        if step % self._every == 0 or step in self._ends:
             self._add_line(step, values)
         return signal
 
@@ -103,9 +103,14 @@ class TrainingLog:
             f"waiting for data {line['train/data_wait']:.1%}  left {int(left // 60)}:{int(left % 60):02d}"
         )
 
-    def add_evaluation(self, step: int, result: Evaluation) -> None:
-        """Adds the scores of the validation split after `step` steps."""
+    def add_evaluation(self, step: int, result: Evaluation, score: float | None) -> None:
+        """Adds the scores of the validation split after `step` steps; `score` is what chooses the best, if it tells."""
         is_first, self.last_evaluation = self.last_evaluation is None, result
+        self.evaluated_step = step
+        if score is not None:
+            best, count = self.resume_state["best"], self.resume_state["since_best"]
+            is_better = best is None or score > best
+            self.resume_state |= {"best": score, "since_best": 0} if is_better else {"since_best": count + 1}
         scores = {"loss": result.loss, **metrics.flatten(result.records)}
         self._write(step, {f"val/{key}": value for key, value in scores.items()})
         shown = [("loss", result.loss), *((r.title, r.value) for r in metrics.summary(result.records))]
@@ -118,6 +123,10 @@ class TrainingLog:
                 "found, and the latest checkpoint counts as the best. See config.data.validation and config.data.lists"
             )
 
+    def is_patience_lost(self, patience: int) -> bool:
+        """Whether the latest `patience` evaluations were no better than one before; never if that is 0."""
+        return 0 < patience <= self.resume_state["since_best"]
+
     def _write(self, step: int, values: Mapping[str, float | None]) -> None:
         if self._writer is None:
             return
@@ -129,36 +138,3 @@ class TrainingLog:
         """Flushes TensorBoard's file."""
         if self._writer is not None:
             self._writer.close()
-
-
-def tile_summary(use: str, size: Sequence[int], input_size: Sequence[int]) -> str:
-    """What the network predicts, and how much of the image it is given for it."""
-    shown = f"{use} predicts {size[0]}x{size[1]}"
-    same = tuple(size) == tuple(input_size)
-    return shown if same else f"{shown} from {input_size[0]}x{input_size[1]}, mirrored where needed"
-
-
-def network_summary(params: Mapping) -> str:
-    """The number of parameters, in all and of each part: layers of one name, as `down_0` and `down_1`, are one part."""
-    parts: collections.Counter[str] = collections.Counter()
-    for name, tree in params.items():
-        parts[name.rstrip("0123456789").rstrip("_")] += sum(leaf.size for leaf in jax.tree.leaves(tree))
-    return f"{parts.total():,} parameters: " + ", ".join(f"{name} {count:,}" for name, count in parts.items())
-
-
-def mesh_summary(mesh: jax.sharding.Mesh) -> str:
-    """Number and kind of the devices, and the shape of the mesh."""
-    shape = mesh.shape
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh data={shape['data']} space={shape['space']}"
-
-
-def memory_summary(compiled: jax.stages.Compiled) -> str:
-    """What a compiled step needs on each device, if the compiler reports it."""
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return "unknown on this device"
-    held, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    return (
-        f"{(held + temporary) / 2**20:.0f} MiB a step on each device: {held / 2**20:.0f} state and batch, "
-        f"{temporary / 2**20:.0f} activations and gradients"
-    )

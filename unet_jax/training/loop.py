@@ -50,7 +50,7 @@ def take_steps(run: setup.Run) -> int:
             stop_signal = evaluate_and_save(run, train_state, run.first_step, 0, deferred, replace=True)
         batch = sharding.put_batch(mesh, next(run.batches))
         for step in range(run.first_step + 1, run.steps.total + 1):
-            if stop_signal:
+            if stop_signal or run.log.is_patience_lost(run.config.train.patience):
                 break
             train_state, step_metrics = run.train_step(train_state, batch, sharding.per_device(mesh, deferred.received))
             if pending is not None:
@@ -108,14 +108,14 @@ def evaluate_and_save(
     if due and not stop_signal:
         result = run.scorer.score(variables, lambda: deferred.received)
     run.lock.check()
+    is_telling = result is not None and result.is_telling
+    score = metrics.value_of(run.config.eval.best_metric, result.records) if is_telling else None
     if result is not None:
-        run.log.add_evaluation(step, result)
+        run.log.add_evaluation(step, result, score)
     stop_signal = stop_signal or processes.max_over_processes(deferred.received)
     evaluated = not due or result is not None
     if evaluated or not replace:
         meta = {**run.log.resume_state, **run.example_digests, "evaluated": evaluated, **run.record}
-        is_telling = result is not None and result.is_telling
-        score = metrics.value_of(run.config.eval.best_metric, result.records) if is_telling else None
         run.writer.save(step, train_state, meta, score, replace)
     if result is not None and not stop_signal:  # while the checkpoint is being written
         run.panels.draw(step, lambda indices: run.scorer.labels(variables, indices))
@@ -125,7 +125,12 @@ def evaluate_and_save(
 
 def finish(run: setup.Run) -> None:
     """Draws curves and report, and prints the scores of the best checkpoint and where to look."""
-    path, total = run.path, run.steps.total
+    path, last = run.path, run.log.evaluated_step
+    if last < run.steps.total:
+        processes.print_on_main(
+            f"No better {run.config.eval.best_metric} in {run.config.train.patience} evaluation(s) "
+            f"(config.train.patience): ended after step {last} of {run.steps.total}"
+        )
     setup.draw_history(path, run.config, run.components.network.classes)
     report.write(path, images=run.images["validation"], mesh=run.components.network.mesh)
     best = integrity.best_step(path)
@@ -133,15 +138,15 @@ def finish(run: setup.Run) -> None:
         table, note = _final_table(run, best)
         processes.print_on_main(
             f"{table}\n"
-            f"Finished: {total} steps; best checkpoint: step {best}{note}.\n"
-            f"Open {path / 'report.html'} in a browser, look at {path / 'panels' / str(total)}, score it again:\n"
+            f"Finished: {last} steps; best checkpoint: step {best}{note}.\n"
+            f"Open {path / 'report.html'} in a browser, look at {path / 'panels' / str(last)}, score it again:\n"
             f"  python -m unet_jax.main --mode=eval --workdir={shlex.quote(str(path))}"
         )
 
 
 def _final_table(run: setup.Run, best: int) -> tuple[str, str]:
     """The scores of the best checkpoint, and, if that is not the last step, what to know about the two."""
-    last, total, key = run.log.last_evaluation, run.steps.total, run.config.eval.best_metric
+    last, total, key = run.log.last_evaluation, run.log.evaluated_step, run.config.eval.best_metric
     loss, records, note = last.loss, last.records, ""
     if best != total:
         classes = run.components.network.classes

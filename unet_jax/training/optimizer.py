@@ -11,36 +11,51 @@ ENCODER = "encoder/"  # what the names of the weights of an encoder begin with
 LIMITS = {"clip_norm": float("inf"), "weight_decay": float("inf"), "momentum": 1, "ema": 1}  # from 0 to below
 
 
-def make_schedule(settings: Mapping, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
-    """The learning rate by step: a linear warm-up, then one of three curves.
+def make_schedule(settings: Mapping, steps_per_epoch: float, ends: Sequence[int]) -> optax.Schedule:
+    """The learning rate by step: a linear warm-up, then one of three curves, to the first of the steps in `ends`.
 
-    `constant`; `step`, times 0.1 at each epoch of `decay_epochs`; `cosine`, to zero at `total_steps`.
+    `constant`; `step`, times 0.1 at each epoch of `decay_epochs`; `cosine`, to zero. A run that is extended goes on to
+    the next of `ends`, by `extension`: `restart`, with warm-up and curve from their beginning (Loshchilov and Hutter
+    2017), or `constant`, at the rate of the last step, for `cosine` at a tenth of `learning_rate`.
 
     Raises:
       UserError: an unknown name, or an invalid value.
     """
     name = check_choice("config.optimizer.schedule", settings["schedule"], ("constant", "step", "cosine"))
+    extension = check_choice("config.optimizer.extension", settings["extension"], ("restart", "constant"))
     peak, decay = settings["learning_rate"], settings["decay_epochs"]
     if not 0 < peak < float("inf"):
         raise UserError(f"config.optimizer.learning_rate = {peak} must be positive")
     if not all(isinstance(epoch, int | float) and epoch > 0 for epoch in decay) or len(set(decay)) < len(decay):
         raise UserError(f"config.optimizer.decay_epochs = {decay} must be positive numbers, each once")
-    if not 0 <= settings["warmup_epochs"] * steps_per_epoch < total_steps:
+    lengths = [end - start for start, end in zip((0, *ends), ends, strict=False)]
+    shortest = min(lengths if extension == "restart" else lengths[:1])
+    if not 0 <= settings["warmup_epochs"] * steps_per_epoch < shortest:
         raise UserError(
             f"config.optimizer.warmup_epochs = {settings['warmup_epochs']} is not within the training "
-            f"({total_steps / steps_per_epoch:g} epochs)"
+            f"({shortest / steps_per_epoch:g} epochs)"
         )
     warmup = round(settings["warmup_epochs"] * steps_per_epoch)
-    if name == "cosine":
-        main = optax.cosine_decay_schedule(peak, total_steps - warmup)
-    elif name == "step":
-        boundaries = {round(epoch * steps_per_epoch) - warmup: 0.1 for epoch in decay}
-        main = optax.piecewise_constant_schedule(peak, boundaries)
-    else:
-        main = optax.constant_schedule(peak)
-    if not warmup:
-        return main
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+    def curve(length):
+        if name == "cosine":
+            main = optax.cosine_decay_schedule(peak, length - warmup)
+        elif name == "step":
+            boundaries = {round(epoch * steps_per_epoch) - warmup: 0.1 for epoch in decay}
+            main = optax.piecewise_constant_schedule(peak, boundaries)
+        else:
+            main = optax.constant_schedule(peak)
+        if not warmup:
+            return main
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+    if len(ends) == 1:
+        return curve(ends[0])
+    if extension == "restart":
+        return optax.join_schedules([curve(length) for length in lengths], list(ends[:-1]))
+    first = curve(ends[0])
+    tail = 0.1 * peak if name == "cosine" else float(first(ends[0] - 1))
+    return optax.join_schedules([first, optax.constant_schedule(tail)], [ends[0]])
 
 
 def make_optimizer(settings: Mapping, schedule: optax.Schedule) -> optax.GradientTransformation:

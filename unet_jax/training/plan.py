@@ -12,14 +12,16 @@ import numpy as np
 
 from unet_jax import data
 from unet_jax.errors import UserError
+from unet_jax.evaluation import recipe
 from unet_jax.parallel import processes, sharding
-from unet_jax.training import components, log, program, state
+from unet_jax.training import augment, components, program, state, summary
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 STEPS_PER_EPOCH = 1000.0  # the schedule does not change what a step costs
 MAX_COMPILATIONS = 12
+FITS = 0.9  # share of the memory of a device that a step may take
 
 
 class Plan(NamedTuple):
@@ -45,8 +47,11 @@ def plan(config: "ConfigDict", memory_gib: float | None) -> None:
         raise UserError(f"--memory_gib={memory_gib} must be positive")
     config = config.copy_and_resolve_references()
     classes = find_classes(config.data)
+    if config.auto:
+        recipe.apply(config, data.load(config.data, "train"), processes.print_on_main)
+    augment.apply_strength(config.augment, classes.channels)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
-    processes.print_on_main(f"Compiling the training step for {log.mesh_summary(mesh)}.")
+    processes.print_on_main(f"Compiling the training step for {summary.mesh_summary(mesh)}.")
     planned, batch_size = compile_step(config, classes, mesh), config.train.batch_size
     processes.print_on_main("\n".join(_describe(config, planned)))
 
@@ -64,6 +69,8 @@ def plan(config: "ConfigDict", memory_gib: float | None) -> None:
 
     processes.print_on_main(f"\nLooking for the largest batch that fits in {size(limit)} on each device")
     unit = mesh.shape["data"] * config.train.accumulate
+    if config.augment.cutmix:
+        unit = max(unit, 2)  # it pastes from one example into another
     processes.print_on_main(_describe_largest(*largest_batch(peak, batch_size, unit, limit), unit))
 
 
@@ -96,6 +103,22 @@ def compile_step(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding
     seconds = time.monotonic() - started
     processes.print_on_main(f"  a batch of {config.train.batch_size}{needed}; compiled in {seconds:.1f} s")
     return Plan(built, compiled, arguments, peak)
+
+
+def shrink_batch(config: "ConfigDict", classes: data.Classes) -> None:
+    """Halves `config.train.batch_size` until a step fits into the devices' memory, where they report it."""
+    mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
+    limit, unit = sharding.memory_limit(mesh), mesh.shape["data"] * config.train.accumulate
+    if limit is None or "train.batch_size" in config.auto_except:
+        return
+    while config.train.batch_size >= 2 * unit:
+        peak = compile_step(config, classes, mesh).peak
+        if peak is None or peak <= FITS * limit:
+            return
+        config.train.batch_size = config.train.batch_size // 2 // unit * unit
+        processes.print_on_main(
+            f"auto     train.batch_size={config.train.batch_size}: the one before needs {size(peak)}"
+        )
 
 
 def flops(config: "ConfigDict", planned: Plan) -> int:
@@ -184,8 +207,8 @@ def _describe(config: "ConfigDict", planned: Plan) -> list[str]:
     lines = [
         "",
         f"network                {weights:,} weights, {config.model.dtype}, {len(classes.names)} classes "
-        f"({classes.task}); {log.tile_summary('training', built.crop, built.input_size)}",
-        f"devices                {log.mesh_summary(mesh)}",
+        f"({classes.task}); {summary.tile_summary('training', built.crop, built.input_size)}",
+        f"devices                {summary.mesh_summary(mesh)}",
         f"step                   {count} {kind} of {'x'.join(map(str, batch['image'].shape[1:]))}, "
         f"accumulate={config.train.accumulate}, remat={tuple(config.model.remat)}, "
         f"shard_optimizer={config.mesh.shard_optimizer}",

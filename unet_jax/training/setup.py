@@ -11,15 +11,14 @@ import jax
 from etils import epath
 
 from unet_jax import data, losses, metrics, paths
-from unet_jax.data import cache, pipeline, pixel_sizes
-from unet_jax.data.source import shorten
+from unet_jax.data import cache, pipeline
 from unet_jax.errors import UserError
-from unet_jax.evaluation import curves, evaluate, pictures, report
+from unet_jax.evaluation import curves, evaluate, pictures, recipe, report
 from unet_jax.inference import forward, normalization
 from unet_jax.parallel import processes, sharding
-from unet_jax.training import components, log, pretrained
+from unet_jax.training import augment, components, length, log, plan, pretrained, summary
 from unet_jax.training import state as train_state
-from unet_jax.workdir import checkpoints, files, integrity, lock, metrics_log, record
+from unet_jax.workdir import checkpoints, extension, files, integrity, lock, metrics_log, record
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -55,16 +54,15 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
       UserError: anything that the user can put right. Only images that cannot be read are found after `config.json`
         and `classes.json` were written.
     """
+    started = time.monotonic()
     paths.check_workdir(path)
     config = config.copy_and_resolve_references()
     if config.deterministic:
         sharding.use_deterministic_kernels()
-    earlier = files.read_config(path).data if (path / "config.json").exists() else config.data
-    root_before = earlier.root
-    if earlier is not config.data and earlier.name == config.data.name:
-        data.reuse_settings(config.data, earlier)
-    else:
-        data.infer_settings(config.data, processes.print_on_main)
+    earlier = files.read_config(path) if (path / "config.json").exists() else None
+    root_before = (earlier or config).data.root
+    chosen = _complete(config, earlier)
+    is_extended = earlier is not None and extension.carry_over(config, earlier)
     if processes.is_main():
         files.check(path, config)
     held.take()
@@ -74,7 +72,8 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
     with processes.main_first("data"):
         sources = {split: data.load(config.data, split) for split in ("train", "validation")}
     classes, batch_size = sources["train"].classes, config.train.batch_size
-    steps = components.count_steps(config.train, components.examples_per_epoch(config, sources["train"]) / batch_size)
+    steps_per_epoch = components.examples_per_epoch(config, sources["train"]) / batch_size
+    steps = components.count_steps(config.train, steps_per_epoch)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
     built = components.build(config, classes, mesh, steps)
 
@@ -97,6 +96,11 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
         network=dataclasses.replace(built.network, normalization=normalized),
         loss=losses.make(config.loss, classes.task, len(classes.names), facts.get("class_counts")),
     )
+    if resumed is None and config.train.minutes:
+        config.train.epochs = length.measure(config, built, steps, sources, started)
+        steps = components.count_steps(config.train, steps_per_epoch)
+        new = components.build(config, classes, mesh, steps)
+        built = built._replace(schedule=new.schedule, optimizer=new.optimizer)
     recorded: dict[str, Any] = {}
     if processes.is_main():
         described = {**classes.to_json(), "image_sizes": facts.get("image_sizes") or sources["train"].size_range()}
@@ -106,9 +110,14 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
         if resumed is not None:
             record.check(path, resumed, meta, recorded)
         files.claim(path, config, described)
-    if resumed == steps.total and meta["evaluated"]:
+        if chosen:
+            files.write_text(path / "recipe.py", recipe.to_file(config, chosen))
+    out_of_patience = 0 < config.train.patience <= meta.get("since_best", 0)
+    if (resumed == steps.total or out_of_patience) and meta["evaluated"]:
         _finish_again(path, config, classes, resumed)
         return None
+    if is_extended:
+        summary.print_extension(config, built, steps)
 
     # Images, decoded here if they are not cached, and state.
     images = {name: evaluate.open_images(source, config, classes) for name, source in sources.items()}
@@ -138,8 +147,7 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
     # Batches and compiled steps.
     rows = sharding.process_rows(mesh, batch_size)
     batches = images["train"].train_batches(batch_size, config.seed, first_step, rows, built.windows)
-    _print_summary(config, built, steps, images, state)
-    _warn_of_small_batches(config)
+    summary.print_summary(config, built, steps, images, state)
     train_step, batches = _compile(config, built, state, batches)
     return Run(
         path=path,
@@ -168,7 +176,7 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
             path,
             schedule=built.schedule,
             steps_per_epoch=steps.per_epoch,
-            total_steps=steps.total,
+            ends=steps.ends,
             batch_size=batch_size,
             every=config.train.log_every_steps,
             skips_nonfinite=config.train.nonfinite == "skip",
@@ -182,6 +190,25 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
             lambda image: normalized.picture(image, config.data.show),
         ),
     )
+
+
+def _complete(config: "ConfigDict", earlier: "ConfigDict | None") -> list[recipe.Choice]:
+    """Sets what is read off the images, or takes it over from an `earlier` run; returns what a recipe has set."""
+    chosen: list[recipe.Choice] = []
+    if earlier is not None and earlier.data.name == config.data.name:
+        data.reuse_settings(config.data, earlier.data)
+    else:
+        data.infer_settings(config.data, processes.print_on_main)
+    classes = data.classes(config.data)
+    if config.auto and earlier is not None:
+        recipe.reuse(config, earlier)
+    elif config.auto:
+        with processes.main_first("recipe"):
+            source = data.load(config.data, "train")
+        chosen = recipe.apply(config, source, processes.print_on_main)
+        plan.shrink_batch(config, classes)
+    augment.apply_strength(config.augment, classes.channels)
+    return chosen
 
 
 def _read_meta(path: epath.Path, step: int, digests: Mapping[str, Any], root: str, root_before: str) -> dict[str, Any]:
@@ -241,43 +268,6 @@ def _finish_again(path: epath.Path, config: "ConfigDict", classes: data.Classes,
     )
 
 
-def _warn_of_small_batches(config: "ConfigDict") -> None:
-    """Warns of batch normalisation over few images, whose averages in evaluation may be far from what training saw."""
-    is_pretrained = config.model.name != "unet" and config.model.pretrained
-    others = {"norm": "group"} | ({"encoder_norm": "frozen"} if is_pretrained else {})
-    remedies = [f"config.model.{field}={other}" for field, other in others.items() if config.model[field] == "batch"]
-    images = config.train.batch_size // config.train.accumulate
-    if remedies and images <= 2:
-        processes.print_on_main(
-            f"warning: batch normalisation over {images} image(s) at a time: evaluation, which has averages instead, "
-            f"can be much worse than training. Take larger batches, or {' and '.join(remedies)}"
-        )
-
-
-def _print_summary(config, built, steps, images, state) -> None:
-    classes, windows = built.network.classes, built.windows
-    if windows:
-        size, kind, again = pixel_sizes.describe(config.data), "windows", "for each window"
-    else:
-        size, kind, again = f"of {config.data.size[0]}x{config.data.size[1]}", "images", "each epoch"
-    cached = "cached" if images["train"].cached else f"read again {again}"
-    epoch = "an epoch, in which windows cover the training images once" if windows else "an epoch"
-    training = log.tile_summary("training", built.crop, built.input_size)
-    validation = log.tile_summary("validation", built.eval_size, built.eval_input_size)
-    weights = ""
-    if losses.needs_class_counts(config.loss):
-        of_class = zip(classes.names, built.loss.class_weights, strict=True)
-        weights = f"weights  of the classes: {shorten([f'{name} {weight:.3g}' for name, weight in of_class])}\n"
-    processes.print_on_main(
-        f"network  {log.network_summary(state.params)}\n"
-        f"data     {len(images['train'].source)} training and {len(images['validation'].source)} validation images "
-        f"{size}, {len(classes.names)} classes ({classes.task}), {cached}\n{weights}"
-        f"tiles    {training}; {validation}\n"
-        f"devices  {log.mesh_summary(built.network.mesh)}; {jax.process_count()} process(es)\n"
-        f"steps    {steps.total} of {config.train.batch_size} {kind}, {steps.per_epoch:.1f} {epoch}"
-    )
-
-
 def _compile(config, built, state, batches):
     """The compiled training step, and the batches, of which it needed the first."""
     mesh, first = built.network.mesh, next(batches)
@@ -285,5 +275,5 @@ def _compile(config, built, state, batches):
     started = time.monotonic()
     compiled = step.lower(state, sharding.put_batch(mesh, first), sharding.per_device(mesh, 0)).compile()
     seconds = time.monotonic() - started
-    processes.print_on_main(f"memory   {log.memory_summary(compiled)}; compiled in {seconds:.1f} s")
+    processes.print_on_main(f"memory   {summary.memory_summary(compiled)}; compiled in {seconds:.1f} s")
     return compiled, itertools.chain([first], batches)

@@ -19,19 +19,21 @@ from etils import epath
 from unet_jax import defaults, paths
 from unet_jax.errors import UserError
 from unet_jax.parallel import processes
-from unet_jax.workdir import classes_schema, lock, schema
+from unet_jax.workdir import classes_schema, extension, lock, schema
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 # Fields that change how a run is carried out but not what comes out; they may differ when it is resumed.
 FREE_FIELDS = (
+    "auto_except",
     "mesh.data",
     "mesh.space",
     "mesh.shard_optimizer",
     "model.remat",
     "data.cache_gib",
     "train.log_every_steps",
+    "train.patience",
     "train.nonfinite",
     "eval.tta",
 )
@@ -151,10 +153,10 @@ def _check_same(workdir: epath.Path, old: dict, new: dict) -> None:
     """Compares two configurations field by field; a field at its default is treated as missing."""
     old, new = (defaults.differing(defaults.flatten(values)) for values in (old, new))
     value = lambda values, field: values.get(field, defaults.fields().get(field, "absent"))
-    fixed = (old.keys() | new.keys()) - {*FREE_FIELDS, "data.root"}  # images may move, see `training.setup`
+    free = {*FREE_FIELDS, "data.root", *extension.may_differ(old, new)}  # images may move, see `training.setup`
     differing = [
         f"  config.{field}: {value(old, field)!r} there, {value(new, field)!r} now"
-        for field in sorted(fixed)
+        for field in sorted((old.keys() | new.keys()) - free)
         if value(old, field) != value(new, field)
     ]
     if differing:

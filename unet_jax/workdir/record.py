@@ -12,7 +12,7 @@ from etils import epath
 from unet_jax import defaults
 from unet_jax.errors import UserError
 from unet_jax.parallel import processes
-from unet_jax.workdir import files, schema
+from unet_jax.workdir import extension, files, schema
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -44,7 +44,8 @@ def check(workdir: epath.Path, step: int, meta: Mapping[str, Any], now: Mapping[
     """
     differing, harmless = [], []
     if "config" in meta:
-        of_config = sorted(meta["config"].keys() | now["config"].keys())
+        extended = extension.may_differ(meta["config"], now["config"])
+        of_config = sorted((meta["config"].keys() | now["config"].keys()) - {*extended})
         # A later version may have added fields to the classes.
         fields = [("config", name) for name in of_config] + [("classes", name) for name in meta["classes"]]
         for part, name in fields:
