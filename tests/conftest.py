@@ -16,9 +16,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # The networks of the tests are tiny: compiling them takes far longer than running them. So compile with little
 # optimization, and only once what many tests train. In the environment, for the processes that tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-_CACHE = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what they compile, with those who started them
+    _CACHE = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 * 2**30)  # JAX then locks what it writes
 
 # With it set, main.py does not restart itself to set it.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")

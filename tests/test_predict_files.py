@@ -54,7 +54,7 @@ def test_images_at_the_scale_of_the_training_are_tiled(trained, tmp_path, capsys
     """The generated shapes were not resized, so a larger image has more pixels of the same scale."""
     picture = save_image(RNG.integers(0, 256, (100, 130), np.uint8), tmp_path / "a.png")
     predict.predict_files(trained, str(tmp_path / "a.png"), tmp_path / "out", probabilities="png")
-    assert "at their own size, in tiles if that is not 48x48" in capsys.readouterr().out
+    assert "at their own size as in training, in tiles if that is not 48x48" in capsys.readouterr().out
 
     network = unet_jax.load(trained)
     assert network.source_sizes == ((48, 48), (48, 48))

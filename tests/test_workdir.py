@@ -84,7 +84,7 @@ def _claimed(path, config):
     return path
 
 
-@pytest.mark.parametrize("name, default", [("train.patience", 3), ("data.crops", (1, 2)), ("note", "")])
+@pytest.mark.parametrize("name, default", [("train.caution", 3), ("data.crops", (1, 2)), ("note", "")])
 def test_a_new_field_at_its_default_leaves_an_older_work_directory_valid(config, tmp_path, add_field, name, default):
     path = _claimed(tmp_path / "run", config)
     add_field(name, default)
@@ -95,7 +95,7 @@ def test_a_new_field_at_its_default_leaves_an_older_work_directory_valid(config,
     assert read.train.batch_size == 8 != defaults.fields()["train.batch_size"]
 
 
-@pytest.mark.parametrize("name, default, other", [("train.patience", 3, 4), ("note", "", "a")])
+@pytest.mark.parametrize("name, default, other", [("train.caution", 3, 4), ("note", "", "a")])
 def test_a_new_field_at_another_value_is_a_difference_that_is_named(config, tmp_path, add_field, name, default, other):
     path = _claimed(tmp_path / "run", config)
     add_field(name, default)
