@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of the weights, the order of examples, augmentation and dropout
     config.deterministic = False  # bit-equal repeats on GPUs too, with slower kernels where needed
     config.auto = False  # fields at their default are read off the training images, see configs/README.md
-    config.auto_except = ()  # auto: fields that stay at their default, as ("train.batch_size",); flags stay anyway
+    config.keep = ()  # fields that auto and augment.strength leave at their default; flags are kept anyway
     config.init_from = ""  # work directory whose weights to start from; a head for other classes is initialised
     config.init_parts = ()  # prefixes of the weights to take from init_from, as ("encoder",); () is all of them
 
@@ -147,7 +147,7 @@ def get_config() -> ConfigDict:
     config.train.extends = ()  # the epochs at which it ended before, filled in when it is extended
     config.train.minutes = 0.0  # instead of epochs: about how long the training takes, measured on its first steps
     config.train.patience = 0  # evaluations without a better config.eval.best_metric, after which it ends; 0 is off
-    config.train.eval_every_epochs = 1.0  # evaluates, draws panels and saves; once more at the end; 0: ten times in all
+    config.train.eval_every_epochs = 1.0  # evaluates, draws panels and saves; once more at the end; 0: about ten times
     config.train.checkpoint_every_epochs = 1.0  # saves in between; the most that a crash can cost; 0: likewise
     config.train.log_every_steps = 20
     config.train.panels = 4  # validation images drawn at each evaluation

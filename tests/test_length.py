@@ -1,5 +1,6 @@
 """How long a training is: by minutes, until it gets no better, and extended."""
 
+import os
 import shutil
 
 import helpers
@@ -8,7 +9,7 @@ import pytest
 import tiny
 
 from unet_jax.errors import UserError
-from unet_jax.training import length, loop, optimizer
+from unet_jax.training import components, length, loop, optimizer
 from unet_jax.training.length import Costs
 from unet_jax.workdir import extension, files, integrity, metrics_log
 
@@ -40,7 +41,7 @@ def test_the_learning_rate_of_an_extended_run(config, settings, steps, rates):
 
 def test_a_warm_up_must_fit_into_what_is_added(config):
     config.optimizer.update(schedule="cosine", warmup_epochs=5.0)
-    with pytest.raises(UserError, match=r"warmup_epochs = 5.0 is not within the training \(4 epochs\)"):
+    with pytest.raises(UserError, match=r"warmup_epochs = 5.0 is not within the training \(4 epochs, which are added\)"):
         optimizer.make_schedule(config.optimizer, steps_per_epoch=10, ends=[100, 140])
 
 
@@ -77,10 +78,23 @@ def test_an_extension_changes_nothing_else_and_no_run_gets_shorter(finished, con
         loop.train(config, finished)
 
 
-def test_lengths_that_do_not_rise_are_refused(config, tmp_path):
-    config.train.extends = (4.0, 4.0)
-    with pytest.raises(UserError, match=r"config.train.extends = \(4.0, 4.0\).* must each be more than the one before"):
-        loop.train(config, tmp_path / "run")
+@pytest.mark.parametrize("extends", [(4.0, 4.0), (5.0,), (3.9,), (-1.0,), (float("nan"),), (float("inf"),), ("a",)])
+def test_lengths_that_do_not_rise_are_refused(config, extends):
+    config.train.extends = extends
+    with pytest.raises(
+        UserError, match=r"config.train.epochs = 4.0, .* where it ended before, config.train.extends = "
+    ):
+        components.count_steps(config.train, 2.5)
+    config.train.update(extends=(), epochs=1e300)
+    with pytest.raises(UserError, match=r"config.train.epochs = 1e\+300 is 2.5e\+300 steps"):
+        components.count_steps(config.train, 2.5)
+
+
+@pytest.mark.parametrize("total", [1, 5, 10, 14, 15, 19, 25, 44, 1000])
+def test_about_ten_evaluations(config, total):
+    config.train.update(epochs=float(total), eval_every_epochs=0.0, checkpoint_every_epochs=0.0)
+    steps = components.count_steps(config.train, 1.0)
+    assert min(total, 5) <= sum(map(steps.evaluates, range(1, total + 1))) <= 10
 
 
 def test_which_configurations_extend_which():
@@ -109,9 +123,16 @@ def test_a_run_ends_when_it_gets_no_better(config, tmp_path, capsys):
     assert "Finished: 6 steps" in out and (path / "report.html").exists() and (path / "panels/6").exists()
     loop.train(config.copy_and_resolve_references(), path)
     assert f"{path} is finished: 6 steps" in capsys.readouterr().out
+    # Extended, it has new patience, and a report of its own even if the one of before is still there.
+    config.train.epochs, config.train.patience = 6.0, 3
+    loop.train(config.copy_and_resolve_references(), path)
+    assert "ended after step 12 of 15" in capsys.readouterr().out
+    os.utime(path / "report.html", (0, 0))
+    loop.train(config.copy_and_resolve_references(), path)
+    assert f"{path} is finished: 12 steps" in capsys.readouterr().out and (path / "report.html").stat().st_mtime > 0
     config.train.patience = 0
     loop.train(config, path)
-    assert integrity.steps(path)[-1] == 10 and "Finished: 10 steps" in capsys.readouterr().out
+    assert integrity.steps(path)[-1] == 15 and "Finished: 15 steps" in capsys.readouterr().out
 
 
 def test_patience_below_zero_is_refused(config, tmp_path):
@@ -125,6 +146,9 @@ def test_as_many_steps_as_fit(costs):
     def seconds(steps, every=7):
         return costs.start + steps * costs.step + (-(-steps // every) + length.FINISH) * costs.evaluation
 
+    assert length.count_steps(60e7, costs, None) == min(
+        2**31 - 1, int((60e7 - costs.start - 12 * costs.evaluation) / costs.step)
+    )
     for budget in (60, 333, 4000):
         count = length.count_steps(budget, costs, 7)
         assert count == max((n for n in range(1, 500_000) if seconds(n) <= budget), default=0)
@@ -158,7 +182,7 @@ def test_minutes_are_measured_once_and_kept(config, tmp_path, monkeypatch, capsy
     helpers.assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert files.read_config(tmp_path / "run").train.epochs == 4.8
     config.train.minutes = 0.3
-    with pytest.raises(UserError, match="config.train.minutes: 0.2 there, 0.3 now"):
+    with pytest.raises(UserError, match=r":\n  config.train.minutes: 0.2 there, 0.3 now$"):
         loop.train(config, tmp_path / "run")
 
 

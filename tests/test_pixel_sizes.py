@@ -116,6 +116,15 @@ def test_a_file_that_does_not_tell_is_named_before_work_starts_and_predicted_as_
     assert helpers.read_image(tmp_path / "native/d.png").shape == IMAGE.shape
 
 
+@pytest.mark.parametrize("pixel_size", [1e-9, 1e300])
+def test_a_size_in_another_unit_is_an_error_before_memory_runs_out(cells, pixel_size):
+    cells.data.pixel_size = pixel_size
+    with pytest.raises(
+        UserError, match=r"a.ome: of 90x60 pixels, and scaled to .*: see config.data.scale, config.data.pixel"
+    ):
+        components.examples_per_epoch(cells, data.load(cells.data, "all"))
+
+
 def test_only_files_of_a_folder_tell_it(config):
     config.data.update(name="shapes", size=(), pixel_size=0.5)
     with pytest.raises(UserError, match=r"config.data.pixel_size = 0.5 is for images of config.data.name='folder'"):

@@ -18,6 +18,7 @@ from unet_jax.workdir import files
 RNG = np.random.default_rng(0)
 BINARY = data.Classes("binary", ("background", "thing"), ((0, 0, 0), (255, 0, 0)))
 STREET = ("sky", "building", "pole", "road", "car")
+SHARES = (0.2, 0.3, 0.01, 0.4, 0.09)
 
 
 def _source(labels, classes, size=None):
@@ -76,7 +77,7 @@ def test_large_things_are_seen_in_whole_images_by_a_pretrained_network(monkeypat
     assert found["data.size"] == (224, 320) and "augment.crop" not in found
     assert (found["model.name"], found["model.features"]) == ("encoder_unet", (32, 64, 96, 192))
     assert found["augment.rotate"] == 15 and "augment.flip_vertical" not in found
-    assert "of 1918x1280 on average: the finest class, 'thing', stays 53 px wide" in lines
+    assert "whose median is 1918x1280: the finest class, 'thing', stays 53 px wide" in lines
     small, _ = _apply(monkeypatch, _survey((100, 150), (90.0, 30.0), (0.8, 0.2)), BINARY)
     assert small["data.size"] == (100, 150)  # nothing is enlarged
 
@@ -84,7 +85,7 @@ def test_large_things_are_seen_in_whole_images_by_a_pretrained_network(monkeypat
 def test_rare_classes_count_more_and_very_rare_ones_do_not_decide_the_size(monkeypatch):
     street = data.Classes("multiclass", STREET, ((0, 0, 0),) * 5)
     widths = (25.0, 45.0, 3.0, 110.0, 35.0)
-    found, lines = _apply(monkeypatch, _survey((360, 480), widths, (0.2, 0.3, 0.01, 0.4, 0.09)), street)
+    found, lines = _apply(monkeypatch, _survey((360, 480), widths, SHARES), street)
     assert found["augment.crop"] == (256, 256) and found["model.features"] == (64, 96, 192)
     assert found["loss.class_weights"] == ("sqrt",) and "'pole' has 1.00% of the pixels" in lines
     found, _ = _apply(monkeypatch, _survey((360, 480), widths, (0.2, 0.3, 1e-4, 0.4, 0.0999)), street)
@@ -115,13 +116,31 @@ def test_batches_fit_devices_and_images_and_the_length_the_time(monkeypatch):
 
 def test_fields_that_are_set_or_excepted_stay_and_later_rules_follow_them(monkeypatch):
     vessels = _survey((584, 565), (22.0, 3.9), (0.87, 0.13))
-    settings = {"data.size": (1168, 1130), "auto_except": ("train.batch_size", "optimizer.name")}
+    settings = {"data.size": (1168, 1130), "keep": ("train.batch_size", "optimizer.name")}
     found, _ = _apply(monkeypatch, vessels, BINARY, **settings)
     assert not found.keys() & {"data.size", "augment.crop", "train.batch_size", "optimizer.name"}
     found, lines = _apply(monkeypatch, vessels, BINARY, **{"data.size": (2336, 2260)})
     assert found["model.name"] == "encoder_unet" and "most classes are 16 px wide" in lines
     with pytest.raises(UserError, match=r"there is no field 'train.batchsize'. Did you mean 'train.batch_size'"):
-        _apply(monkeypatch, vessels, BINARY, auto_except=("train.batchsize",))
+        _apply(monkeypatch, vessels, BINARY, keep=("train.batchsize",))
+
+
+def test_a_network_that_is_chosen_gets_what_suits_it(monkeypatch):
+    thin = _survey((584, 565), (22.0, 3.9), (0.87, 0.13))
+    found, _ = _apply(monkeypatch, thin, BINARY, **{"model.name": "encoder_unet"})
+    assert found["model.features"] == (32, 64, 96, 192) and "optimizer.learning_rate" not in found
+    wide = _survey((1280, 1918), (1168.0, 323.0), (0.78, 0.22))
+    found, _ = _apply(monkeypatch, wide, BINARY, keep=("model.name",))
+    assert found["model.features"] == (16, 32, 64, 128) and not found.keys() & {"model.name", "model.upsample"}
+
+
+def test_images_at_their_own_size_on_demand_are_seen_in_windows(monkeypatch):
+    wide = _survey((1280, 1918), (1168.0, 323.0), (0.78, 0.22), channels=1)
+    for settings in ({"data.size": ()}, {"data.size": (), "data.pixel_size": 0.5}):
+        found, _ = _apply(monkeypatch, wide, BINARY, **settings)
+        assert found["augment.crop"] == (256, 256) and "data.size" not in found
+    found, lines = _apply(monkeypatch, _survey((64, 64), (float("inf"),) * 2, (0.5, 0.5)), BINARY)
+    assert found["data.size"] == (64, 64) and "inf" not in lines
 
 
 def test_every_field_that_a_rule_sets_is_among_those_that_a_resumed_run_takes_over(monkeypatch):
@@ -137,7 +156,27 @@ def test_every_field_that_a_rule_sets_is_among_those_that_a_resumed_run_takes_ov
         found, _ = _apply(monkeypatch, _survey((512, 512), (500.0, 300.0), (0.2, 0.8)), BINARY)
         assert found["model.dtype"] == "bfloat16" and found["data.size"] == (512, 512)
         seen |= found.keys()
-    assert seen | {"loss.class_weights"} == {*recipe.FIELDS} and {*recipe.FIELDS} < defaults.fields().keys()
+    street = data.Classes("multiclass", STREET, ((0, 0, 0),) * 5)
+    seen |= _apply(monkeypatch, _survey((360, 480), (25.0, 45.0, 3.0, 110.0, 35.0), SHARES), street)[0].keys()
+    assert seen == {*recipe.FIELDS} and {*recipe.FIELDS} < defaults.fields().keys()
+
+
+def test_a_batch_suits_devices_and_microbatches(monkeypatch):
+    wide = _survey((1280, 1918), (1168.0, 323.0), (0.78, 0.22))
+    found, _ = _apply(monkeypatch, wide, BINARY, **{"train.accumulate": 3})
+    assert found["train.batch_size"] == 24
+    found, _ = _apply(monkeypatch, wide, BINARY, **{"mesh.space": 4, "train.accumulate": 3})
+    assert found["train.batch_size"] == 12  # two devices share a batch
+
+
+def test_a_recipe_for_windows_is_a_file_that_can_be_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(survey, "conduct", lambda source: _survey((3000, 2000), (22.0, 3.9), (0.87, 0.13), images=500))
+    config = auto.get_config()
+    config.train.minutes = 30.0
+    chosen = recipe.apply(config, _source([np.zeros((8, 8), np.uint8)], BINARY), print)
+    (tmp_path / "recipe.py").write_text(recipe.to_file(config, chosen))
+    written = runpy.run_path(str(tmp_path / "recipe.py"))["get_config"]()
+    assert written.optimizer.warmup_epochs == config.optimizer.warmup_epochs < 0.1 and written.train.minutes == 0
 
 
 def test_a_batch_is_halved_until_it_fits(config, monkeypatch, capsys):
@@ -149,7 +188,7 @@ def test_a_batch_is_halved_until_it_fits(config, monkeypatch, capsys):
     plan.shrink_batch(config, BINARY)
     assert (
         config.train.batch_size == 16
-        and "auto     train.batch_size=32: the one before needs" in capsys.readouterr().out
+        and "auto     train.batch_size=32: the one before does not fit" in capsys.readouterr().out
     )
 
 
@@ -166,7 +205,7 @@ def things(tmp_path):
     config = auto.get_config()
     config.data.update(root=str(tmp_path / "things"), variant="binary", validation=0.3)
     config.model.name, config.model.features, config.train.epochs = "unet", (2, 4), 2.0
-    config.auto_except = ("model.name",)
+    config.keep = ("model.name",)
     return config
 
 
@@ -174,14 +213,17 @@ def test_a_training_reads_it_once_and_leaves_a_file_to_edit(things, tmp_path, ca
     path = tmp_path / "run"
     loop.train(things.copy_and_resolve_references(), path)
     out = capsys.readouterr().out
-    assert "auto     data.size=(64, 80): the network sees whole images, of 80x64" in out and "Finished: 2 steps" in out
+    assert (
+        "auto     data.size=(64, 80): the network sees whole images, whose median is 80x64" in out
+        and "Finished: 2 steps" in out
+    )
     recorded = files.read_config(path)
     held = (recorded.data.size, recorded.train.batch_size, recorded.model.features)
     assert [*map(list, held[::2])] == [[64, 80], [2, 4]] and held[1] == 8
     written = runpy.run_path(str(path / "recipe.py"))["get_config"]()
     expected = defaults.differing(defaults.flatten(json.loads(recorded.to_json())))
     found = defaults.differing(defaults.flatten(json.loads(written.to_json())))
-    assert found == {name: value for name, value in expected.items() if not name.startswith("auto")}
+    assert found == {name: value for name, value in expected.items() if name not in ("auto", "keep")}
     assert "    # the network sees whole images" in (path / "recipe.py").read_text()
     monkeypatch.setattr(survey, "conduct", None)  # not called again
     loop.train(things.copy_and_resolve_references(), path)

@@ -155,8 +155,8 @@ def _run() -> None:
     mode, workdir = _MODE.value, _WORKDIR.value
     if mode in _FLAG_MODES["config"]:
         _CONFIG.value.data.root = os.path.expanduser(_CONFIG.value.data.root)
-        given = config_flags.get_override_values(flags.FLAGS["config"])
-        _CONFIG.value.auto_except = (*_CONFIG.value.auto_except, *given)  # a flag counts, even if it is the default
+        if _CONFIG.value.auto or _CONFIG.value.augment.strength:  # a flag counts, even if it is the default
+            _CONFIG.value.keep = (*_CONFIG.value.keep, *config_flags.get_override_values(flags.FLAGS["config"]))
         name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
         workdir = workdir or f"runs/{name}"
     if mode == "train":

@@ -11,6 +11,7 @@ from PIL import Image
 
 from unet_jax.errors import UserError, check_choice
 
+MAX_SIDE = 2**17  # pixels, of an image that was scaled
 RESIZE = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
 
 
@@ -74,9 +75,19 @@ def iterate_parallel(function: Callable, items: Sequence, title: str) -> Iterato
                 future.cancel()
 
 
-def scaled_size(size: Sequence[int], factors: Sequence[float]) -> tuple[int, int]:
-    """A (height, width) times two factors, in whole pixels."""
-    return tuple(max(1, round(n * factor)) for n, factor in zip(size, factors, strict=True))
+def scaled_size(size: Sequence[int], factors: Sequence[float], name: str) -> tuple[int, int]:
+    """A (height, width) times two factors, in whole pixels.
+
+    Raises:
+      UserError: nothing is left of it, or it is far larger than an image can be; names the image.
+    """
+    new = tuple(max(1, round(min(n * factor, MAX_SIDE + 1))) for n, factor in zip(size, factors, strict=True))
+    if max(new) > MAX_SIDE or (max(new) == 1 < max(size)):
+        raise UserError(
+            f"{name}: of {size[1]}x{size[0]} pixels, and scaled to {new[1]}x{new[0]} or more: see config.data.scale, "
+            "config.data.pixel_size and what its file says of its pixels"
+        )
+    return new
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:

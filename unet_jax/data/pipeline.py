@@ -70,6 +70,7 @@ class Pipeline:
                 "settings": dict(source.settings),
                 "size": self._size,
                 "resize": resize,
+                "scale": source.settings.get("data.scale", 1.0),
                 "pixel_weight_fn": None if pixel_weight_fn is None else pixel_weight_fn.key_fields(),
             }
             names = ["image", "label"] + ["weight"] * (pixel_weight_fn is not None)
@@ -97,7 +98,7 @@ class Pipeline:
     def _decode(self, index: int) -> Batch:
         """`_example`, from the source."""
         image, label = self.source[index]
-        size = self._size or images.scaled_size(image.shape[:2], self.source.factors(index))
+        size = self._size or images.scaled_size(image.shape[:2], self.source.factors(index), self.source.ids[index])
         label = images.resize_label(label, size)
         example = {"image": images.resize_image(image, size, self._resize), "label": label}
         if self._pixel_weight_fn is not None:

@@ -46,7 +46,8 @@ def check(config: "ConfigDict", sheet: epath.PathLike, as_json: bool = False) ->
         sheet.unlink()
     except OSError as error:
         raise UserError(f"{sheet} cannot be written: {error}. Choose another --workdir") from error
-    if not config.data.size:
+    recipe.check_kept(config)
+    if not config.data.size and not config.auto:
         windows.check_size(config.augment.crop)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         facts = _find(config, sheet)
@@ -109,10 +110,11 @@ def _find(config: "ConfigDict", sheet: epath.Path) -> Facts:
 
 
 def _read_recipe(config: "ConfigDict") -> list[recipe.Choice]:
-    """What a training would read off the images, set in `config`; nothing if there are faults, which will be named."""
+    """What a training would read off the images, set in `config`; nothing if an image cannot be read."""
     try:
         return recipe.apply(config, data.load(config.data, "train"), print_on_main)
-    except UserError:
+    except UserError as error:
+        print_on_main(f"auto     no recipe before this is put right: {str(error).partition(chr(10))[0]}")
         return []
 
 

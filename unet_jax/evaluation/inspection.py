@@ -31,10 +31,7 @@ class Example(NamedTuple):
     name: str  # of the split and the example
     fault: str = ""  # what is wrong with it; empty if nothing is
     size: tuple[int, int] = (0, 0)  # height and width of the image
-    trained_size: tuple[int, int] = (
-        0,
-        0,
-    )  # of the image from which training cuts its windows, or which it is resized to
+    trained_size: tuple[int, int] = (0, 0)  # of what training resizes it to, or cuts its windows from
     pixels: np.ndarray = np.zeros(0)  # of each class, and ignored ones, int64 `[K + 1]`
     seen: np.ndarray = np.zeros(0)  # the same at the size of the training
     objects: Objects | None = None
@@ -48,14 +45,13 @@ def inspect(source: Source, split: str, index: int, config) -> Example:
     name = f"{split} {source.ids[index]}"
     try:
         image, label = source[index]
-        factors = source.factors(index)
+        size = tuple(config.size) or images.scaled_size(label.shape[:2], source.factors(index), source.ids[index])
     except UserError as error:
         return Example(split, index, name, str(error))
     classes = source.classes
     pixels = count_pixels(label, classes)
     if classes.task != "multilabel" and pixels[-1] == label.size:
         return Example(split, index, name, f"{name}: every pixel of its label is ignored")
-    size = tuple(config.size) or images.scaled_size(label.shape[:2], factors)
     return Example(
         split=split,
         index=index,

@@ -70,7 +70,7 @@ def draw_panel(
     """
     occurring, errors = _occurring(label, prediction, classes), error_map(label, prediction, classes)
     share = (errors == WRONG_PIXEL).sum() / max((errors != IGNORED_PIXEL).sum(), 1)
-    size = image_files.scaled_size(label.shape[:2], [min(1.0, TILE_SIDE / max(label.shape[:2]))] * 2)
+    size = image_files.scaled_size(label.shape[:2], [min(1.0, TILE_SIDE / max(label.shape[:2]))] * 2, "")
     label, prediction, errors = (image_files.resize_label(x, size) for x in (label, prediction, errors))
     rgb = np.broadcast_to(image_files.resize_image(image, size, "bilinear"), (*size, 3))
     wrong = errors == WRONG_PIXEL

@@ -7,7 +7,7 @@ directory like any other setting. The same images give the same recipe.
 import json
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import prod, sqrt
+from math import inf, prod, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -60,7 +60,7 @@ class Case(NamedTuple):
         """How wide things are when training sees them, in pixels: the median over all classes but the largest."""
         largest = int(np.argmax(self.found.shares)) if self.classes.task != "multilabel" else -1
         widths = [w for k, w in enumerate(self.found.widths) if w and k != largest]
-        return self.scale * float(np.median(widths)) if widths else float("inf")
+        return self.scale * float(np.median(widths)) if widths else inf
 
     @property
     def is_photographic(self) -> bool:
@@ -72,12 +72,12 @@ class Case(NamedTuple):
         """Images of an epoch, or windows that cover them."""
         if self.config.data.size:
             return self.found.images
-        count = windows.per_image(self.found.sizes, self.view).sum()
+        count = int(windows.per_image(self.found.sizes, self.view).sum())
         return count * self.found.images / len(self.found.sizes)
 
 
 def apply(config: "ConfigDict", source: data.Source, notify: Callable[[str], None]) -> list[Choice]:
-    """Sets the fields of `config` that are open: at their default, and not in `config.auto_except`.
+    """Sets the fields of `config` that are open: at their default, and not in `config.keep`.
 
     Args:
       config: as in `configs/default.py`; changed in place.
@@ -88,11 +88,9 @@ def apply(config: "ConfigDict", source: data.Source, notify: Callable[[str], Non
       the rules that set a field, with the fields that they set.
 
     Raises:
-      UserError: an unknown field in `config.auto_except`; an image that cannot be read.
+      UserError: an unknown field in `config.keep`; an image that cannot be read.
     """
-    for name in config.auto_except:
-        if name not in defaults.fields():
-            raise UserError(f"config.auto_except: there is no field {name!r}.{did_you_mean(name, defaults.fields())}")
+    check_kept(config)
     is_open, chosen = open_fields(config), []
     case = Case(survey.conduct(source), source.classes, config, is_open.__contains__, jax.default_backend() == "cpu")
     for rule in RULES:
@@ -105,10 +103,17 @@ def apply(config: "ConfigDict", source: data.Source, notify: Callable[[str], Non
     return chosen
 
 
+def check_kept(config: "ConfigDict") -> None:
+    """Raises a `UserError` for an unknown field in `config.keep`."""
+    for name in config.keep:
+        if name not in defaults.fields():
+            raise UserError(f"config.keep: there is no field {name!r}.{did_you_mean(name, defaults.fields())}")
+
+
 def open_fields(config: "ConfigDict") -> set[str]:
     """The dotted names of the fields that rules may set."""
     flat = defaults.flatten(json.loads(config.to_json()))
-    return flat.keys() - defaults.differing(flat).keys() - {*config.auto_except}
+    return flat.keys() - defaults.differing(flat).keys() - {*config.keep}
 
 
 def reuse(config: "ConfigDict", earlier: "ConfigDict") -> None:
@@ -132,7 +137,7 @@ def to_file(config: "ConfigDict", chosen: Sequence[Choice]) -> str:
     """
     why = {name: choice.why for choice in chosen for name in choice.values}
     plain = config.copy_and_resolve_references()
-    plain.auto, plain.auto_except = False, ()
+    plain.auto, plain.keep, plain.train.minutes = False, (), 0.0  # the epochs were measured
     lines, before = [], ""
     for name in defaults.differing(defaults.flatten(json.loads(plain.to_json()))):
         group, _, field = name.rpartition(".")
@@ -158,41 +163,44 @@ def to_file(config: "ConfigDict", chosen: Sequence[Choice]) -> str:
 def _size(case: Case) -> Iterator[Choice]:
     """Whole images, resized, as long as the finest class stays visible; or windows of them."""
     found, names = case.found, case.classes.names
+    side, (height, width) = 256 if case.is_cpu else 512, found.size
+    crop = {"augment.crop": tuple(min(side, max(STRIDE, n // STRIDE * STRIDE)) for n in found.size)}
     if not case.is_open("data.size"):
+        if not case.config.data.size:
+            yield Choice(crop, "windows of the images, which keep their own size")
         return
-    view, (height, width) = 256 if case.is_cpu else 512, found.size
-    shrink = min(1.0, view / sqrt(height * width))
+    shrink = min(1.0, side / sqrt(height * width))
     widths = {n: w for n, w, share in zip(names, found.widths, found.shares, strict=True) if w and share > RARE}
     finest = min(widths, key=widths.get, default=names[-1])
-    wide = widths.get(finest, float("inf"))
+    wide = widths.get(finest, inf)
     if case.is_open("augment.crop") and (shrink == 1 or wide * shrink >= FINE):
         resized = tuple(max(STRIDE, STRIDE * round(n * shrink / STRIDE)) for n in found.size)
+        stays = f": the finest class, {finest!r}, stays {wide * shrink:.0f} px wide" if wide < inf else ""
         yield Choice(
             {"data.size": found.size if shrink == 1 else resized},
-            f"the network sees whole images, of {width}x{height} on average: the finest class, {finest!r}, stays "
-            f"{wide * shrink:.0f} px wide",
+            f"the network sees whole images, whose median is {width}x{height}{stays}",
         )
         return
-    crop = tuple(min(view, max(STRIDE, n // STRIDE * STRIDE)) for n in found.size)
     yield Choice(
-        {"data.size": (), "augment.crop": crop},
-        f"the network sees windows of the images as they are: in images resized to {view}x{view} the finest class, "
+        {"data.size": (), **crop},
+        f"the network sees windows of the images as they are: in images resized to {side}x{side} the finest class, "
         f"{finest!r}, would be {wide * shrink:.1f} px wide instead of {wide:.1f}",
     )
 
 
 def _network(case: Case) -> Iterator[Choice]:
     """A pretrained encoder, but for fine structures, which need full resolution from the first layer to the last."""
-    at = f"most classes are {case.width:.0f} px wide when the network sees them"
-    if case.width < THIN:
+    at = f"most classes are {case.width:.0f} px wide when the network sees them" if case.width < inf else "all is large"
+    is_plain = case.width < THIN if case.is_open("model.name") else case.config.model.name == "unet"
+    if is_plain:
         features = (16, 32, 64, 128) if case.is_cpu else (32, 64, 128, 256)
-        yield Choice({"model.features": features}, f"a network that works at full resolution, from scratch: {at}")
-        yield Choice({"optimizer.learning_rate": 3e-3}, "a narrow network without pretrained weights bears it")
+        yield Choice({"model.features": features}, f"a narrow network at full resolution, from scratch: {at}")
+        yield Choice({"optimizer.learning_rate": 3e-3}, "for weights that start at random")
         return
     features, stride = ((64, 96, 192), 4) if len(case.classes.names) > 2 else ((32, 64, 96, 192), 2)
     yield Choice(
         {"model.name": "encoder_unet", "model.features": features, "model.upsample": "nearest"},
-        f"weights that have seen ImageNet learn from few images; the head is at stride {stride}, as {at}",
+        f"weights that have seen ImageNet learn from few images; the head is at stride {stride}: {at}",
     )
 
 
@@ -226,26 +234,27 @@ def _augmentation(case: Case) -> Iterator[Choice]:
         yield Choice(views, "mirrored and turned: these are no photographs, which have an up and down")
     if case.config.loss.border_weight:
         warps = {"augment.elastic": 10.0, "augment.interpolation": "cubic"}
-        yield Choice(warps, "soft things come in many shapes, and cubic interpolation keeps the gaps between them")
+        yield Choice(warps, "deformed as the membranes of ISBI 2012 are, whose gaps cubic interpolation keeps")
     elif case.width >= THIN:
         warps = {"augment.rotate": 15.0, "augment.scale": 0.2}
         warps |= {"augment.shift": 0.05} if case.config.data.size else {}
-        yield Choice(warps, "photographed from another place")
+        yield Choice(warps, "rotated, zoomed and shifted a little: at this width nothing is lost")
     values = {"augment.brightness": 0.1, "augment.contrast": 0.2, "augment.gamma": 0.2}
     yield Choice(values, "in other light")
 
 
 def _batch(case: Case) -> Iterator[Choice]:
     """Small batches take more steps in the same time."""
-    devices = jax.device_count()
-    size = (4 if case.width < THIN else 8) if case.is_cpu else 16
-    size = min(size, max(2, int(case.examples_per_epoch)))
-    size = -(-size // devices) * devices
+    mesh = case.config.mesh
+    devices = mesh.data or max(1, jax.device_count() // max(mesh.space, 1))
+    unit = devices * max(case.config.train.accumulate, 1)
+    size = (4 if case.config.model.name == "unet" else 8) if case.is_cpu else 16
+    size = -(-min(size, max(2, int(case.examples_per_epoch))) // unit) * unit
     yield Choice(
         {"train.batch_size": size}, f"for {case.examples_per_epoch:.0f} examples an epoch, on {devices} device(s)"
     )
     if not case.is_cpu:
-        yield Choice({"model.dtype": "bfloat16"}, "accelerators compute twice as fast")
+        yield Choice({"model.dtype": "bfloat16"}, "which accelerators compute twice as fast")
 
 
 def _optimizer(case: Case) -> Iterator[Choice]:
@@ -261,13 +270,14 @@ def _length(case: Case) -> Iterator[Choice]:
     if not minutes:
         epochs = float(min(400, max(10, round(EXAMPLES / per_epoch))))
         yield Choice(
-            {"train.epochs": epochs}, f"about {EXAMPLES} images or windows; --config.train.minutes sets a time"
+            {"train.epochs": epochs},
+            f"{epochs * per_epoch:.0f} images or windows; --config.train.minutes sets a time instead",
         )
     if minutes or case.config.train.epochs > 2:
         yield Choice(
             {"optimizer.warmup_epochs": min(1.0, round(400 / per_epoch, 3))}, "a short rise of the learning rate"
         )
-    yield Choice({"train.eval_every_epochs": 0.0, "train.checkpoint_every_epochs": 0.0}, "ten evaluations, then saved")
+    yield Choice({"train.eval_every_epochs": 0.0, "train.checkpoint_every_epochs": 0.0}, "about ten evaluations")
 
 
 RULES = (_size, _network, _loss, _augmentation, _batch, _optimizer, _length)

@@ -1,5 +1,6 @@
 """What a recipe is read off: how many images there are, how large, and how large the things in them are."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,8 +23,8 @@ class Survey(NamedTuple):
     sizes: tuple[tuple[int, int], ...]  # (height, width) of each that was looked at
     channels: int
     dtype: str  # of the values: uint8, uint16 or float32
-    # Of each class: its share of the labelled pixels; the mean width of its regions in pixels, 0 if there are none; and
-    # how many regions an image has, on average.
+    # Of each class: its share of the labelled pixels; the mean width of its regions in pixels, 0 if there are none,
+    # infinite if they fill whole images; and how many regions an image has, on average.
     shares: tuple[float, ...]
     widths: tuple[float, ...]
     regions: tuple[float, ...]
@@ -46,15 +47,20 @@ def conduct(source: Source) -> Survey:
         channels=source.classes.channels,
         dtype=source.classes.dtype,
         shares=tuple((pixels / max(pixels.sum(), 1)).tolist()),
-        widths=tuple((2 * pixels / np.maximum(borders, 1)).tolist()),
+        widths=tuple(map(_width, pixels.tolist(), borders.tolist())),
         regions=tuple((regions / len(found)).tolist()),
     )
+
+
+def _width(pixels: int, border: int) -> float:
+    """The mean width of regions, of which so many pixels are at a border; infinite if they fill whole images."""
+    return 2 * pixels / border if border else (math.inf if pixels else 0.0)
 
 
 def _look(source: Source, index: int) -> tuple[tuple[int, int], np.ndarray]:
     """The size of an image, and of each class pixels, pixels at a border of its regions, and regions, `[3, K]`."""
     _, label = source[index]
-    size = images.scaled_size(label.shape[:2], source.factors(index))
+    size = images.scaled_size(label.shape[:2], source.factors(index), source.ids[index])
     return size, np.array([_measure(mask) for mask in _masks(images.resize_label(label, size), source.classes)]).T
 
 

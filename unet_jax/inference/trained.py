@@ -210,7 +210,7 @@ class Trained:
                     f"this network was trained on images {pixel_sizes.describe(self.config.data)}, which an array does "
                     "not tell: give the file, or choose 'native' if the image is at that scale"
                 )
-            return images.scaled_size(size, factors or pixel_sizes.factors(self.config.data, None))
+            return images.scaled_size(size, factors or pixel_sizes.factors(self.config.data, None), "the image")
         return resize.predicted_size(scale, size, self.size, self.source_sizes)
 
     def read_image(self, file: epath.PathLike) -> np.ndarray:

@@ -75,7 +75,7 @@ STRENGTH = {
 COLORS_ONLY = ("hue", "saturation")  # only for images of 3 channels
 
 
-def apply_strength(settings: "ConfigDict", channels: int) -> None:
+def apply_strength(settings: "ConfigDict", channels: int, kept: Sequence[str] = ()) -> None:
     """Sets each field that is off to `config.augment.strength` times its value in `STRENGTH`; 0 changes nothing.
 
     A field that is on keeps its value, so a second call changes nothing. `hue` and `saturation` stay off unless images
@@ -84,6 +84,7 @@ def apply_strength(settings: "ConfigDict", channels: int) -> None:
     Args:
       settings: `config.augment`, changed in place.
       channels: of the images.
+      kept: `config.keep`, the dotted names of fields that stay off.
 
     Raises:
       UserError: a strength out of its range.
@@ -91,7 +92,9 @@ def apply_strength(settings: "ConfigDict", channels: int) -> None:
     strength = settings["strength"]
     _check_limit(settings, "strength", LIMITS["strength"])
     for name, value in STRENGTH.items():
-        if strength and not settings[name] and (channels == 3 or name not in COLORS_ONLY):
+        if f"augment.{name}" in kept or (name in COLORS_ONLY and channels != 3):
+            continue
+        if strength and not settings[name]:
             settings[name] = value if isinstance(value, bool) else strength * value
 
 

@@ -121,7 +121,8 @@ def examples_per_epoch(config: "ConfigDict", source: data.Source) -> int:
     if config.data.size:
         return len(source)
     window = augment.check(config.augment, config.data.size)
-    sizes = [images.scaled_size(size, source.factors(index)) for index, size in enumerate(source.sizes())]
+    scaled = lambda index, size: images.scaled_size(size, source.factors(index), source.ids[index])
+    sizes = [scaled(index, size) for index, size in enumerate(source.sizes())]
     return int(windows.per_image(sizes, window).sum())
 
 
@@ -143,17 +144,20 @@ def count_steps(settings: Mapping, steps_per_epoch: float) -> Steps:
     for field in ("epochs", "eval_every_epochs", "checkpoint_every_epochs"):
         value, may_be_zero = settings[field], field != "epochs"
         if not (0 < value < math.inf or (may_be_zero and value == 0)):
-            remedy = ", or 0 for ten times in all" if may_be_zero else ""
+            remedy = ", or 0 for about ten times" if may_be_zero else ""
             raise UserError(f"config.train.{field} = {value} must be positive{remedy}")
-    steps = lambda epochs: max(1, round(epochs * steps_per_epoch))
     lengths = (*settings["extends"], settings["epochs"])
-    ends = tuple(map(steps, lengths))
-    if list(ends) != sorted(set(ends)) or not lengths[0] > 0:
+    are_numbers = all(isinstance(length, int | float) and 0 < length < math.inf for length in lengths)
+    steps = lambda epochs: max(1, round(epochs * steps_per_epoch))
+    ends = tuple(map(steps, lengths)) if are_numbers else ()
+    if list(ends) != sorted(set(ends)) or not are_numbers:
         raise UserError(
-            f"config.train.extends = {tuple(settings['extends'])}, the epochs at which a run ended before, and "
-            f"config.train.epochs = {settings['epochs']}, at which it ends, must each be more than the one before"
+            f"config.train.epochs = {settings['epochs']}, at which the run ends, must be a step or more above where it "
+            f"ended before, config.train.extends = {tuple(settings['extends'])}, and these must rise, too"
         )
-    tenth = lengths[0] / 10
+    if ends[-1] >= 2**31:
+        raise UserError(f"config.train.epochs = {settings['epochs']} is {ends[-1]:.3g} steps; 2147483647 are the most")
+    tenth = math.ceil(ends[0] / 10) / steps_per_epoch
     every = (steps(settings[field] or tenth) for field in ("eval_every_epochs", "checkpoint_every_epochs"))
     return Steps(steps_per_epoch, ends, *every)
 

@@ -16,6 +16,7 @@ from unet_jax.training import components, state
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+LONGEST = 2**31 - 1  # steps
 SAMPLE = 5.0  # seconds of steps that are timed
 FINISH = 2.0  # what drawing curves and the report takes, in evaluations
 
@@ -25,7 +26,7 @@ class Costs(NamedTuple):
 
     start: float  # from its beginning to the first step
     step: float  # with the wait for its batch
-    evaluation: float  # with the checkpoint that follows
+    evaluation: float  # without drawing and saving, which is little beside it
 
 
 def measure(
@@ -52,7 +53,7 @@ def measure(
     minutes = config.train.minutes
     if not 0 < minutes < math.inf:
         raise UserError(f"config.train.minutes = {minutes} must be positive, or 0 to count config.train.epochs")
-    processes.print_on_main(f"Measuring how many steps fit into {minutes:g} minutes (config.train.minutes)")
+    processes.print_on_main(f"Measuring how many steps fit into {minutes:g} min (config.train.minutes)")
     costs = _measure_costs(config, built, sources, started)
     eval_every = steps.eval_every if config.train.eval_every_epochs else None
     # The same on all processes, whose clocks differ.
@@ -81,11 +82,11 @@ def count_steps(seconds: float, costs: Costs, eval_every: int | None) -> int:
     """
     left = seconds - costs.start - FINISH * costs.evaluation
     if eval_every is None:
-        return max(0, math.floor((left - 10 * costs.evaluation) / costs.step))
+        return min(LONGEST, max(0, math.floor((left - 10 * costs.evaluation) / costs.step)))
     of_period = eval_every * costs.step + costs.evaluation
     periods = max(0, math.floor(left / of_period))
     more = math.floor((left - periods * of_period - costs.evaluation) / costs.step)
-    return periods * eval_every + min(max(0, more), eval_every - 1)
+    return min(LONGEST, periods * eval_every + min(max(0, more), eval_every - 1))
 
 
 def _measure_costs(config, built, sources, started) -> Costs:

@@ -124,8 +124,8 @@ class TrainingLog:
             )
 
     def is_patience_lost(self, patience: int) -> bool:
-        """Whether the latest `patience` evaluations were no better than one before; never if that is 0."""
-        return 0 < patience <= self.resume_state["since_best"]
+        """Whether this run evaluated, and found the latest `patience` scores no better than one before; 0 is never."""
+        return self.last_evaluation is not None and 0 < patience <= self.resume_state["since_best"]
 
     def _write(self, step: int, values: Mapping[str, float | None]) -> None:
         if self._writer is None:

@@ -33,7 +33,7 @@ def make_schedule(settings: Mapping, steps_per_epoch: float, ends: Sequence[int]
     if not 0 <= settings["warmup_epochs"] * steps_per_epoch < shortest:
         raise UserError(
             f"config.optimizer.warmup_epochs = {settings['warmup_epochs']} is not within the training "
-            f"({shortest / steps_per_epoch:g} epochs)"
+            f"({shortest / steps_per_epoch:g} epochs{', which are added' * (shortest != lengths[0])})"
         )
     warmup = round(settings["warmup_epochs"] * steps_per_epoch)
 

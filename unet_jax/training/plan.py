@@ -49,7 +49,7 @@ def plan(config: "ConfigDict", memory_gib: float | None) -> None:
     classes = find_classes(config.data)
     if config.auto:
         recipe.apply(config, data.load(config.data, "train"), processes.print_on_main)
-    augment.apply_strength(config.augment, classes.channels)
+    augment.apply_strength(config.augment, classes.channels, config.keep)
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
     processes.print_on_main(f"Compiling the training step for {summary.mesh_summary(mesh)}.")
     planned, batch_size = compile_step(config, classes, mesh), config.train.batch_size
@@ -106,19 +106,19 @@ def compile_step(config: "ConfigDict", classes: data.Classes, mesh: jax.sharding
 
 
 def shrink_batch(config: "ConfigDict", classes: data.Classes) -> None:
-    """Halves `config.train.batch_size` until a step fits into the devices' memory, where they report it."""
+    """Halves `config.train.batch_size` until a step fits into the memory of the devices, if they report it."""
     mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
     limit, unit = sharding.memory_limit(mesh), mesh.shape["data"] * config.train.accumulate
-    if limit is None or "train.batch_size" in config.auto_except:
-        return
-    while config.train.batch_size >= 2 * unit:
+
+    def fits():
         peak = compile_step(config, classes, mesh).peak
-        if peak is None or peak <= FITS * limit:
+        return peak is None or peak <= FITS * limit
+
+    while limit is not None and config.train.batch_size >= 2 * unit:
+        if processes.max_over_processes(not fits()) == 0:  # the same everywhere, though a device may have less left
             return
         config.train.batch_size = config.train.batch_size // 2 // unit * unit
-        processes.print_on_main(
-            f"auto     train.batch_size={config.train.batch_size}: the one before needs {size(peak)}"
-        )
+        processes.print_on_main(f"auto     train.batch_size={config.train.batch_size}: the one before does not fit")
 
 
 def flops(config: "ConfigDict", planned: Plan) -> int:

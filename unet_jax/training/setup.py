@@ -96,8 +96,10 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
         network=dataclasses.replace(built.network, normalization=normalized),
         loss=losses.make(config.loss, classes.task, len(classes.names), facts.get("class_counts")),
     )
-    if resumed is None and config.train.minutes:
+    if earlier is None and config.train.minutes:
         config.train.epochs = length.measure(config, built, steps, sources, started)
+        if any("optimizer.warmup_epochs" in choice.values for choice in chosen):
+            config.optimizer.warmup_epochs = min(config.optimizer.warmup_epochs, config.train.epochs / 10)
         steps = components.count_steps(config.train, steps_per_epoch)
         new = components.build(config, classes, mesh, steps)
         built = built._replace(schedule=new.schedule, optimizer=new.optimizer)
@@ -110,10 +112,12 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
         if resumed is not None:
             record.check(path, resumed, meta, recorded)
         files.claim(path, config, described)
-        if chosen:
+        if config.auto and not (path / "recipe.py").exists():
             files.write_text(path / "recipe.py", recipe.to_file(config, chosen))
-    out_of_patience = 0 < config.train.patience <= meta.get("since_best", 0)
-    if (resumed == steps.total or out_of_patience) and meta["evaluated"]:
+    if meta.get("config", {}).get("train.extends", []) != [*config.train.extends]:
+        meta["since_best"] = 0  # extended since then: a restart comes down before it goes up
+    is_out_of_patience = steps.evaluates(resumed or 0) and 0 < config.train.patience <= meta.get("since_best", 0)
+    if (resumed == steps.total or is_out_of_patience) and meta["evaluated"]:
         _finish_again(path, config, classes, resumed)
         return None
     if is_extended:
@@ -206,8 +210,9 @@ def _complete(config: "ConfigDict", earlier: "ConfigDict | None") -> list[recipe
         with processes.main_first("recipe"):
             source = data.load(config.data, "train")
         chosen = recipe.apply(config, source, processes.print_on_main)
-        plan.shrink_batch(config, classes)
-    augment.apply_strength(config.augment, classes.channels)
+        if any("train.batch_size" in choice.values for choice in chosen):
+            plan.shrink_batch(config, classes)
+    augment.apply_strength(config.augment, classes.channels, config.keep)
     return chosen
 
 
@@ -261,10 +266,13 @@ def draw_history(path: epath.Path, config: "ConfigDict", classes: data.Classes) 
 def _finish_again(path: epath.Path, config: "ConfigDict", classes: data.Classes, step: int) -> None:
     """Draws what is missing (a crash may have come between saving and drawing); prints that the run is finished."""
     draw_history(path, config, classes)
-    if not (path / "report.html").exists():
+    page, saved = path / "report.html", path / "checkpoints" / str(step)
+    if not page.exists() or page.stat().mtime < saved.stat().mtime:  # of before it was extended
         report.write(path)
+    measured = ", with --config.train.minutes=0" * bool(config.train.minutes)
     processes.print_on_main(
-        f"{path} is finished: {step} steps. Look at {path / 'report.html'}, or score it with --mode=eval."
+        f"{path} is finished: {step} steps. Look at {page}, or score it with --mode=eval. To extend it, set "
+        f"--config.train.epochs to more than {config.train.epochs:g}{measured}"
     )
 
 

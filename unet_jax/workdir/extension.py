@@ -26,9 +26,9 @@ def carry_over(config: "ConfigDict", earlier: "ConfigDict") -> bool:
     now, before = config.train, earlier.train
     if now.extends:
         return False
-    if now.minutes and now.minutes == before.minutes:  # the epochs were measured
+    if now.minutes and before.minutes:  # the epochs were measured
         now.epochs, now.extends = before.epochs, before.extends
-    elif now.epochs == before.epochs:
+    elif now.epochs <= before.epochs:
         now.extends = before.extends
     elif now.epochs > before.epochs and not now.minutes:
         now.extends = (*before.extends, before.epochs)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Fields that change how a run is carried out but not what comes out; they may differ when it is resumed.
 FREE_FIELDS = (
-    "auto_except",
+    "keep",
     "mesh.data",
     "mesh.space",
     "mesh.shard_optimizer",

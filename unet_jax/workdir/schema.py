@@ -149,7 +149,7 @@ def check_config(file: epath.Path, values: Mapping[str, Any]) -> None:
 
 # An element of each list that is empty by default; one that is not here holds numbers or texts.
 _ELEMENTS = {
-    **dict.fromkeys(("auto_except", "data.labels", "data.lists", "optimizer.frozen", "init_parts"), ("",)),
+    **dict.fromkeys(("keep", "data.labels", "data.lists", "optimizer.frozen", "init_parts"), ("",)),
     **dict.fromkeys(("data.value_range", "optimizer.decay_epochs", "train.extends"), (0.0,)),
     **dict.fromkeys(("model.remat", "augment.crop", "data.show"), (0,)),
 }
