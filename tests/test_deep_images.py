@@ -98,6 +98,39 @@ def test_16_bit_png_files_and_arrays(tmp_path):
         reading.read_channels(epath.Path(tmp_path / "d.npz"))
 
 
+OME = """<?xml version="1.0" encoding="UTF-8"?>
+<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0"
+DimensionOrder="XYCZT" Type="uint8" SizeX="30" SizeY="20" SizeC="2" SizeZ="1" SizeT="1">
+<Channel ID="Channel:0:0" SamplesPerPixel="1"/><Channel ID="Channel:0:1" SamplesPerPixel="1"/>
+<TiffData FirstC="0" IFD="0" PlaneCount="1"><UUID FileName="a.ome.tif">urn:uuid:1</UUID></TiffData>
+<TiffData FirstC="1" IFD="0" PlaneCount="1"><UUID FileName="b.ome.tif">urn:uuid:2</UUID></TiffData>
+</Pixels></Image></OME>"""
+
+
+def test_an_ome_image_in_several_files_needs_all_of_them(tmp_path):
+    file = epath.Path(tmp_path / "a.ome.tif")
+    tifffile.imwrite(file, GREY, description=OME, metadata=None)
+    with pytest.raises(UserError, match=r"a.ome.tif holds only a part of its image: the files that hold the others"):
+        reading.read_channels(file)
+    with pytest.raises(UserError, match=r"a.ome.tif holds only a part of its image"):
+        reading.read_header(file)
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (20, 30, 3)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_jpeg_2000_keeps_its_depth(shape, dtype, tmp_path):
+    array = RNG.integers(0, np.iinfo(dtype).max, shape).astype(dtype)
+    file = epath.Path(tmp_path / "a.jp2")
+    file.write_bytes(imagecodecs.jpeg2k_encode(array, level=0, codecformat="jp2"))  # without loss
+    np.testing.assert_array_equal(reading.read_channels(file), np.atleast_3d(array))
+    header = reading.read_header(file)
+    assert (header.dtype, header.channels, header.size) == (
+        dtype.__name__,
+        array.shape[2] if array.ndim == 3 else 1,
+        (20, 30),
+    )
+
+
 def _write_geotiff(file, bands, nodata=None):
     """With overviews, as GDAL writes it; `bands` `[h, w, C]`."""
     rasterio = pytest.importorskip("rasterio")

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
-from unet_jax.data import reading
+from unet_jax.data import pairing, reading
 from unet_jax.data.images import Pair
 from unet_jax.data.prepare import prepare, prepared_files
 from unet_jax.data.source import Classes, Source, bullets, check_label
@@ -197,7 +197,7 @@ class Carla(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, pairs):
         for index, pair in enumerate(pairs):
             image, label = reading.read(pair.image, "RGB"), reading.read(pair.mask, "red")
-            reading.check_same_size(image, label, pair)
+            pairing.check_same_size(image, label, pair)
             check_label(label, self.builder_config.num_classes, str(pair.mask))
             yield index, {"image": _encode(image), "label": _encode(label)}
 

@@ -52,7 +52,7 @@ def load(config, split: str) -> Source:
         image = reading.read(pair.image, "RGB")
         vessels, field = reading.read(pair.mask, "L"), reading.read(fields[index], "L")
         for mask, file in ((vessels, pair.mask), (field, fields[index])):
-            reading.check_same_size(image, mask, pair._replace(mask=file))
+            pairing.check_same_size(image, mask, pair._replace(mask=file))
         return image, np.where(field > 127, vessels > 127, meaning.ignore_label).astype(np.uint8)
 
     read_size = lambda index: reading.read_header(chosen[index].image).size

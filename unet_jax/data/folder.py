@@ -38,7 +38,7 @@ def load(config, split: str) -> Source:
         pair = chosen[index]
         image = reading.read_image(pair.image, config)
         mask = reading.read_any(pair.mask, not label_map.is_colored, config.orientation)
-        reading.check_same_size(image, mask, pair, config)
+        pairing.check_same_size(image, mask, pair, config)
         label = label_map.apply(mask, str(pair.mask))
         if image.dtype == np.float32:
             label[np.isnan(image).any(-1)] = meaning.ignore_label

@@ -18,7 +18,7 @@ from etils import epath
 from PIL import Image
 from tensorflow_datasets.datasets.oxford_iiit_pet import oxford_iiit_pet_dataset_builder as tfds_pets
 
-from unet_jax.data import reading
+from unet_jax.data import pairing, reading
 from unet_jax.data.images import Pair
 from unet_jax.data.prepare import prepare, prepared_files
 from unet_jax.data.source import Classes, Source, check_label
@@ -141,7 +141,7 @@ def _prepare_folder(folder: epath.Path):
     if not builder.data_path.exists():
         for pair in pairs:  # the TFDS builder copies the files without decoding them
             image, trimap = reading.read(pair.image, "RGB"), reading.read(pair.mask, "L")
-            reading.check_same_size(image, trimap, pair)
+            pairing.check_same_size(image, trimap, pair)
             check_label(trimap.astype(np.int16) - 1, 3, f"{pair.mask}, minus 1")
     return prepare(builder)
 

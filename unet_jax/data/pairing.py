@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Sequence
 
+import numpy as np
 from etils import epath
 
 from unet_jax import paths
@@ -229,3 +230,21 @@ def _endings(path: str, image_folders: Collection[str] = ()) -> list[str]:
     parts[-1] = stem if f".{suffix.lower()}" in reading.SUFFIXES else parts[-1]
     last = next((i for i, part in enumerate(parts[:-1]) if part in image_folders), len(parts) - 1)
     return ["/".join(parts[i:]) for i in range(last + 1)]
+
+
+def check_same_size(image: np.ndarray, mask: np.ndarray, pair: Pair, settings=None) -> None:
+    """Raises a `UserError` that names both files if an image `[h, w, ...]` and its mask differ in size.
+
+    `settings` are `config.data`, if `pages` and `orientation` count.
+    """
+    if image.shape[:2] == mask.shape[:2]:
+        return
+    orientation = reading.read_header(pair.image, settings.pages if settings else "").orientation
+    hint = ""
+    if orientation != 1 and settings:
+        other = "as_stored" if settings.orientation == "upright" else "upright"
+        hint = f" The EXIF data of the photo say it is rotated ({orientation}): try config.data.orientation={other!r}."
+    raise UserError(
+        f"{pair.image} is {image.shape[1]}x{image.shape[0]} pixels but its mask {pair.mask} is "
+        f"{mask.shape[1]}x{mask.shape[0]} (width x height).{hint}"
+    )

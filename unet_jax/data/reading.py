@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from unet_jax.data import tiff_files
-from unet_jax.data.images import Pair
 from unet_jax.errors import UserError
 
 ARRAYS = (".npy", ".npz")
@@ -52,7 +51,13 @@ def _check_pixels(path, size: Sequence[int]) -> None:
 
 def _loses_bits(image: Image.Image) -> bool:
     """Whether Pillow would silently keep only the upper 8 of 16 bits."""
-    return image.mode not in ("I;16", "I;16B") and any(";16" in str(tile) for tile in image.tile)
+    if image.mode in ("I;16", "I;16B"):
+        return False
+    if image.format != "JPEG2000":
+        return any(";16" in str(tile) for tile in image.tile)
+    image.fp.seek(0)
+    _, _, header = image.fp.read(1024).partition(b"ihdr")  # height, width, channels, then the bits of a value less one
+    return len(header) > 10 and 8 <= header[10] & 0x7F < 0x7F
 
 
 def is_other_format(file) -> bool:
@@ -280,21 +285,3 @@ def read_header(path, pages: str = "") -> Header:
         orientation = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)  # Pillow turns a TIFF image
         channels, dtype = 1 if is_grey else 3, "uint16" if is_16_bit else "uint8"
         return Header(channels, dtype, False, has_alpha, orientation, palette, size)
-
-
-def check_same_size(image: np.ndarray, mask: np.ndarray, pair: Pair, settings=None) -> None:
-    """Raises a `UserError` that names both files if an image `[h, w, ...]` and its mask differ in size.
-
-    `settings` are `config.data`, if `pages` and `orientation` count.
-    """
-    if image.shape[:2] == mask.shape[:2]:
-        return
-    orientation = read_header(pair.image, settings.pages if settings else "").orientation
-    hint = ""
-    if orientation != 1 and settings:
-        other = "as_stored" if settings.orientation == "upright" else "upright"
-        hint = f" The EXIF data of the photo say it is rotated ({orientation}): try config.data.orientation={other!r}."
-    raise UserError(
-        f"{pair.image} is {image.shape[1]}x{image.shape[0]} pixels but its mask {pair.mask} is "
-        f"{mask.shape[1]}x{mask.shape[0]} (width x height).{hint}"
-    )

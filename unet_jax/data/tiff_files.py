@@ -121,6 +121,8 @@ def _open(path, pages: str) -> Iterator[Any]:
                     f"{path} holds {count} pages or frames: save each as a file of its own"
                     + ", or set config.data.pages='channels' if they are the channels of one image" * (len(found) == 1)
                 )
+            if any(page is None for page in found[0].pages):
+                raise UserError(f"{path} holds only a part of its image: the files that hold the others are missing")
             yield found[0]
     except UserError:
         raise
