@@ -141,13 +141,15 @@ def test_patience_below_zero_is_refused(config, tmp_path):
         loop.train(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("costs", [Costs(20, 0.5, 3), Costs(1, 2, 30), Costs(5, 0.0137, 0.11), Costs(10, 1, 90)])
+@pytest.mark.parametrize(
+    "costs", [Costs(20, 0.5, 3, 7), Costs(1, 2, 30, 5), Costs(5, 0.0137, 0.11, 3), Costs(10, 1, 90, 20)]
+)
 def test_as_many_steps_as_fit(costs):
     def seconds(steps, every=7):
-        return costs.start + steps * costs.step + (-(-steps // every) + length.FINISH) * costs.evaluation
+        return costs.start + steps * costs.step + -(-steps // every) * costs.evaluation + costs.finish
 
     assert length.count_steps(60e7, costs, None) == min(
-        2**31 - 1, int((60e7 - costs.start - 12 * costs.evaluation) / costs.step)
+        2**31 - 1, int((60e7 - costs.start - costs.finish - 10 * costs.evaluation) / costs.step)
     )
     for budget in (60, 333, 4000):
         count = length.count_steps(budget, costs, 7)
@@ -157,7 +159,8 @@ def test_as_many_steps_as_fit(costs):
 def test_minutes_are_measured_once_and_kept(config, tmp_path, monkeypatch, capsys):
     config.train.minutes = 0.2
     with monkeypatch.context() as patch:
-        patch.setattr(length, "_measure_costs", lambda *_: Costs(2.0, 0.4, 1.0))  # leaves 8 s: 12 steps, 3 evaluations
+        # Leaves 8 s: 12 steps and 3 evaluations.
+        patch.setattr(length, "_measure_costs", lambda *_: Costs(2.0, 0.4, 1.0, 2.0))
         loop.train(config.copy_and_resolve_references(), tmp_path / "whole")
         assert (
             integrity.steps(tmp_path / "whole")[-1] == 12 and "12 steps, which is 4.8 epochs" in capsys.readouterr().out
@@ -167,7 +170,7 @@ def test_minutes_are_measured_once_and_kept(config, tmp_path, monkeypatch, capsy
     # Stopped, and resumed where all is much slower.
     save = loop.evaluate_and_save
     with monkeypatch.context() as patch:
-        patch.setattr(length, "_measure_costs", lambda *_: Costs(2.0, 0.4, 1.0))
+        patch.setattr(length, "_measure_costs", lambda *_: Costs(2.0, 0.4, 1.0, 2.0))
 
         def save_and_crash(run, train_state, step, *more):
             save(run, train_state, step, *more)
@@ -177,7 +180,7 @@ def test_minutes_are_measured_once_and_kept(config, tmp_path, monkeypatch, capsy
         patch.setattr(loop, "evaluate_and_save", save_and_crash)
         with pytest.raises(KeyboardInterrupt):
             loop.train(config.copy_and_resolve_references(), tmp_path / "run")
-    monkeypatch.setattr(length, "_measure_costs", lambda *_: Costs(0.0, 100.0, 100.0))
+    monkeypatch.setattr(length, "_measure_costs", lambda *_: Costs(0.0, 100.0, 100.0, 0.0))
     loop.train(config.copy_and_resolve_references(), tmp_path / "run")
     helpers.assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert files.read_config(tmp_path / "run").train.epochs == 4.8

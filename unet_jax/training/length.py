@@ -10,6 +10,7 @@ import jax
 from unet_jax import data
 from unet_jax.errors import UserError
 from unet_jax.evaluation import evaluate
+from unet_jax.inference import forward
 from unet_jax.parallel import processes, sharding
 from unet_jax.training import components, state
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 LONGEST = 2**31 - 1  # steps
 SAMPLE = 5.0  # seconds of steps that are timed
-FINISH = 2.0  # what drawing curves and the report takes, in evaluations
 
 
 class Costs(NamedTuple):
@@ -26,7 +26,8 @@ class Costs(NamedTuple):
 
     start: float  # from its beginning to the first step
     step: float  # with the wait for its batch
-    evaluation: float  # without drawing and saving, which is little beside it
+    evaluation: float  # with panels and checkpoint
+    finish: float  # from the last evaluation to the end: curves and report
 
 
 def measure(
@@ -59,7 +60,7 @@ def measure(
     # The same on all processes, whose clocks differ.
     total = processes.broadcast_from_main(lambda: count_steps(60 * minutes, costs, eval_every))
     if not total:
-        least = (costs.start + costs.step + (1 + FINISH) * costs.evaluation) / 60
+        least = sum(costs) / 60
         raise UserError(
             f"config.train.minutes = {minutes:g} is too short: up to its first step the training takes "
             f"{costs.start:.0f} s, a step {costs.step:.2f} s, and an evaluation {costs.evaluation:.1f} s. It needs "
@@ -80,7 +81,7 @@ def count_steps(seconds: float, costs: Costs, eval_every: int | None) -> int:
       costs: of its parts.
       eval_every: steps between two evaluations; None for ten in all.
     """
-    left = seconds - costs.start - FINISH * costs.evaluation
+    left = seconds - costs.start - costs.finish
     if eval_every is None:
         return min(LONGEST, max(0, math.floor((left - 10 * costs.evaluation) / costs.step)))
     of_period = eval_every * costs.step + costs.evaluation
@@ -140,7 +141,10 @@ def _measure_costs(config, built, sources, started) -> Costs:
         scorer.score(current.eval_variables)
         return time.monotonic() - begun
 
-    evaluation = evaluate_once()
-    if processes.broadcast_from_main(lambda: int(evaluation < 4 * SAMPLE)):  # without the compilation
-        evaluation = evaluate_once()
-    return Costs(time.monotonic() - started + compiling, step, evaluation)
+    scoring = evaluate_once()
+    if processes.broadcast_from_main(lambda: int(scoring < 4 * SAMPLE)):  # without the compilation
+        scoring = evaluate_once()
+    start = time.monotonic() - started + compiling  # once more, as the schedule is compiled into the step
+    # As seen on a CPU: panels and checkpoint take about as long as the scores, and the report predicts all views.
+    tta = config.eval.tta if config.eval.tta != "auto" else forward.best_tta(config.augment)
+    return Costs(start, step, 1 + 2 * scoring, 5 + (1 + len(forward.VIEWS[tta])) * scoring)
