@@ -8,7 +8,7 @@ import jax
 import optax
 
 from unet_jax import data, losses, models
-from unet_jax.data import border, images, windows
+from unet_jax.data import border, images, pipeline, windows
 from unet_jax.errors import UserError, check_choice
 from unet_jax.evaluation import evaluate
 from unet_jax.inference import forward, normalization, tiles
@@ -160,6 +160,27 @@ def count_steps(settings: Mapping, steps_per_epoch: float) -> Steps:
     tenth = math.ceil(ends[0] / 10) / steps_per_epoch
     every = (steps(settings[field] or tenth) for field in ("eval_every_epochs", "checkpoint_every_epochs"))
     return Steps(steps_per_epoch, ends, *every)
+
+
+def create_state(config: "ConfigDict", built: Components) -> state.TrainState:
+    """The state before the first step, on the mesh of the network."""
+    network = built.network
+    return state.create(
+        seed=config.seed,
+        model=network.model,
+        image_shape=(1, *network.model.smallest_input, network.classes.channels),
+        optimizer=built.optimizer,
+        ema=config.optimizer.ema > 0,
+        mesh=network.mesh,
+        shard_optimizer=config.mesh.shard_optimizer,
+        ema_statistics=config.optimizer.ema_statistics,
+    )
+
+
+def make_scorer(config: "ConfigDict", built: Components, split: pipeline.Pipeline) -> evaluate.Scorer:
+    """What scores the images of a split during the training."""
+    tile, em_scores = built.windows and built.eval_size, config.eval.em_scores
+    return evaluate.Scorer(built.network, split, built.loss, config.train.batch_size, tile=tile, em_scores=em_scores)
 
 
 def make_train_step(config: "ConfigDict", components: Components, shardings: state.TrainState) -> Callable:

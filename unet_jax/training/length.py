@@ -12,7 +12,7 @@ from unet_jax.errors import UserError
 from unet_jax.evaluation import evaluate
 from unet_jax.inference import forward
 from unet_jax.parallel import processes, sharding
-from unet_jax.training import components, state
+from unet_jax.training import components
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -95,16 +95,7 @@ def _measure_costs(config, built, sources, started) -> Costs:
     network, mesh, batch_size = built.network, built.network.mesh, config.train.batch_size
     classes = network.classes
     images = {name: evaluate.open_images(source, config, classes) for name, source in sources.items()}
-    current = state.create(
-        seed=config.seed,
-        model=network.model,
-        image_shape=(1, *network.model.smallest_input, classes.channels),
-        optimizer=built.optimizer,
-        ema=config.optimizer.ema > 0,
-        mesh=mesh,
-        shard_optimizer=config.mesh.shard_optimizer,
-        ema_statistics=config.optimizer.ema_statistics,
-    )
+    current = components.create_state(config, built)
     rows = sharding.process_rows(mesh, batch_size)
     batches = images["train"].train_batches(batch_size, config.seed, 0, rows, built.windows)
     batch = sharding.put_batch(mesh, next(batches))
@@ -127,14 +118,7 @@ def _measure_costs(config, built, sources, started) -> Costs:
     rough = take(2)
     count = processes.broadcast_from_main(lambda: max(1, math.ceil(SAMPLE / rough)))
     step = take(count)
-    scorer = evaluate.Scorer(
-        network,
-        images["validation"],
-        built.loss,
-        batch_size,
-        tile=built.windows and built.eval_size,
-        em_scores=config.eval.em_scores,
-    )
+    scorer = components.make_scorer(config, built, images["validation"])
 
     def evaluate_once():
         begun = time.monotonic()

@@ -125,16 +125,7 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
 
     # Images, decoded here if they are not cached, and state.
     images = {name: evaluate.open_images(source, config, classes) for name, source in sources.items()}
-    state = train_state.create(
-        seed=config.seed,
-        model=built.network.model,
-        image_shape=(1, *built.network.model.smallest_input, classes.channels),
-        optimizer=built.optimizer,
-        ema=config.optimizer.ema > 0,
-        mesh=mesh,
-        shard_optimizer=config.mesh.shard_optimizer,
-        ema_statistics=config.optimizer.ema_statistics,
-    )
+    state = components.create_state(config, built)
     writer = checkpoints.CheckpointWriter(path)
     first_step = resumed or 0
     if resumed is not None:
@@ -167,14 +158,7 @@ def open_run(config: "ConfigDict", path: epath.Path, held: lock.Lock) -> Run | N
         state=state,
         batches=batches,
         train_step=train_step,
-        scorer=evaluate.Scorer(
-            built.network,
-            images["validation"],
-            built.loss,
-            batch_size,
-            tile=built.windows and built.eval_size,
-            em_scores=config.eval.em_scores,
-        ),
+        scorer=components.make_scorer(config, built, images["validation"]),
         writer=writer,
         log=log.TrainingLog(
             path,
