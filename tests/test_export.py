@@ -280,7 +280,7 @@ def test_onnx_files_hold_the_metadata(networks):
     assert json.loads(found["classes"])["names"] == ["road", "sky"] and found == export.graph_metadata(
         networks["binary"]
     )
-    assert "not resized" in found["input"]
+    assert "at their own size" in found["input"]
 
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch, networks):

@@ -18,7 +18,10 @@ from unet_jax.models import encoder_unet, unet
 from unet_jax.parallel import sharding
 from unet_jax.training import augment, program, state, step
 
-NO_AUGMENTATION = {**dict.fromkeys((*augment.LIMITS, "elastic", "flip_horizontal", "flip_vertical"), 0), "crop": ()}
+NO_AUGMENTATION = {
+    **dict.fromkeys((*augment.LIMITS, "elastic", "flip_horizontal", "flip_vertical", "turns"), 0),
+    "crop": (),
+}
 Run = Callable[[int], dict[str, float] | None]  # takes n steps and waits for their end
 Prepared = tuple[Run, dict[str, Any]]  # with what is known of it besides times
 
