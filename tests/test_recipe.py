@@ -139,6 +139,8 @@ def test_images_at_their_own_size_on_demand_are_seen_in_windows(monkeypatch):
     for settings in ({"data.size": ()}, {"data.size": (), "data.pixel_size": 0.5}):
         found, _ = _apply(monkeypatch, wide, BINARY, **settings)
         assert found["augment.crop"] == (256, 256) and "data.size" not in found
+    with pytest.raises(UserError, match=r"config.augment.crop = \(\) must be the \(height, width\) of the windows"):
+        _apply(monkeypatch, wide, BINARY, **{"data.size": (), "keep": ("augment.crop",)})
     found, lines = _apply(monkeypatch, _survey((64, 64), (float("inf"),) * 2, (0.5, 0.5)), BINARY)
     assert found["data.size"] == (64, 64) and "inf" not in lines
 

@@ -166,8 +166,10 @@ def _size(case: Case) -> Iterator[Choice]:
     side, (height, width) = 256 if case.is_cpu else 512, found.size
     crop = {"augment.crop": tuple(min(side, max(STRIDE, n // STRIDE * STRIDE)) for n in found.size)}
     if not case.is_open("data.size"):
-        if not case.config.data.size:
+        if not case.config.data.size and case.is_open("augment.crop"):
             yield Choice(crop, "windows of the images, which keep their own size")
+        elif not case.config.data.size:
+            windows.check_size(case.config.augment.crop)
         return
     shrink = min(1.0, side / sqrt(height * width))
     widths = {n: w for n, w, share in zip(names, found.widths, found.shares, strict=True) if w and share > RARE}

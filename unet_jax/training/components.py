@@ -1,4 +1,4 @@
-"""What a configuration describes beside images and state: network, loss, optimizer, sizes and steps."""
+"""What a configuration describes: network, loss, optimizer, sizes and steps, and what is made of them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
